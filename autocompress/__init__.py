@@ -1,0 +1,62 @@
+"""autocompress makes trained convolutional networks small and fast, within an accuracy tolerance.
+
+    import autocompress
+
+    outcome = autocompress.compress(model, train, test, delta=1.0)
+    model = autocompress.load("runs/study/best")
+
+From the command line: `python -m autocompress.study --help`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autocompress.api import compress as compress
+    from autocompress.conductor import Outcome as Outcome
+    from autocompress.conductor import run_study as run_study
+    from autocompress.config import StudyConfig as StudyConfig
+    from autocompress.config import load_config as load_config
+    from autocompress.errors import AutocompressError as AutocompressError
+    from autocompress.export import load as load
+    from autocompress.plan import Plan as Plan
+    from autocompress.profiler import profile_model as profile_model
+    from autocompress.surgery import apply_plan as apply_plan
+    from autocompress.task import Task as Task
+
+try:
+    __version__ = version("autocompress")
+except PackageNotFoundError:
+    __version__ = "0.0.0"
+
+_HOMES = {
+    "AutocompressError": "errors",
+    "Outcome": "conductor",
+    "Plan": "plan",
+    "StudyConfig": "config",
+    "Task": "task",
+    "apply_plan": "surgery",
+    "compress": "api",
+    "load": "export",
+    "load_config": "config",
+    "profile_model": "profiler",
+    "run_study": "conductor",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `--help` doesn't wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autocompress' has no attribute {name!r}")
+    value = getattr(import_module(f"autocompress.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,99 @@
+"""The baseline: the user's trained network, or one trained here once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+from autocompress.config import BaselineConfig
+from autocompress.evaluation import Evaluation, evaluate
+from autocompress.profiler import Profile
+from autocompress.progress import Display
+from autocompress.store import portable_state, state_digest, write_weights
+from autocompress.task import Task
+from autocompress.training import fit
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What every trial is measured against.
+
+    Attributes:
+        model: The trained network, on the task's device, in evaluation mode.
+        val: Its scores on the validation data.
+        profile: Its costs.
+        digest: Identifies its weights.
+    """
+
+    model: nn.Module
+    val: Evaluation
+    profile: Profile
+    digest: str
+
+
+def cache_folder() -> Path:
+    """Where trained baselines are kept: `$AUTOCOMPRESS_HOME`, else `~/.cache/autocompress`."""
+    home = os.environ.get("AUTOCOMPRESS_HOME")
+    return Path(home) if home else Path.home() / ".cache" / "autocompress"
+
+
+def train_baseline(
+    task: Task, recipe: BaselineConfig, epochs: float, seed: int, display: Display
+) -> float:
+    """Train the task's network in place, or load what the same recipe trained before.
+
+    The recipe's fingerprint is made of the initial weights, the data, the length, the learning rate
+    and the seed; the trained weights are kept under it, so that nothing is trained twice.
+
+    Returns:
+        Seconds spent.
+    """
+    start = time.perf_counter()
+    if epochs <= 0:
+        return 0.0
+    facts = {
+        "origin": task.origin,
+        "weights": state_digest(task.model.state_dict()),
+        "data": task.fingerprint,
+        "epochs": epochs,
+        "learning_rate": recipe.learning_rate,
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    path = cache_folder() / "baselines" / f"{digest[:16]}.safetensors"
+    if task.fingerprint and path.exists():
+        task.model.load_state_dict(load_file(path))
+        display.say(f"The baseline was trained before: {path}")
+        return 0.0
+
+    def on_step(done: float, total: float, loss: float) -> None:
+        display.step("train", done, total, f"loss {loss:.3f}")
+
+    display.stage("baseline", 1)
+    result = fit(
+        task.model,
+        task,
+        epochs=epochs,
+        learning_rate=recipe.learning_rate,
+        seed=seed,
+        on_step=on_step,
+    )
+    display.say(
+        f"Trained the baseline for {epochs:g} epochs in {result.seconds:.0f} s "
+        f"({result.images_per_second:.0f} images/s)."
+    )
+    if task.fingerprint:
+        write_weights(path, portable_state(task.model))
+    return time.perf_counter() - start
+
+
+def evaluate_baseline(task: Task) -> Evaluation:
+    """The baseline's scores on the validation data."""
+    return evaluate(task.model, task, task.val)

@@ -1,0 +1,421 @@
+"""The study file: about thirty fields, each described, all checked before any work.
+
+A study file is TOML. `load_config` reads one (or the packaged quickstart) and says everything that
+is wrong with it, one line an error. Nothing here imports torch, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from autocompress.errors import ConfigError, did_you_mean
+
+TransformName = Literal["svd", "spatial_svd", "tucker2", "cp", "tt"]
+ALL_TRANSFORMS: tuple[TransformName, ...] = ("svd", "spatial_svd", "tucker2", "cp", "tt")
+
+# TOML has arrays only; strict checking would refuse them for a tuple.
+_AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Names = Annotated[tuple[str, ...], _AsTuple]
+
+# A source is `kind:name`; only `digits` needs no name.
+_MODEL_SOURCE = r"^[^:\s]+:\S.*$"
+_DATA_SOURCE = r"^(digits|[^:\s]+:\S.*)$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Section):
+    """The network to compress."""
+
+    source: str = Field(
+        pattern=_MODEL_SOURCE,
+        description="zoo:NAME, torchvision:NAME, timm:NAME or package.module:function.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="File of trained weights (.safetensors, .pt, .pth, .th), or 'pretrained' for "
+        "the library's own; without it the baseline is trained.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the network, e.g. num_classes."
+    )
+
+
+class DataConfig(_Section):
+    """The images to train, choose and test with."""
+
+    source: str = Field(
+        pattern=_DATA_SOURCE,
+        description="digits, torchvision:DATASET, folder:PATH, array:FILE.npz or "
+        "package.module:function.",
+    )
+    root: str | None = Field(
+        default=None, description="Folder in which the data is, or is downloaded to."
+    )
+    image_size: int | None = Field(
+        default=None, ge=1, description="Height and width to resize images to; None keeps theirs."
+    )
+    augment: Literal["none", "flip", "crop", "crop-flip"] = Field(
+        default="none", description="Random changes of the training images."
+    )
+    val_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of the training data to choose on, where no validation data is given.",
+    )
+    batch_size: int = Field(default=128, ge=1, description="Images in a batch.")
+
+
+class BaselineConfig(_Section):
+    """How the network is trained before it is compressed."""
+
+    epochs: float | None = Field(
+        default=None,
+        ge=0,
+        description="Passes over the training data; None means 0 where weights are given, else 10.",
+    )
+    learning_rate: float = Field(default=0.1, gt=0, description="Peak of the schedule.")
+
+
+class SearchConfig(_Section):
+    """What is tried, and how often."""
+
+    transforms: Annotated[tuple[TransformName, ...], _AsTuple] = Field(
+        default=ALL_TRANSFORMS, min_length=1, description="Transforms that layers may get."
+    )
+    include: Names = Field(
+        default=("*",), min_length=1, description="Layers that may change (patterns of names)."
+    )
+    exclude: Names = Field(
+        default=(), description="Layers that must stay (patterns of names); wins over include."
+    )
+    sampler: Literal["knobs", "tpe", "gp", "nsga2", "random"] = Field(
+        default="knobs", description="What proposes the exploration's candidates."
+    )
+    trials: int = Field(default=30, ge=1, description="Trials of the exploration, in all.")
+    annealing_trials: int = Field(default=15, ge=0, description="Trials of the annealing, in all.")
+    stage: Literal["exploration", "annealing", "both"] = Field(
+        default="both", description="Which stage to run."
+    )
+
+
+class FinetuneConfig(_Section):
+    """How a compressed network recovers."""
+
+    epochs: float = Field(
+        default=1.0, ge=0, description="Passes over the training data in each trial."
+    )
+    final_epochs: float = Field(
+        default=10.0, ge=0, description="Passes over the training data for the winner."
+    )
+    learning_rate: float = Field(default=0.02, gt=0, description="Peak of the schedule.")
+    distillation: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."
+    )
+    gate: float = Field(
+        default=50.0,
+        ge=0,
+        description="Accuracy drop before fine-tuning, in points, at which a trial stops.",
+    )
+
+
+class RunConfig(_Section):
+    """Where a study runs; it may be continued with other values."""
+
+    device: str = Field(default="auto", description="cpu, cuda, cuda:1 or auto.")
+    storage: str | None = Field(
+        default=None, description="Database URL (SQLAlchemy); None: SQLite in the study's folder."
+    )
+    out: str = Field(default="runs", min_length=1, description="Folder of the studies' folders.")
+
+
+class StudyConfig(_Section):
+    """A whole study."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="The study's name and that of its folder: letters, digits, '.', '_' and '-'.",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Fixes splits, proposals and training.",
+    )
+    delta: float = Field(
+        default=1.0, ge=0, description="Largest accepted accuracy drop, in points."
+    )
+    objective: Literal["params", "size", "macs", "latency"] = Field(
+        default="params", description="The cost to make small."
+    )
+    model: ModelConfig = Field(description="The network to compress.")
+    data: DataConfig = Field(description="The images to train, choose and test with.")
+    baseline: BaselineConfig = Field(
+        default_factory=BaselineConfig, description="How the network is trained beforehand."
+    )
+    search: SearchConfig = Field(
+        default_factory=SearchConfig, description="What is tried, and how often."
+    )
+    finetune: FinetuneConfig = Field(
+        default_factory=FinetuneConfig, description="How a compressed network recovers."
+    )
+    run: RunConfig = Field(default_factory=RunConfig, description="Where the study runs.")
+
+
+# Budgets and places: a study may be continued with other values of these.
+_UNBOUND = {
+    "search.trials",
+    "search.annealing_trials",
+    "search.stage",
+    "finetune.final_epochs",
+}
+
+_UNITS = {
+    "delta": "points of accuracy",
+    "finetune.gate": "points of accuracy",
+    "finetune.epochs": "passes over the training data",
+    "finetune.final_epochs": "passes over the training data",
+    "baseline.epochs": "passes over the training data",
+    "data.batch_size": "images",
+    "data.image_size": "pixels",
+    "data.val_fraction": "share of the training data",
+    "finetune.distillation": "share of the loss",
+}
+
+_EXPECTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "finite_number": "a finite number",
+}
+
+_BOUNDS = {
+    "greater_than_equal": (">=", "ge"),
+    "greater_than": (">", "gt"),
+    "less_than_equal": ("<=", "le"),
+    "less_than": ("<", "lt"),
+}
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> StudyConfig:
+    """Read and check a study file.
+
+    Args:
+        path: The file, or the name of a study that ships in the package; None for the quickstart.
+            Relative paths in the file are relative to the file's folder.
+        overrides: Values that replace the file's, by dotted key, e.g. `{"search.trials": 5}`;
+            None means the file's value. Paths among them are relative to the current folder.
+
+    Raises:
+        ConfigError: If anything is wrong, with one line for each error.
+    """
+    text, folder, shown = _read(path)
+    try:
+        nested = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{shown} is not valid TOML: {error}.") from error
+    fields = flatten(nested)
+    if folder is not None:
+        _resolve(fields, folder)
+    fields.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    config = parse_config(fields)
+    _check_files(config)
+    return config
+
+
+def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
+    """Check settings that are already in memory; files that they name are not looked for.
+
+    Args:
+        fields: Values by dotted key (`{"search.trials": 5}`), nested tables, or both; None means
+            the default.
+
+    Raises:
+        ConfigError: If anything is wrong, with one line for each error.
+    """
+    try:
+        return StudyConfig.model_validate(_nest(fields))
+    except ValidationError as error:
+        # One line a field: a wrong item of a list is reported a second time as an item too few.
+        lines: dict[tuple[Any, ...], str] = {}
+        for found in error.errors(include_url=False):
+            lines.setdefault(tuple(p for p in found["loc"] if isinstance(p, str)), _explain(found))
+        raise ConfigError("\n".join(lines.values())) from None
+
+
+def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables as one table with dotted keys; empty tables are left out."""
+    return dict(_walk(nested, ""))
+
+
+def bound_settings(config: StudyConfig) -> dict[str, Any]:
+    """What a stored study can't be continued without: everything but budgets and places.
+
+    Returns:
+        JSON values by dotted key.
+    """
+    fields = flatten(config.model_dump(mode="json"))
+    return {k: v for k, v in fields.items() if k not in _UNBOUND and not k.startswith("run.")}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two results of `bound_settings`, e.g. `["delta: 1.0 -> 2.0"]`."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            lines.append(f"{key}: {_show(before)} -> {_show(after)}")
+    return lines
+
+
+def _read(path: str | Path | None) -> tuple[str, Path | None, str]:
+    """A study file's text, its folder (None in the package) and its name in messages."""
+    packaged = files("autocompress") / "studies" / f"{path or 'quickstart'}.toml"
+    if path is None or (not Path(path).exists() and packaged.is_file()):
+        return packaged.read_text(encoding="utf-8"), None, packaged.name
+    file = Path(path).expanduser()
+    try:
+        return file.read_text(encoding="utf-8"), file.resolve().parent, str(path)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no study file '{path}'. Give a .toml file, or none for the quickstart."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The study file '{path}' can't be read: {error}.") from error
+
+
+def _resolve(fields: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a study file absolute; `fields` is edited in place."""
+
+    def absolute(value: str, base: Path) -> str:
+        return str((base / Path(value).expanduser()).resolve())
+
+    weights = fields.get("model.weights")
+    if isinstance(weights, str) and weights != "pretrained":
+        fields["model.weights"] = absolute(weights, folder)
+    root = fields.get("data.root")
+    if isinstance(root, str):
+        fields["data.root"] = absolute(root, folder)
+        folder = Path(fields["data.root"])
+    source = fields.get("data.source")
+    if isinstance(source, str) and source.startswith(("folder:", "array:")):
+        kind, _, place = source.partition(":")
+        fields["data.source"] = f"{kind}:{absolute(place, folder)}"
+
+
+def _check_files(config: StudyConfig) -> None:
+    """Refuse paths at which nothing is, before any work."""
+    errors = []
+    weights = config.model.weights
+    if weights not in (None, "pretrained") and not Path(str(weights)).expanduser().is_file():
+        errors.append(
+            f"model.weights = '{weights}': no such file. Give a file of trained weights, "
+            "'pretrained', or leave it out to train the baseline."
+        )
+    if config.data.root is not None and not Path(config.data.root).expanduser().is_dir():
+        errors.append(
+            f"data.root = '{config.data.root}': no such folder. Create it or leave it out."
+        )
+    kind, _, place = config.data.source.partition(":")
+    base = Path(config.data.root or ".").expanduser()
+    at = base / Path(place).expanduser()
+    if kind == "folder" and not at.is_dir():
+        errors.append(f"data.source = '{config.data.source}': no such folder.")
+    if kind == "array" and not at.is_file():
+        errors.append(f"data.source = '{config.data.source}': no such file.")
+    if errors:
+        raise ConfigError("\n".join(errors))
+
+
+def _walk(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nest(fields: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flatten(fields).items():
+        if value is None:
+            continue
+        *tables, last = key.split(".")
+        place = nested
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{table}: expected a table, got {_show(place)}.")
+        place[last] = value
+    return nested
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in our words: the value, the rule and the cure."""
+    location: Sequence[str | int] = error["loc"]
+    kind: str = error["type"]
+    value: Any = error["input"]
+    context: Mapping[str, Any] = error.get("ctx") or {}
+    key = ".".join(str(part) for part in location if isinstance(part, str))
+    *tables, last = [part for part in location if isinstance(part, str)]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key.{did_you_mean(last, _section(tables).model_fields)}"
+    if kind == "missing":
+        return f"{key}: missing. {_section(tables).model_fields[last].description}"
+    if kind == "literal_error":
+        known = _literals(_section(tables).model_fields[last].annotation)
+        return f"{key}: unknown value {_show(value)}.{did_you_mean(str(value), known)}"
+    if kind in _BOUNDS:
+        sign, bound = _BOUNDS[kind]
+        unit = f" ({_UNITS[key]})" if key in _UNITS else ""
+        return f"{key} = {_show(value)} must be {sign} {context[bound]:g}{unit}"
+    if kind in _EXPECTED:
+        return f"{key}: expected {_EXPECTED[kind]}, got {_show(value)}"
+    if kind == "string_pattern_mismatch":
+        rule = _section(tables).model_fields[last].description
+        return f"{key} = {_show(value)} is not of the right form: {rule}"
+    if kind in ("too_short", "string_too_short"):
+        return f"{key}: give at least one, got {_show(value)}"
+    return f"{key}: {error['msg']}, got {_show(value)}"
+
+
+def _section(tables: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = StudyConfig
+    for table in tables:
+        annotation = section.model_fields[table].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        section = annotation
+    return section
+
+
+def _literals(annotation: Any) -> list[str]:
+    """All texts that a `Literal` inside `annotation` allows."""
+    if get_origin(annotation) is Literal:
+        return [str(value) for value in get_args(annotation)]
+    if get_origin(annotation) in (tuple, Union, UnionType, Annotated):
+        return [word for part in get_args(annotation) for word in _literals(part)]
+    return []
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a table"
+    return "not set" if value is None else repr(value)

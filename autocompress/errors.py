@@ -1,0 +1,41 @@
+"""The errors that autocompress raises on purpose.
+
+    AutocompressError
+    ├── ConfigError        the study file, an option or an argument is wrong; nothing has been spent
+    ├── UnsupportedLayer   a transform can't act on this layer; the text is the reason for the report
+    ├── StudyMismatch      the study in the database was made with other settings
+    └── TrainingDiverged   loss or weights stopped being finite numbers
+
+Every text names the value, the rule and the cure.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AutocompressError(Exception):
+    """Base of all errors that autocompress raises on purpose."""
+
+
+class ConfigError(AutocompressError):
+    """A setting is wrong; raised before any work is spent."""
+
+
+class UnsupportedLayer(AutocompressError):
+    """A transform can't act on a layer; the message is the reason."""
+
+
+class StudyMismatch(AutocompressError):
+    """The stored study was made with other settings than the ones given."""
+
+
+class TrainingDiverged(AutocompressError):
+    """The loss became NaN or infinite while training."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error line: the nearest known word, if any, and all known words."""
+    words = sorted(known)
+    near = get_close_matches(word, words, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"{hint} Known: {', '.join(words)}."

@@ -1,0 +1,102 @@
+"""Scoring a network, and giving it batch-norm statistics of its own; nothing is fitted here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autocompress.task import Loader, Task, batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one pass over a loader.
+
+    Attributes:
+        scores: One score in [0, 1] for each sample, in the loader's order.
+    """
+
+    scores: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """100 times the mean score, in points."""
+        return 100.0 * float(self.scores.double().mean())
+
+
+def evaluate(
+    model: nn.Module, task: Task, loader: Loader, batch_count: int | None = None
+) -> Evaluation:
+    """Score `model` on the first `batch_count` batches of `loader` (all for None), in float32."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            scores = [
+                task.metric(task.forward(model, batch), batch).float().cpu().flatten()
+                for batch in batches(loader, task.device, batch_count)
+            ]
+    finally:
+        model.train(was_training)
+    return Evaluation(torch.cat(scores))
+
+
+def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
+    """Replace the batch-norm statistics by the plain mean over training batches.
+
+    A changed layer changes what its batch norm sees; this costs no gradient and ranks candidates
+    well (EagleEye, Li et al. 2020, arXiv 2007.02491).
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    was_training = model.training
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in batches(task.calibration or task.train, task.device, batch_count):
+                task.forward(model, batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)
+
+
+def paired_drop(baseline: Evaluation, compressed: Evaluation) -> tuple[float, float, float]:
+    """The accuracy drop and its 95 % confidence interval, both networks on the same samples.
+
+    For 0/1 scores the interval is Agresti and Min's (2005, Statistics in Medicine 24:729), which
+    adds half a sample to each cell of the 2 x 2 table and so stays honest when few samples differ;
+    for other scores it is the normal interval of the paired differences.
+
+    Returns:
+        Drop, lower and upper end, in points; positive where the compressed network is worse.
+    """
+    if len(baseline.scores) != len(compressed.scores):
+        raise ValueError(
+            f"Paired scores must have one length, got {len(baseline.scores)} and "
+            f"{len(compressed.scores)}."
+        )
+    difference = baseline.scores.double() - compressed.scores.double()
+    count = len(difference)
+    drop = float(difference.mean())
+    both = torch.cat([baseline.scores, compressed.scores])
+    if bool(((both == 0) | (both == 1)).all()):
+        lost, won = int((difference > 0).sum()), int((difference < 0).sum())
+        centre = (lost - won) / (count + 2)
+        spread = sqrt(lost + won + 1 - (lost - won) ** 2 / (count + 2)) / (count + 2)
+    else:
+        centre = drop
+        spread = float(difference.std()) / sqrt(count) if count > 1 else float("inf")
+    low, high = centre - 1.96 * spread, centre + 1.96 * spread
+    return 100 * drop, 100 * min(low, drop), 100 * max(high, drop)

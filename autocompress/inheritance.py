@@ -1,0 +1,64 @@
+"""A child network that starts from its parent's fine-tuned weights instead of the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.plan import Plan
+from autocompress.surgery import FactorCache, apply_plan, dense_weight
+
+
+def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Module:
+    """The baseline's architecture with the parent's weights, factored layers multiplied out.
+
+    Args:
+        parent: The compressed network of `plan`.
+        plan: What was done to it.
+        baseline: Gives the architecture; not edited.
+    """
+    dense = deepcopy(baseline)
+    originals = dict(dense.named_modules())
+    replaced = {name: parent.get_submodule(name) for name in plan.layers}
+    inside = tuple(f"{name}." for name in replaced)
+    kept = {k: v for k, v in parent.state_dict().items() if not k.startswith(inside)}
+    dense.load_state_dict(kept, strict=False)
+    with torch.no_grad():
+        for name, replacement in replaced.items():
+            original = originals[name]
+            weight = original.get_parameter("weight")
+            weight.copy_(dense_weight(replacement, original))
+            bias = _last_bias(replacement)
+            if bias is not None:
+                original.get_parameter("bias").copy_(bias)
+    return dense
+
+
+def inherit(
+    parent: nn.Module,
+    parent_plan: Plan,
+    plan: Plan,
+    baseline: nn.Module,
+    patches: Mapping[str, Tensor] | None,
+) -> nn.Module:
+    """The network of `plan` with the parent's weights.
+
+    A layer with the parent's transform and rank is taken over as it is; any other is multiplied out
+    to a dense kernel and cut anew.
+    """
+    dense = multiply_out(parent, parent_plan, baseline)
+    child = apply_plan(dense, plan, FactorCache(dense, patches))
+    for name, transform in plan.layers.items():
+        if parent_plan.layers.get(name) == transform:
+            state = parent.get_submodule(name).state_dict()
+            child.get_submodule(name).load_state_dict(state)
+    return child
+
+
+def _last_bias(replacement: nn.Module) -> Tensor | None:
+    """The bias of a replacement, which its last layer carries."""
+    biases = [p for key, p in replacement.named_parameters() if key.split(".")[-1] == "bias"]
+    return biases[-1] if biases else None

@@ -1,0 +1,222 @@
+"""What a layer looks like from outside: shapes, sizes and costs, with no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a layer or a network for one image.
+
+    Attributes:
+        params: Number of weights and biases.
+        macs: Multiply-adds, one multiply-add counted once; biases are not counted.
+    """
+
+    params: int
+    macs: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A Conv2d or Linear layer as it is used in one forward pass of one image.
+
+    Attributes:
+        name: Name in `model.named_modules()`.
+        kind: Which of the two kinds of layer this is.
+        in_channels: Input channels (input features of a Linear).
+        out_channels: Output channels (output features of a Linear).
+        kernel_size: Height and width; (1, 1) for a Linear.
+        stride: As in Conv2d; (1, 1) for a Linear.
+        padding: As in Conv2d, "same" and "valid" included; (0, 0) for a Linear.
+        dilation: As in Conv2d; (1, 1) for a Linear.
+        groups: As in Conv2d; 1 for a Linear.
+        padding_mode: As in Conv2d; "zeros" for a Linear.
+        bias: Whether the layer has a bias.
+        in_size: Height and width of the input; (positions, 1) for a Linear, where positions is the
+            number of vectors per image that go through it (1 for a classifier head).
+        out_size: Height and width of the output; like `in_size` for a Linear.
+    """
+
+    name: str
+    kind: Literal["conv2d", "linear"]
+    in_channels: int
+    out_channels: int
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair | str
+    dilation: Pair
+    groups: int
+    padding_mode: str
+    bias: bool
+    in_size: Pair
+    out_size: Pair
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, the bias not counted."""
+        kh, kw = self.kernel_size
+        return self.out_channels * (self.in_channels // self.groups) * kh * kw
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the layer as it is."""
+        positions = self.out_size[0] * self.out_size[1]
+        return Cost(self.weights + self.out_channels * self.bias, self.weights * positions)
+
+
+def spec_of(name: str, module: nn.Module, in_shape: Sequence[int], out_shape: Sequence[int]) -> LayerSpec:
+    """Describe a Conv2d or Linear from its module and the shapes it saw.
+
+    Args:
+        name: Name in the network.
+        module: A Conv2d or Linear.
+        in_shape: Shape of its input for one image, batch included.
+        out_shape: Shape of its output.
+    """
+    if isinstance(module, nn.Conv2d):
+        padding = module.padding
+        return LayerSpec(
+            name=name,
+            kind="conv2d",
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            kernel_size=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=padding if isinstance(padding, str) else _pair(padding),
+            dilation=_pair(module.dilation),
+            groups=module.groups,
+            padding_mode=module.padding_mode,
+            bias=module.bias is not None,
+            in_size=_pair(in_shape[-2:]),
+            out_size=_pair(out_shape[-2:]),
+        )
+    assert isinstance(module, nn.Linear)
+    positions = 1
+    for size in in_shape[:-1]:
+        positions *= size
+    return LayerSpec(
+        name=name,
+        kind="linear",
+        in_channels=module.in_features,
+        out_channels=module.out_features,
+        kernel_size=(1, 1),
+        stride=(1, 1),
+        padding=(0, 0),
+        dilation=(1, 1),
+        groups=1,
+        padding_mode="zeros",
+        bias=module.bias is not None,
+        in_size=(positions, 1),
+        out_size=(positions, 1),
+    )
+
+
+def inspect_layers(
+    model: nn.Module,
+    example: tuple[Tensor, ...],
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+) -> tuple[tuple[LayerSpec, ...], dict[str, str]]:
+    """Find the layers that may be transformed, in one forward pass of one image.
+
+    Args:
+        model: The network; left in the mode it was in.
+        example: Its inputs for one image.
+        include: Shell patterns of layer names to look at.
+        exclude: Shell patterns of layer names to leave alone.
+
+    Returns:
+        The layers in execution order, and the layers left alone with the reason.
+    """
+    calls: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
+    weighted = {n: m for n, m in model.named_modules() if isinstance(m, _WITH_WEIGHTS)}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and isinstance(module, _WITH_WEIGHTS):
+            owners.setdefault(id(weight), []).append(name)
+    hooks = []
+
+    def listen(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            calls.setdefault(name, []).append((inputs[0].shape, output.shape))
+
+        return hook
+
+    for name, module in weighted.items():
+        hooks.append(module.register_forward_hook(listen(name)))
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode():
+            model.eval()(*(value.to(device) for value in example))
+    finally:
+        model.train(was_training)
+        for handle in hooks:
+            handle.remove()
+
+    found: dict[str, LayerSpec] = {}
+    left_alone: dict[str, str] = {}
+    for name, module in weighted.items():
+        reason = _unfit(name, module, calls.get(name, []), owners, include, exclude)
+        if reason is not None:
+            left_alone[name] = reason
+        else:
+            found[name] = spec_of(name, module, *calls[name][0])
+    return tuple(found[name] for name in calls if name in found), left_alone
+
+
+_WITH_WEIGHTS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def _unfit(
+    name: str,
+    module: nn.Module,
+    calls: Sequence[Any],
+    owners: dict[int, list[str]],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> str | None:
+    """Why a layer is left alone; None if it may be transformed."""
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        return f"{type(module).__name__} is neither a plain Conv2d nor a plain Linear"
+    if is_parametrized(module):
+        return "its weight is parametrized"
+    shared = owners.get(id(module.weight), [name])
+    if len(shared) > 1:
+        return f"its weight is shared by {', '.join(shared)}"
+    if not any(fnmatchcase(name, pattern) for pattern in include):
+        return "search.include does not name it"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "search.exclude names it"
+    if not calls:
+        return "it was not called in the forward pass"
+    if len(calls) > 1:
+        return f"it was called {len(calls)} times in one forward pass"
+    return None
+
+
+def _pair(values: Sequence[int]) -> Pair:
+    return int(values[0]), int(values[1])

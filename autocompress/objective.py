@@ -1,0 +1,286 @@
+"""One trial, from top to bottom: plan, build, recalibrate, gate, fine-tune, evaluate, record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from torch import Tensor, nn
+
+from autocompress.baseline import Baseline
+from autocompress.config import FinetuneConfig
+from autocompress.errors import AutocompressError
+from autocompress.evaluation import evaluate, recalibrate
+from autocompress.inheritance import inherit
+from autocompress.plan import Plan
+from autocompress.profiler import Profile, measure_latency, profile_model
+from autocompress.progress import Display
+from autocompress.samplers import PARENT, trial_seed
+from autocompress.space import SearchSpace
+from autocompress.store import (
+    STAGES,
+    fetch_weights,
+    mark_interrupted,
+    save_text,
+    save_weights,
+    set_constraint,
+)
+from autocompress.surgery import FactorCache, apply_plan, build_plan
+from autocompress.task import Task
+from autocompress.training import fit
+
+GATE_IMAGES = 1000
+"""About how many validation images the gate looks at."""
+RECALIBRATION_BATCHES = 50
+
+
+@dataclass
+class Bench:
+    """All that a trial needs, made once per process.
+
+    Attributes:
+        task: The user's data and functions.
+        baseline: The network to compress.
+        example: Its inputs for one image.
+        cache: Factorizations of the baseline's layers.
+        patches: Real inputs of the layers.
+        errors: `(layer, transform)` to the relative error in the layer table.
+        finetune: Length, learning rate, distillation and gate.
+        delta: The tolerance, in points.
+        objective: "params", "size", "macs" or "latency".
+        seed: The study's seed.
+        store: Optuna's artifact store.
+        display: Told about the progress.
+        studies: The Optuna studies by stage; a child finds its parent there.
+    """
+
+    task: Task
+    baseline: Baseline
+    example: tuple[Tensor, ...]
+    cache: FactorCache
+    patches: Mapping[str, Tensor]
+    errors: Mapping[tuple[str, object], float]
+    finetune: FinetuneConfig
+    delta: float
+    objective: str
+    seed: int
+    store: FileSystemArtifactStore
+    display: Display
+    rejected_as_complete: bool = False
+    studies: dict[str, Study] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Seconds by phase; each `lap` gives the time since the last one to a phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Give the time since the last lap to `phase`."""
+        now = time.perf_counter()
+        self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 4)
+        self._last = now
+
+
+def run_trial(bench: Bench, stage: str, space: SearchSpace) -> FrozenTrial:
+    """Ask the stage's study for a trial, carry it out and tell the study how it went.
+
+    Every end is recorded: complete; stopped at the gate (PRUNED, with the constraint's value, or
+    complete for the samplers that learn only from those); failed with its reason. A trial that is
+    interrupted from outside is marked so, does not count, and the interruption goes on.
+    """
+    study = bench.studies[stage]
+    trial = study.ask()
+    bench.display.trial_started(trial.number)
+    values: tuple[float, float] | None = None
+    reason: str | None = None
+    state = TrialState.COMPLETE
+    try:
+        values, reason = _carry_out(bench, stage, space, trial)
+        if reason is not None and not bench.rejected_as_complete:
+            state = TrialState.PRUNED
+    except KeyboardInterrupt:
+        mark_interrupted(study, trial._trial_id, trial.number)
+        raise
+    except (AutocompressError, RuntimeError, ValueError, ArithmeticError) as error:
+        state, reason = TrialState.FAIL, f"{type(error).__name__}: {error}"
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+    if reason is not None:
+        trial.set_user_attr("reason", reason)
+    frozen = study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)
+    drop, ratio = (None, None) if values is None else (values[0], _ratio(bench, values[1]))
+    bench.display.trial_finished(
+        trial.number,
+        drop,
+        ratio,
+        state == TrialState.COMPLETE and drop is not None and drop <= bench.delta,
+        state.name,
+        reason,
+    )
+    return frozen
+
+
+def _carry_out(
+    bench: Bench, stage: str, space: SearchSpace, trial: Trial
+) -> tuple[tuple[float, float], str | None]:
+    """The trial's values (drop in points, cost) and the reason if it was stopped at the gate."""
+    watch = Stopwatch()
+    task, finetune = bench.task, bench.finetune
+    seed = trial_seed(bench.seed, trial.number + 1_000_000 * STAGES.index(stage))
+    plan = space.suggest(trial)
+    trial.set_user_attr("plan", plan.to_json())
+    trial.set_user_attr("plan_digest", plan.digest)
+    trial.set_user_attr("seed", seed)
+    trial.set_user_attr("stage", stage)
+    trial.set_user_attr("layer_errors", {n: bench.errors[n, t] for n, t in plan.layers.items()})
+    watch.lap("suggest")
+
+    model = _build(bench, stage, plan, trial).to(task.device)
+    watch.lap("build")
+    profile = profile_model(model, bench.example, latency=False)
+    latency = measure_latency(model, bench.example, seconds=0.25).median_ms
+    watch.lap("profile")
+    cost = cost_of(bench.objective, profile, latency)
+
+    recalibrate(model, task, RECALIBRATION_BATCHES)
+    watch.lap("recalibrate")
+    gate = gate_batches(task)
+    early = evaluate(model, task, task.val, gate)
+    early_drop = bench_accuracy(bench, len(early.scores)) - early.accuracy
+    trial.set_user_attr("gate_accuracy", early.accuracy)
+    watch.lap("gate")
+    if early_drop > finetune.gate:
+        # Larger than any violation after fine-tuning, so that a sampler ranks it last.
+        set_constraint(trial, early_drop - bench.delta)
+        _record(trial, watch, early.accuracy, early_drop, profile, latency)
+        reason = f"{early_drop:.1f} points lost before fine-tuning > gate {finetune.gate:g}"
+        return (early_drop, cost), reason
+
+    def on_step(done: float, total: float, loss: float) -> None:
+        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
+
+    result = fit(
+        model,
+        task,
+        epochs=finetune.epochs,
+        learning_rate=finetune.learning_rate,
+        seed=seed,
+        teacher=bench.baseline.model,
+        distillation=finetune.distillation,
+        on_step=on_step,
+    )
+    trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
+    watch.lap("finetune")
+    after = evaluate(model, task, task.val)
+    drop = bench.baseline.val.accuracy - after.accuracy
+    watch.lap("evaluate")
+    set_constraint(trial, drop - bench.delta)
+    trial.set_user_attr("weights", save_weights(model, trial, bench.store))
+    save_text(plan.to_json(), "plan.json", trial, bench.store)
+    watch.lap("store")
+    _record(trial, watch, after.accuracy, drop, profile, latency)
+    return (drop, cost), None
+
+
+def _build(bench: Bench, stage: str, plan: Plan, trial: Trial) -> nn.Module:
+    """The network of `plan`, from the parent's weights if the sampler named a parent."""
+    label = trial.study._storage.get_trial_user_attrs(trial._trial_id).get(PARENT)
+    if label is None and stage == "annealing":
+        label = _nearest_parent(bench, plan)
+    trial.set_user_attr(PARENT, label)
+    if label is None:
+        return apply_plan(bench.baseline.model, plan, bench.cache)
+    parent, parent_plan = load_trial_model(bench, label)
+    return inherit(parent, parent_plan, plan, bench.baseline.model, bench.patches)
+
+
+def _nearest_parent(bench: Bench, plan: Plan) -> str | None:
+    """The trial within delta that shares most layers' transforms with `plan`."""
+    best: tuple[int, str] | None = None
+    for stage, study in bench.studies.items():
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if "weights" not in trial.user_attrs or trial.values[0] > bench.delta:
+                continue
+            own = Plan.from_json(trial.user_attrs["plan"]).layers
+            shared = sum(own.get(name) == choice for name, choice in plan.layers.items())
+            if best is None or shared > best[0]:
+                best = (shared, f"{stage}/{trial.number}")
+    return None if best is None else best[1]
+
+
+def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:
+    """The trial of a label such as "exploration/12"."""
+    stage, number = label.split("/")
+    return studies[stage].get_trials(deepcopy=False)[int(number)]
+
+
+def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
+    """The fine-tuned network of a trial, on the task's device, and its plan."""
+    trial = find_trial(bench.studies, label)
+    plan = Plan.from_json(trial.user_attrs["plan"])
+    model = build_plan(bench.baseline.model, plan)
+    model.load_state_dict(fetch_weights(trial.user_attrs["weights"], bench.store))
+    return model.to(bench.task.device).eval(), plan
+
+
+def cost_of(objective: str, profile: Profile, latency_ms: float) -> float:
+    """The second objective in its natural unit: parameters, bytes, MACs or milliseconds."""
+    costs = {
+        "params": float(profile.params),
+        "size": float(profile.size_bytes),
+        "macs": float(profile.macs),
+        "latency": latency_ms,
+    }
+    return costs[objective]
+
+
+def gate_batches(task: Task) -> int:
+    """How many validation batches make about `GATE_IMAGES`."""
+    batch = next(iter(task.val))
+    size = len(batch[0]) if isinstance(batch, (tuple, list)) else len(batch)
+    return max(1, min(len(task.val), -(-GATE_IMAGES // max(size, 1))))
+
+
+def bench_accuracy(bench: Bench, count: int) -> float:
+    """The baseline's accuracy on the first `count` validation samples, in points."""
+    return 100.0 * float(bench.baseline.val.scores[:count].double().mean())
+
+
+def _ratio(bench: Bench, cost: float) -> float:
+    latency = bench.baseline.profile.latency
+    full = cost_of(bench.objective, bench.baseline.profile, latency.median_ms if latency else 0.0)
+    return full / cost if cost else float("inf")
+
+
+def _record(
+    trial: Trial,
+    watch: Stopwatch,
+    accuracy: float,
+    drop: float,
+    profile: Profile,
+    latency_ms: float,
+) -> None:
+    trial.set_user_attr(
+        "metrics",
+        {
+            "accuracy": accuracy,
+            "drop": drop,
+            "params": profile.params,
+            "macs": profile.macs,
+            "size_bytes": profile.size_bytes,
+            "memory_bytes": profile.memory_bytes,
+            "latency_ms": latency_ms,
+        },
+    )
+    watch.lap("other")
+    trial.set_user_attr("seconds", watch.seconds)
+
+

@@ -1,0 +1,805 @@
+"""One HTML file about one study: what came out, at what price, and what happened to each layer.
+
+The report reads `result.json` and the two Optuna studies; it measures nothing and needs no GPU.
+plotly and jinja2 are imported only here, when a report is written.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from autocompress.errors import ConfigError
+
+Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
+
+OBJECTIVES = {
+    "params": ("params", "Parameters", "fewer parameters"),
+    "size": ("size_bytes", "Size", "smaller"),
+    "macs": ("macs", "MACs", "fewer MACs"),
+    "latency": ("latency_ms", "Latency", "faster"),
+}
+"""Objective -> key in the metrics of a trial, axis title, words of the headline."""
+
+_LEGEND = {
+    "feasible": "within the allowed drop",
+    "infeasible": "drop too large",
+    "stopped": "stopped early",
+}
+# Near to Okabe-Ito, readable on white and on black; the shape says the same as the colour.
+_COLOURS = {"feasible": "#2a86c4", "infeasible": "#d55e00", "stopped": "#8a8a8a"}
+_SYMBOLS = {
+    ("feasible", "exploration"): "circle",
+    ("feasible", "annealing"): "diamond",
+    ("infeasible", "exploration"): "circle-open",
+    ("infeasible", "annealing"): "diamond-open",
+    ("stopped", "exploration"): "x-thin",
+    ("stopped", "annealing"): "cross-thin",
+}
+
+
+def outcome(trial: FrozenTrial, delta: float) -> Outcome:
+    """What became of a trial; feasible means complete with a drop of at most `delta` points."""
+    if trial.state == TrialState.COMPLETE:
+        return "feasible" if trial.values[0] <= delta else "infeasible"
+    if trial.state == TrialState.PRUNED:
+        return "stopped"
+    return "failed" if trial.state == TrialState.FAIL else "unfinished"
+
+
+def pareto_trials(trials: Iterable[FrozenTrial], delta: float) -> list[FrozenTrial]:
+    """The feasible trials that no other feasible trial beats, by rising drop.
+
+    Args:
+        trials: With values (accuracy drop in points, cost); any states, of one or more studies.
+        delta: Allowed accuracy drop in points.
+    """
+    feasible = [trial for trial in trials if outcome(trial, delta) == "feasible"]
+    front: list[FrozenTrial] = []
+    for trial in sorted(feasible, key=lambda trial: tuple(trial.values)):
+        if not front or trial.values[1] < front[-1].values[1]:
+            front.append(trial)
+    return front
+
+
+def plan_layers(plan: Mapping[str, Any] | str | None) -> Mapping[str, Mapping[str, Any]]:
+    """Layer -> its transform with ranks, of a plan as JSON text or as the parsed object."""
+    parsed = json.loads(plan) if isinstance(plan, str) else plan
+    layers: Mapping[str, Mapping[str, Any]] = (parsed or {}).get("layers", {})
+    return layers
+
+
+def transform_text(transform: Mapping[str, Any]) -> str:
+    """ "tucker2 (rank_in 16, rank_out 24)"."""
+    fields = [f"{k} {_plain(v)}" for k, v in transform.items() if k != "transform"]
+    return f"{transform.get('transform', '?')} ({', '.join(fields)})"
+
+
+def plan_summary(plan: Mapping[str, Any] | str | None) -> str:
+    """ "7 layers: 4 tucker2, 3 svd"."""
+    layers = plan_layers(plan)
+    if not layers:
+        return "no layer changed"
+    counts = Counter(str(choice.get("transform", "?")) for choice in layers.values())
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    return f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'}: {kinds}"
+
+
+def quantity(value: float | None, metric: str) -> str:
+    """A metric in the unit that a person reads, such as "272 k" or "4.31 ms"; "–" for None.
+
+    Args:
+        value: In the unit of `metric`'s name: a count, bytes, ms, or points for accuracy and drop.
+        metric: A key of a trial's metrics.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    if metric in ("accuracy", "drop"):
+        return f"{value:.2f} %" if metric == "accuracy" else f"{value:.2f}"
+    if metric == "latency_ms":
+        return f"{_digits(value)} ms"
+    unit = "B" if metric in ("size_bytes", "memory_bytes") else ""
+    for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{_digits(value / size)} {prefix}{unit}"
+    return f"{value:.0f} {unit}".strip()
+
+
+def write_report(
+    result: Mapping[str, Any],
+    exploration: optuna.Study | None,
+    annealing: optuna.Study | None,
+    path: Path,
+) -> Path:
+    """Write the report as one self-contained HTML file, which replaces an older one in one step.
+
+    Args:
+        result: The parsed `result.json`.
+        exploration: The study of stage 1, if it was run.
+        annealing: The study of stage 2, if it was run.
+        path: Of the HTML file. The commands in the report name `best/` beside it.
+
+    Raises:
+        ConfigError: plotly or jinja2 is not installed.
+    """
+    jinja2 = _need("jinja2")
+    markupsafe = _need("markupsafe")
+    studies = {
+        stage: study
+        for stage, study in (("exploration", exploration), ("annealing", annealing))
+        if study is not None
+    }
+    view = _View.read(result, studies)
+    template = files("autocompress").joinpath("templates/report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    figure = pareto_figure(view.trials, view.delta, view.objective, view.baseline_cost)
+    plot = figure.to_html(
+        full_html=False,
+        include_plotlyjs=True,
+        div_id="pareto-plot",
+        config={"displayModeBar": False, "responsive": True, "plotlyServerURL": ""},
+    )
+    page: str = environment.from_string(template).render(
+        study=str(result.get("study", "")),
+        objective=view.objective,
+        headline=_headline(view),
+        comparison=_comparison(view),
+        second=_second(view),
+        plot=markupsafe.Markup(plot),
+        outside=_outside(view.trials, view.delta),
+        counts=Counter(trial.outcome for trial in view.trials),
+        layers=_layers(view),
+        trials=[_trial_cells(trial) for trial in view.trials],
+        phases=_phases(view),
+        best_folder=str(path.parent / "best"),
+        facts=_facts(view),
+        settings=_flatten(result.get("config") or {}),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside, then renamed: a reader never sees half a file.
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, path)
+    return path
+
+
+@dataclass(frozen=True)
+class TrialView:
+    """A trial as the report shows it; cost in the unit of the objective, drop in points."""
+
+    stage: str
+    number: int
+    outcome: Outcome
+    drop: float | None
+    cost: float | None
+    ratio: float | None
+    on_front: bool
+    plan: str
+    metrics: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    parent: str
+    reason: str
+    changed: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """What all sections of the report read."""
+
+    result: Mapping[str, Any]
+    delta: float
+    objective: str
+    baseline: Mapping[str, Any]
+    chosen: Mapping[str, Any] | None
+    baseline_cost: float | None
+    trials: Sequence[TrialView]
+    layers: Sequence[Mapping[str, Any]]
+    left_alone: Mapping[str, str]
+    layer_errors: Mapping[str, float]
+
+    @classmethod
+    def read(cls, result: Mapping[str, Any], studies: Mapping[str, optuna.Study]) -> _View:
+        delta = float(result["delta"])
+        objective = str(result.get("objective", "params"))
+        key = OBJECTIVES[objective][0]
+        baseline = result.get("baseline") or {}
+        chosen = (result.get("best") if result.get("met") else None) or result.get("nearest")
+        cost = _metrics_of_profile(baseline.get("profile")).get(key)
+        records = {stage: study.get_trials(deepcopy=False) for stage, study in studies.items()}
+        front = {id(t) for t in pareto_trials((t for ts in records.values() for t in ts), delta)}
+        trials = [
+            _trial_view(trial, stage, delta, key, cost, id(trial) in front)
+            for stage, found in records.items()
+            for trial in found
+        ]
+        attributes = [study.user_attrs for study in studies.values()]
+        return cls(
+            result=result,
+            delta=delta,
+            objective=objective,
+            baseline=baseline,
+            chosen=chosen,
+            baseline_cost=cost,
+            trials=trials,
+            layers=next((a["layers"] for a in attributes if a.get("layers")), ()),
+            left_alone=next((a["left_alone"] for a in attributes if a.get("left_alone")), {}),
+            layer_errors=_layer_errors(records, chosen),
+        )
+
+
+def pareto_figure(
+    trials: Sequence[TrialView], delta: float, objective: str, baseline_cost: float | None
+) -> Any:
+    """The plotly figure: accuracy drop on validation data against cost, both stages.
+
+    Args:
+        trials: Of all stages; those without a drop or a cost are not drawn.
+        delta: Allowed accuracy drop in points.
+        objective: Key of `OBJECTIVES`.
+        baseline_cost: In the unit of the objective.
+    """
+    go = _need("plotly.graph_objects", package="plotly")
+    metric, title, _ = OBJECTIVES[objective]
+    drawn = [t for t in trials if t.drop is not None and t.cost is not None and t.cost > 0]
+    figure = go.Figure()
+    for (kind, stage), symbol in reversed(_SYMBOLS.items()):
+        points = [t for t in drawn if (t.outcome, t.stage) == (kind, stage)]
+        if points:
+            figure.add_trace(
+                go.Scatter(
+                    x=[t.drop for t in points],
+                    y=[t.cost for t in points],
+                    mode="markers",
+                    name=f"{stage}: {_LEGEND[kind]}",
+                    marker=_marker(kind, symbol),
+                    text=[_hover(t, metric) for t in points],
+                    hovertemplate="%{text}<extra></extra>",
+                )
+            )
+    front = sorted((t for t in drawn if t.on_front), key=lambda t: t.drop or 0.0)
+    if front:
+        figure.add_trace(
+            go.Scatter(
+                x=[t.drop for t in front],
+                y=[t.cost for t in front],
+                mode="lines",
+                name="Pareto front",
+                line={"color": _COLOURS["feasible"], "width": 1.5, "shape": "hv"},
+                hoverinfo="skip",
+            )
+        )
+    if baseline_cost:
+        figure.add_trace(
+            go.Scatter(
+                x=[0.0],
+                y=[baseline_cost],
+                mode="markers",
+                name="baseline",
+                marker={"symbol": "star", "size": 14, "color": "#c08a00"},
+                text=[f"baseline<br>{quantity(baseline_cost, metric)}"],
+                hovertemplate="%{text}<extra></extra>",
+            )
+        )
+    figure.add_vline(x=delta, line={"color": "#8a8a8a", "width": 1.5, "dash": "dash"})
+    figure.add_annotation(
+        x=delta,
+        y=1,
+        yref="paper",
+        text=f"allowed drop {delta:.2f}",
+        showarrow=False,
+        xanchor="left",
+        yanchor="top",
+        xshift=5,
+    )
+    costs = [cost for cost in (baseline_cost, *(t.cost for t in drawn)) if cost]
+    figure.update_layout(**_layout(title, _x_range(trials, delta)))
+    figure.update_yaxes(**_cost_axis(costs, baseline_cost, metric))
+    return figure
+
+
+def _marker(kind: str, symbol: str) -> dict[str, Any]:
+    line = {"color": _COLOURS[kind], "width": 1.5}
+    size = 7 if kind == "stopped" else 9
+    return {"symbol": symbol, "size": size, "color": _COLOURS[kind], "line": line}
+
+
+def _layout(title: str, x_range: tuple[float, float]) -> dict[str, Any]:
+    clear = "rgba(0,0,0,0)"
+    title_style = {"font": {"size": 13}, "standoff": 14}
+    return {
+        "template": "none",
+        "height": 500,
+        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+        "paper_bgcolor": clear,
+        "plot_bgcolor": clear,
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+        # Above the plot it grows away from the axis title when a narrow screen breaks it up.
+        "legend": {
+            "orientation": "h",
+            "yanchor": "bottom",
+            "y": 1.03,
+            "x": 0,
+            "xanchor": "left",
+            "traceorder": "reversed",
+            "font": {"size": 12},
+        },
+        "hoverlabel": {
+            "bgcolor": "#222222",
+            "bordercolor": "#222222",
+            "font": {"color": "#ffffff"},
+            "align": "left",
+        },
+        "xaxis": {
+            "title": {"text": "accuracy drop, points", **title_style},
+            "range": x_range,
+            "automargin": True,
+            "zeroline": False,
+            "gridcolor": "#dddddd",
+        },
+        "yaxis": {
+            "title": {"text": f"{title} (compression ratio)", **title_style},
+            "automargin": True,
+            "zeroline": False,
+            "gridcolor": "#dddddd",
+        },
+    }
+
+
+def _cost_axis(costs: Sequence[float], baseline_cost: float | None, metric: str) -> dict[str, Any]:
+    """A logarithmic cost axis whose ticks are compression ratios, equal steps of which matter."""
+    if not costs or not baseline_cost:
+        return {"type": "linear", "rangemode": "tozero"}
+    low, high = math.log10(min(costs)), math.log10(max(costs))
+    pad = max(0.04, 0.06 * (high - low))
+    ladder = [0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024]
+    shown = [r for r in ladder if low - pad <= math.log10(baseline_cost / r) <= high + pad]
+    while len(shown) > 10:
+        shown = shown[::2]
+    return {
+        "type": "log",
+        "range": (low - pad, high + pad),
+        "tickvals": [baseline_cost / r for r in shown],
+        "ticktext": [f"{quantity(baseline_cost / r, metric)} ({r:g}x) " for r in shown],
+    }
+
+
+def _x_range(trials: Sequence[TrialView], delta: float) -> tuple[float, float]:
+    """Drops from a little below the least to where the decision is made, not to the worst trial."""
+    drops = sorted(t.drop for t in trials if t.drop is not None and t.outcome == "infeasible")
+    near = [drop for drop in drops if drop <= 4 * max(delta, 0.5)]
+    feasible = [t.drop for t in trials if t.drop is not None and t.outcome == "feasible"]
+    right = max([1.6 * delta, 0.5, *near, *(drops[:1]), *feasible])
+    left = min([0.0, *feasible])
+    pad = 0.06 * (right - left)
+    return (left - pad, right + pad)
+
+
+def _outside(trials: Sequence[TrialView], delta: float) -> int:
+    right = _x_range(trials, delta)[1]
+    return sum(t.drop is not None and t.cost is not None and t.drop > right for t in trials)
+
+
+def _hover(trial: TrialView, metric: str) -> str:
+    lines = [
+        f"<b>{trial.stage} {trial.number}</b>",
+        f"drop {quantity(trial.drop, 'drop')} points",
+        f"{quantity(trial.cost, metric)}, {_ratio(trial.ratio)}",
+        html.escape(trial.plan),
+    ]
+    if trial.reason:
+        lines.append(html.escape(_shorten(trial.reason, 70)))
+    return "<br>".join(lines)
+
+
+def _trial_view(
+    trial: FrozenTrial,
+    stage: str,
+    delta: float,
+    key: str,
+    baseline_cost: float | None,
+    on_front: bool,
+) -> TrialView:
+    attributes = trial.user_attrs
+    metrics = attributes.get("metrics") or {}
+    drop, cost = trial.values if trial.values and len(trial.values) == 2 else (None, None)
+    constraints = trial.system_attrs.get("constraints")
+    if drop is None and trial.state == TrialState.PRUNED and constraints:
+        # A stopped trial has no values; its constraint is the drop at the gate minus delta.
+        drop = constraints[0] + delta
+    drop = metrics.get("drop") if drop is None else drop
+    cost = metrics.get(key) if cost is None else cost
+    plan = attributes.get("plan")
+    return TrialView(
+        stage=stage,
+        number=trial.number,
+        outcome=outcome(trial, delta),
+        drop=drop,
+        cost=cost,
+        ratio=baseline_cost / cost if baseline_cost and cost else None,
+        on_front=on_front,
+        plan=plan_summary(plan) if plan else "",
+        metrics=metrics,
+        seconds=attributes.get("seconds") or {},
+        parent=str(attributes.get("parent") or ""),
+        reason=str(attributes.get("reason") or ""),
+        changed=len(plan_layers(plan)),
+    )
+
+
+def _headline(view: _View) -> dict[str, Any]:
+    """The first screen: one sentence with the ratio, one on accuracy, and six figures."""
+    before = _baseline_metrics(view)
+    if view.chosen is None:
+        return {
+            "title": "No compressed model",
+            "met": False,
+            "verdict": "No trial has finished, so there is nothing to compare.",
+            "test": "",
+            "figures": [],
+        }
+    chosen = view.chosen
+    after = _metrics_of_profile(chosen.get("profile")) or dict(chosen.get("metrics") or {})
+    key, _, words = OBJECTIVES[view.objective]
+    ratio = _divide(before.get(key), after.get(key))
+    drop = _drop(chosen)
+    where = f"{chosen.get('stage', '')} trial {chosen.get('trial', '')}".strip()
+    met = bool(view.result.get("met"))
+    if met:
+        verdict = (
+            f"Accuracy on validation data drops by {quantity(drop, 'drop')} "
+            f"of the allowed {view.delta:.2f} points ({where})."
+        )
+    else:
+        verdict = (
+            f"No plan kept the accuracy drop within {view.delta:.2f} points. "
+            f"The nearest is {where} with {quantity(drop, 'drop')} points on validation data."
+        )
+    names = {"params": "parameters", "size_bytes": "size", "macs": "MACs", "memory_bytes": "memory"}
+    names["latency_ms"] = "latency"
+    figures = [
+        (_ratio(_divide(before.get(k), after.get(k))), name, _arrow(before.get(k), after.get(k), k))
+        for k, name in names.items()
+        if _divide(before.get(k), after.get(k)) is not None
+    ]
+    title = f"{_ratio(ratio)} {words}" if ratio else "Compressed model"
+    return {
+        "title": title if met else "Not within the allowed drop",
+        "met": met,
+        "verdict": verdict,
+        "test": _test_sentence(view, chosen),
+        "figures": figures,
+    }
+
+
+def _test_sentence(view: _View, chosen: Mapping[str, Any]) -> str:
+    before, after = view.baseline.get("test_accuracy"), chosen.get("test_accuracy")
+    if before is None or after is None:
+        return ""
+    drop = chosen.get("test_drop", before - after)
+    text = f"On test data, read once at the end: {before:.2f} % → {after:.2f} %, "
+    text += f"a drop of {drop:.2f} points"
+    interval = chosen.get("test_drop_interval")
+    if interval is None:
+        return text + "."
+    low, high = interval
+    count = chosen.get("test_images")
+    images = f"{count:,} images" if count else "images"
+    text += f" (95 % interval {_signed(low)} to {_signed(high)}, paired on the same {images})."
+    if low <= view.delta < high and view.result.get("met"):
+        text += f" The interval reaches beyond the allowed {view.delta:.2f}."
+    elif low > view.delta:
+        text += f" That is more than the allowed {view.delta:.2f}, which held on validation data."
+    return text
+
+
+def _comparison(view: _View) -> dict[str, Any]:
+    """Rows of the before/after table: label and, per column, value and ratio."""
+    columns: list[tuple[str, Mapping[str, Any]]] = []
+    base = _baseline_metrics(view)
+    base["accuracy"] = view.baseline.get("val_accuracy", base.get("accuracy"))
+    base["test"] = view.baseline.get("test_accuracy")
+    stage_best = (view.result.get("stage_best") or {}).get("exploration")
+    if stage_best:
+        name = f"best of exploration (trial {stage_best.get('trial')})"
+        columns.append((name, dict(stage_best.get("metrics") or {})))
+    if view.chosen is not None:
+        after = _metrics_of_profile(view.chosen.get("profile"))
+        after = after or dict(view.chosen.get("metrics") or {})
+        after["accuracy"] = view.chosen.get("val_accuracy", after.get("accuracy"))
+        after["test"] = view.chosen.get("test_accuracy")
+        where = f"{view.chosen.get('stage')} trial {view.chosen.get('trial')}"
+        columns.append((f"{'final' if view.result.get('met') else 'nearest'} ({where})", after))
+    labels = [
+        ("Accuracy, validation", "accuracy"),
+        ("Accuracy, test", "test"),
+        ("Parameters", "params"),
+        ("Size", "size_bytes"),
+        ("MACs, one image", "macs"),
+        ("Memory, one image", "memory_bytes"),
+        (_latency_label(view.baseline.get("profile")), "latency_ms"),
+    ]
+    rows = []
+    for label, key in labels:
+        unit = "accuracy" if key == "test" else key
+        if base.get(key) is None and all(found.get(key) is None for _, found in columns):
+            continue
+        cells = []
+        for _, found in columns:
+            value = found.get(key)
+            if unit == "accuracy":
+                change = "" if None in (value, base.get(key)) else _points(value - base[key])
+            else:
+                change = _ratio(_divide(base.get(key), value), missing="")
+            cells.append((quantity(value, unit), change))
+        rows.append((label, quantity(base.get(key), unit), cells))
+    return {"columns": [name for name, _ in columns], "rows": rows}
+
+
+def _latency_label(profile: Mapping[str, Any] | None) -> str:
+    latency = (profile or {}).get("latency")
+    if not isinstance(latency, Mapping):
+        return "Latency"
+    words = [str(latency.get("runtime") or ""), f"batch {latency.get('batch_size')}"]
+    if latency.get("threads"):
+        words.append(f"{latency['threads']} threads")
+    return "Latency, " + ", ".join(word for word in words if word)
+
+
+def _second(view: _View) -> str:
+    second = view.result.get("second")
+    if not second:
+        return ""
+    key, _, words = OBJECTIVES[view.objective]
+    metrics = _metrics_of_profile(second.get("profile")) or dict(second.get("metrics") or {})
+    base = _baseline_metrics(view)
+    ratio = _ratio(_divide(base.get(key), metrics.get(key)))
+    return (
+        f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
+        f"drop {quantity(_drop(second), 'drop')} points on validation data."
+    )
+
+
+def _layers(view: _View) -> list[dict[str, str]]:
+    """One row per layer of the baseline that could be or was left alone."""
+    if view.chosen is None:
+        return []
+    plan = plan_layers(view.chosen.get("plan"))
+    before = (view.baseline.get("profile") or {}).get("layers") or ()
+    after = (view.chosen.get("profile") or {}).get("layers") or ()
+    names = [str(layer["name"]) for layer in view.layers]
+    names += [name for name in (*plan, *view.left_alone) if name not in names]
+    specs = {str(layer["name"]): layer for layer in view.layers}
+    order = {str(layer["name"]): i for i, layer in enumerate(before)}
+    rows = []
+    for name in sorted(names, key=lambda name: order.get(name, len(order))):
+        was, now = _layer_cost(before, name), _layer_cost(after, name)
+        error = view.layer_errors.get(name) if name in plan else None
+        why = view.left_alone.get(name, "kept by the chosen plan")
+        rows.append(
+            {
+                "name": name,
+                "shape": _shape(specs.get(name)),
+                "params": _count_arrow(was, now, "params", name in plan),
+                "params_ratio": _ratio(_layer_ratio(was, now, "params"), missing=""),
+                "macs": _count_arrow(was, now, "macs", name in plan),
+                "macs_ratio": _ratio(_layer_ratio(was, now, "macs"), missing=""),
+                "transform": transform_text(plan[name]) if name in plan else "",
+                "why": "" if name in plan else why,
+                "error": "" if error is None else f"{error:.3f}",
+            }
+        )
+    return rows
+
+
+def _layer_cost(layers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int] | None:
+    """Params and MACs of a layer, or of the layers that replaced it, which are named under it."""
+    found = [x for x in layers if x["name"] == name or str(x["name"]).startswith(name + ".")]
+    if not found:
+        return None
+    return {key: sum(int(x.get(key) or 0) for x in found) for key in ("params", "macs")}
+
+
+def _layer_ratio(
+    was: Mapping[str, int] | None, now: Mapping[str, int] | None, key: str
+) -> float | None:
+    if was is None or now is None or was[key] == now[key]:
+        return None
+    return _divide(was[key], now[key])
+
+
+def _count_arrow(
+    was: Mapping[str, int] | None, now: Mapping[str, int] | None, key: str, changed: bool
+) -> str:
+    if was is None:
+        return "–"
+    # MACs are long numbers; params stay exact, as people check them against the layer's shape.
+    show = f"{was[key]:,}" if key == "params" else quantity(was[key], key)
+    if now is None and changed:
+        # The nearest trial of a study that met nothing has a plan and no profile.
+        return f"{show} → not profiled"
+    if now is None or was[key] == now[key]:
+        return show
+    return f"{show} → " + (f"{now[key]:,}" if key == "params" else quantity(now[key], key))
+
+
+def _shape(layer: Mapping[str, Any] | None) -> str:
+    """ "conv 64→128, 3×3, stride 2"."""
+    if layer is None:
+        return "–"
+    channels = f"{layer['in_channels']}→{layer['out_channels']}"
+    if layer.get("kind") == "linear":
+        return f"linear {channels}"
+    height, width = layer["kernel_size"]
+    words = [f"conv {channels}", f"{height}×{width}"]
+    stride = tuple(layer.get("stride") or (1, 1))
+    if stride != (1, 1):
+        words.append(
+            f"stride {stride[0] if stride[0] == stride[1] else f'{stride[0]}×{stride[1]}'}"
+        )
+    if layer.get("groups", 1) != 1:
+        words.append(f"{layer['groups']} groups")
+    return ", ".join(words)
+
+
+def _layer_errors(
+    records: Mapping[str, Sequence[FrozenTrial]], chosen: Mapping[str, Any] | None
+) -> Mapping[str, float]:
+    if chosen is None:
+        return {}
+    for trial in records.get(str(chosen.get("stage")), ()):
+        if trial.number == chosen.get("trial"):
+            errors: Mapping[str, float] = trial.user_attrs.get("layer_errors") or {}
+            return errors
+    return {}
+
+
+def _trial_cells(trial: TrialView) -> dict[str, str]:
+    words = {"feasible": "within", "infeasible": "too large a drop"}
+    return {
+        "name": f"{trial.stage} {trial.number}",
+        "outcome": words.get(trial.outcome, trial.outcome),
+        "kind": trial.outcome,
+        "front": "on the front" if trial.on_front else "",
+        "drop": quantity(trial.drop, "drop"),
+        "ratio": _ratio(trial.ratio),
+        "accuracy": quantity(trial.metrics.get("accuracy"), "accuracy"),
+        "seconds": _duration(sum(trial.seconds.values())) if trial.seconds else "–",
+        "plan": trial.plan,
+        "note": "; ".join(
+            part for part in (f"from {trial.parent}" if trial.parent else "", trial.reason) if part
+        ),
+    }
+
+
+def _phases(view: _View) -> dict[str, list[tuple[str, str, float]]]:
+    """Name, time and share of each phase of the study, and of the parts of its trials."""
+    parts: Counter[str] = Counter()
+    for trial in view.trials:
+        parts.update(trial.seconds)
+    return {"study": _shares(view.result.get("seconds") or {}), "trials": _shares(parts)}
+
+
+def _shares(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    known = {name: value for name, value in seconds.items() if value}
+    total = sum(known.values()) or 1.0
+    return [(name, _duration(value), 100 * value / total) for name, value in known.items()]
+
+
+def _facts(view: _View) -> list[tuple[str, str]]:
+    facts = [("seed", str(view.result.get("seed", "–")))]
+    for key in ("command", "device", "precision", "finished"):
+        if view.result.get(key):
+            facts.append((key, str(view.result[key])))
+    return facts + [(k, str(v)) for k, v in (view.result.get("versions") or {}).items()]
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", _plain(value)))
+    return rows
+
+
+def _metrics_of_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A profile under the names of a trial's metrics."""
+    if not profile:
+        return {}
+    keys = ("accuracy", "params", "macs", "size_bytes", "memory_bytes")
+    latency = profile.get("latency")
+    median = latency.get("median_ms") if isinstance(latency, Mapping) else None
+    return {**{key: profile.get(key) for key in keys}, "latency_ms": median}
+
+
+def _baseline_metrics(view: _View) -> dict[str, Any]:
+    """The baseline's metrics, with the latency that was measured in turns with the chosen model's.
+
+    Two latencies from different hours of a busy machine make no ratio.
+    """
+    metrics = _metrics_of_profile(view.baseline.get("profile"))
+    beside = (view.chosen or {}).get("baseline_latency")
+    if isinstance(beside, Mapping):
+        metrics["latency_ms"] = beside.get("median_ms", metrics.get("latency_ms"))
+    return metrics
+
+
+def _drop(entry: Mapping[str, Any]) -> float | None:
+    drop = entry.get("val_drop", (entry.get("metrics") or {}).get("drop"))
+    return None if drop is None else float(drop)
+
+
+def _divide(before: float | None, after: float | None) -> float | None:
+    return before / after if before is not None and after else None
+
+
+def _arrow(before: float | None, after: float | None, metric: str) -> str:
+    return f"{quantity(before, metric)} → {quantity(after, metric)}"
+
+
+def _ratio(value: float | None, missing: str = "–") -> str:
+    if value is None:
+        return missing
+    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+
+
+def _points(difference: float) -> str:
+    return f"{_signed(difference)} points"
+
+
+def _signed(value: float) -> str:
+    # A true minus sign lines up with the digits of tabular figures.
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _digits(value: float) -> str:
+    """Three significant digits without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return "–" if value is None else str(value)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _need(module: str, package: str | None = None) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"The report needs {package or module}, which is not installed. "
+            "Install it with: pip install 'autocompress[report]'"
+        ) from error

@@ -1,0 +1,276 @@
+"""How candidates are proposed: Optuna samplers over the space's own parameters.
+
+`KnobSampler` and `AnnealingSampler` propose whole plans, decoded from a few knobs through the layer
+table, and answer Optuna with the parameters of every layer. All that they remember is on the
+trials, so that any process can go on from the database alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from autocompress.plan import Plan
+from autocompress.space import (
+    RULES,
+    STAGES,
+    Knobs,
+    Option,
+    SearchSpace,
+    allocate,
+    budget_line,
+)
+
+KNOBS = "autocompress:knobs"
+"""System attribute of a trial: the knobs that its plan was decoded from."""
+SEED_INDEX = "autocompress:seed_index"
+"""System attribute of a trial: which of the seeds it tries."""
+PARENT = "parent"
+"""User attribute of a trial: "<stage>/<number>" of the trial whose weights it inherits."""
+INTERRUPTED = "interrupted"
+"""User attribute of a trial that was cut off from outside; it does not count."""
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+class PlanSampler(BaseSampler):
+    """A sampler that proposes whole plans and answers with the parameters of every layer.
+
+    A subclass implements `propose`. Plans that the study already has are proposed again with
+    another random state, a few times, before a repetition is accepted.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._seed = seed
+        self._independent = RandomSampler(seed=seed)
+
+    def propose(
+        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
+    ) -> dict[str, Option]:
+        """An option for every layer."""
+        raise AssertionError(f"{type(self).__name__} must define propose")
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The whole space: a plan is proposed at once."""
+        return self._space.distributions()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of the proposed plan."""
+        seen = {
+            other.user_attrs.get("plan_digest")
+            for other in study.get_trials(deepcopy=False)
+            if other.number != trial.number
+        }
+        picked: dict[str, Option] = {}
+        for attempt in range(8):
+            rng = np.random.default_rng(trial_seed(self._seed, trial.number, attempt))
+            picked = self.propose(study, trial, rng)
+            if self._space.plan(picked).digest not in seen:
+                break
+        return self._space.params(picked)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """A random value, for a parameter that is not in the space."""
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
+
+
+class KnobSampler(PlanSampler):
+    """Exploration: TPE over about a dozen knobs, after seeds along the budget line.
+
+    Eleven knobs decoded through a cheap table of layer errors found in 30 trials what TPE over the
+    raw parameters of 30 layers did not find in 300. The inner study of the knobs is rebuilt from
+    the trials' system attributes whenever a proposal is wanted.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int, seed_count: int = 8) -> None:
+        super().__init__(space, seed)
+        self._seeds = budget_line(space, seed_count)
+
+    def propose(
+        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
+    ) -> dict[str, Option]:
+        """Decode the next seed, or what TPE makes of the finished trials."""
+        storage, trial_id = study._storage, trial._trial_id
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        index = self._next_seed(others)
+        own = storage.get_trial_system_attrs(trial_id)
+        if index is not None and SEED_INDEX not in own:
+            knobs = self._seeds[index]
+            storage.set_trial_system_attr(trial_id, SEED_INDEX, index)
+        else:
+            knobs = Knobs.from_params(self._ask(others, study.directions, rng))
+        storage.set_trial_system_attr(trial_id, KNOBS, knobs.to_params(self._space))
+        return allocate(self._space, knobs)
+
+    def _next_seed(self, others: Sequence[FrozenTrial]) -> int | None:
+        """The first seed that no trial has tried; a trial that was cut off gives its seed back."""
+        taken = {
+            other.system_attrs.get(SEED_INDEX)
+            for other in others
+            if INTERRUPTED not in other.user_attrs
+        }
+        return next((i for i in range(len(self._seeds)) if i not in taken), None)
+
+    def _ask(
+        self,
+        others: Sequence[FrozenTrial],
+        directions: Sequence[StudyDirection],
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        distributions = Knobs.distributions(self._space)
+        sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
+        inner = optuna.create_study(directions=list(directions), sampler=sampler)
+        for other in others:
+            knobs = other.system_attrs.get(KNOBS)
+            if knobs is None or knobs.keys() != distributions.keys():
+                continue
+            if other.state in FINISHED:
+                inner.add_trial(
+                    optuna.create_trial(
+                        state=other.state,
+                        values=other.values,
+                        params=knobs,
+                        distributions=distributions,
+                        constraints=other.constraints,
+                    )
+                )
+        return dict(inner.ask(distributions).params)
+
+
+class AnnealingSampler(PlanSampler):
+    """Annealing: children of the cheapest trials within delta, ever nearer to them.
+
+    A child's budget is its parent's cost times a step. The step of the next child is learned from
+    the finished children: it gets bolder after a child within delta and more careful after one
+    beyond it. The allocator shares the budget out in a narrow band around the parent.
+
+    Args:
+        space: The space around the exploration's best trials.
+        seed: The study's seed.
+        delta: The tolerance, in points.
+        parents: The exploration's trials that may be parents, as `(label, plan, drop, cost)`.
+        rounds: The band halves from round to round.
+        trials: Number of trials of the whole annealing.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        seed: int,
+        *,
+        delta: float,
+        parents: Sequence[tuple[str, Plan, float, float]],
+        rounds: int = 3,
+        trials: int = 15,
+    ) -> None:
+        super().__init__(space, seed)
+        self._delta = delta
+        self._parents = list(parents)
+        self._rounds = rounds
+        self._trials = max(trials, 1)
+
+    def propose(
+        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
+    ) -> dict[str, Option]:
+        """Decode a child of one of the best trials so far."""
+        finished = [
+            other
+            for other in study.get_trials(deepcopy=False)
+            if other.state in FINISHED and other.number != trial.number
+        ]
+        pool = self._parents + [
+            (f"annealing/{t.number}", Plan.from_json(t.user_attrs["plan"]), t.values[0], t.values[1])
+            for t in finished
+            if t.state == TrialState.COMPLETE
+        ]
+        label, plan, _, _ = self._choose(pool, rng)
+        turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
+        band = 0.5 / 2**turn
+        near = self._space.narrow([plan], band)
+        parent_cost = near.cost(near.pick(plan))
+        step = self._step(finished) * math.exp(rng.normal(0.0, 0.08))
+        knobs = Knobs(
+            budget=parent_cost / near.baseline_cost * min(0.97, max(0.4, step)),
+            rule=str(rng.choice(RULES[:2], p=[0.8, 0.2])),
+            sharpness=float(rng.uniform(1.2, 2.5)),
+            stages=tuple(rng.normal(0.0, 0.5 / 2**turn, STAGES)),
+            methods={method: float(rng.normal(0.0, 0.2)) for method in near.methods},
+        )
+        storage, trial_id = study._storage, trial._trial_id
+        storage.set_trial_user_attr(trial_id, PARENT, label)
+        storage.set_trial_system_attr(trial_id, KNOBS, {"step": step, "band": band})
+        return allocate(near, knobs)
+
+    def _choose(
+        self, pool: Sequence[tuple[str, Plan, float, float]], rng: np.random.Generator
+    ) -> tuple[str, Plan, float, float]:
+        """The cheapest trial within delta, at times the second or third; else the nearest."""
+        within = sorted((p for p in pool if p[2] <= self._delta), key=lambda p: p[3])
+        if not within:
+            return min(pool, key=lambda p: p[2])
+        odds = np.array([0.6, 0.25, 0.15])[: len(within)]
+        return within[int(rng.choice(len(odds), p=odds / odds.sum()))]
+
+    def _step(self, finished: Sequence[FrozenTrial]) -> float:
+        """Share of its parent's cost that the next child may have."""
+        step = 0.75
+        for other in sorted(finished, key=lambda t: t.number):
+            met = other.state == TrialState.COMPLETE and other.values[0] <= self._delta
+            step = max(0.55, step**1.15) if met else min(0.95, step**0.75)
+        return step
+
+
+def make_sampler(
+    name: str, space: SearchSpace, seed: int, existing: int, trials: int
+) -> BaseSampler:
+    """The exploration's sampler by its name in the study file.
+
+    Args:
+        name: "knobs", or "tpe", "gp", "nsga2", "random" over the raw parameters.
+        space: The search space.
+        seed: The study's seed.
+        existing: Trials already there. Optuna's own samplers start anew with every process; one
+            seed for all would make a resumed study repeat its first proposals.
+        trials: Planned number of trials; a third of them, at most 8, are seeds of "knobs".
+    """
+    if name == "knobs":
+        return KnobSampler(space, seed, seed_count=max(1, min(8, trials // 3)))
+    own = trial_seed(seed, existing, 0)
+    if name == "tpe":
+        # Independent TPE reads all trials again for every parameter: seconds for 60 of them.
+        wide = len(space.distributions()) > 40
+        return TPESampler(seed=own, multivariate=True if wide else None)
+    if name == "gp":
+        return GPSampler(seed=own)
+    return NSGAIISampler(seed=own) if name == "nsga2" else RandomSampler(seed=own)
+
+
+def reads_rejected_as_complete(name: str) -> bool:
+    """Whether a sampler learns from rejected trials only if they are told as complete."""
+    return name in ("gp", "nsga2")
+
+
+def trial_seed(seed: int, number: int, attempt: int = 0) -> int:
+    """A seed of its own for each trial, the same in every process."""
+    digest = hashlib.sha256(f"{seed}/{number}/{attempt}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % (2**31)

@@ -1,0 +1,434 @@
+"""The command line: `python -m autocompress.study`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from autocompress.errors import AutocompressError, ConfigError
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from autocompress.config import StudyConfig
+    from autocompress.store import StudyFolder
+
+EXIT_ERROR = 2
+EXIT_NOT_MET = 3
+EXIT_INTERRUPTED = 130
+
+
+class RunByDefault(TyperGroup):
+    """A group that takes `run` for granted: `study.toml --delta 2` means `run study.toml ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `run` in front where no command is named."""
+        own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
+        if not args or (args[0] not in self.commands and args[0] not in own):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RunByDefault,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    no_args_is_help=False,
+    help="""
+Make a trained convolutional network small and fast, within an accuracy tolerance.
+
+**Examples**
+
+- `python -m autocompress.study` runs the quickstart: digits, a small residual network, minutes.
+- `python -m autocompress.study my.toml --delta 0.5` runs a study file; again: goes on with it.
+- `python -m autocompress.study status my.toml` says how far a study is.
+- `python -m autocompress.study dashboard my.toml` opens its Pareto fronts in optuna-dashboard.
+- `python -m autocompress.study export my.toml --trial annealing/7 --to small/` hands out a trial.
+
+Exit codes: 0 within delta; 2 wrong input; 3 finished, but nothing met delta; 130 interrupted.
+""",
+)
+
+StudyArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[STUDY]",
+        help="A study file (.toml), a study's folder, or the name of a ready study; "
+        "without one: the quickstart.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[
+    str | None, typer.Option(help="Folder in which studies' folders are.", show_default=False)
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(help="Database URL (SQLAlchemy); SQLite by default.", show_default=False),
+]
+
+
+@app.command()
+def run(
+    study: StudyArgument = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Largest accepted drop, points.", show_default=False)
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="Trials of the exploration.", show_default=False)
+    ] = None,
+    stage: Annotated[
+        Literal["exploration", "annealing", "both"] | None,
+        typer.Option(help="Which stage to run.", show_default=False),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
+    ] = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+) -> None:
+    """Run a study, or go on with it where it was interrupted. (The default command.)
+
+    **Examples**
+
+    - `python -m autocompress.study run` runs the quickstart.
+
+    - `python -m autocompress.study run my.toml --delta 0.5 --trials 60`
+
+    - `python -m autocompress.study my.toml --stage exploration --device cuda:0`
+    """
+    import warnings
+
+    from autocompress.api import run as run_file
+    from autocompress.progress import comparison_table, make_display
+
+    # The storages' and samplers' notes to programmers mean nothing to the person who watches.
+    warnings.filterwarnings("ignore", module="optuna")
+    overrides = {
+        "delta": delta,
+        "search.trials": trials,
+        "search.stage": stage,
+        "run.device": device,
+        "run.storage": storage,
+        "run.out": out,
+    }
+    config = _config(study, overrides)
+    folder = _folder(config)
+    command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
+    with _signals():
+        try:
+            with make_display() as display:
+                outcome = run_file(_study_file(study), overrides, display, command)
+        except KeyboardInterrupt:
+            _say_kept(config, folder)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    _print(comparison_table(_rows(outcome.summary)))
+    _print(f"Everything is in {outcome.folder}")
+    if not outcome.met:
+        nearest = outcome.summary["nearest"]
+        near = f" The nearest lost {nearest['val_drop']:.2f} points." if nearest else ""
+        _complain(f"No network within {config.delta:g} points was found.{near}")
+        raise typer.Exit(EXIT_NOT_MET)
+
+
+@app.command()
+def status(study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None) -> None:
+    """Say how far a study is and what it has found.
+
+    **Example:** `python -m autocompress.study status my.toml`
+    """
+    from optuna.trial import TrialState
+
+    from autocompress.store import trials_spent
+
+    config = _config(study, {"run.storage": storage, "run.out": out})
+    studies = _studies(config)
+    table = Table("stage", "trials", "stopped", "failed", "running", "within delta", "best")
+    totals = {
+        "exploration": config.search.trials,
+        "annealing": config.search.annealing_trials,
+    }
+    for stage, one in studies.items():
+        spent = trials_spent(one)
+        complete = [t for t in spent if t.state == TrialState.COMPLETE]
+        within = [t for t in complete if t.values[0] <= config.delta]
+        best = min(within, key=lambda t: t.values[1], default=None)
+        baseline = one.user_attrs["baseline"]
+        full = {
+            "params": baseline["params"],
+            "size": baseline["size_bytes"],
+            "macs": baseline["macs"],
+            "latency": (baseline.get("latency") or {}).get("median_ms", 0.0),
+        }[config.objective]
+        shown = "-"
+        if best is not None:
+            shown = (
+                f"{full / best.values[1]:.2f}x {config.objective}, drop {best.values[0]:.2f} "
+                f"(trial {best.number})"
+            )
+        running = one.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        table.add_row(
+            stage,
+            f"{len(spent)}/{totals[stage]}",
+            str(sum(t.state == TrialState.PRUNED for t in spent)),
+            str(sum(t.state == TrialState.FAIL for t in spent)),
+            str(len(running)),
+            str(len(within)),
+            shown,
+        )
+    _print(table)
+    folder = _folder(config)
+    _print(f"{'Finished' if folder.result.exists() else 'Not finished'}: {folder.path}")
+
+
+@app.command()
+def profile(
+    study: StudyArgument = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
+    ] = None,
+) -> None:
+    """Print what a study's network costs, in total and layer by layer; nothing is trained.
+
+    **Example:** `python -m autocompress.study profile my.toml`
+    """
+    from autocompress.api import task_from_config
+    from autocompress.profiler import profile_model
+    from autocompress.task import check_outputs
+
+    config = _config(study, {"run.device": device})
+    path = _study_file(study)
+    task = task_from_config(config, Path(path).resolve().parent if path else None)
+    check_outputs(task)
+    found = profile_model(task.model, task.example())
+    table = Table("layer", "kind", "params", "MACs", "activations (kB)")
+    for layer in found.layers:
+        table.add_row(
+            layer.name,
+            layer.kind,
+            f"{layer.params:,}",
+            f"{layer.macs:,}",
+            f"{layer.activation_bytes / 1e3:,.1f}",
+        )
+    _print(table)
+    _print(
+        f"params {found.params / 1e6:.4f} M · size {found.size_bytes / 1e6:.3f} MB · "
+        f"MACs {found.macs / 1e6:.2f} M · memory {found.memory_bytes / 1e6:.2f} MB"
+    )
+    if found.latency is not None:
+        own = found.latency
+        _print(
+            f"latency {own.median_ms:.3f} ms (interquartile range {own.iqr_ms:.3f} ms, batch "
+            f"{own.batch_size}, {own.runs} runs, {own.runtime} on {own.device}, "
+            f"{own.threads} threads)"
+        )
+    if found.uncounted:
+        ops = ", ".join(f"{name} x{count}" for name, count in found.uncounted.items())
+        _print(f"Not counted in the MACs: {ops}")
+
+
+@app.command()
+def report(study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None) -> None:
+    """Write a finished study's report.html again.
+
+    **Example:** `python -m autocompress.study report runs/quickstart`
+    """
+    import json
+
+    from autocompress.report import write_report
+
+    config = _config(study, {"run.storage": storage, "run.out": out})
+    folder = _folder(config)
+    if not folder.result.exists():
+        raise ConfigError(f"There is no result in {folder.path} yet; run the study to its end.")
+    studies = _studies(config)
+    summary = json.loads(folder.result.read_text(encoding="utf-8"))
+    write_report(summary, studies.get("exploration"), studies.get("annealing"), folder.report)
+    _print(f"{folder.report}")
+
+
+@app.command()
+def export(
+    study: StudyArgument = None,
+    trial: Annotated[
+        str, typer.Option(help="Which trial, e.g. annealing/7; best: the study's winner.")
+    ] = "best",
+    to: Annotated[
+        str | None, typer.Option(help="The folder to write.", show_default=False)
+    ] = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+) -> None:
+    """Write any trial's network as safetensors, plan, ONNX and pt2.
+
+    **Example:** `python -m autocompress.study export my.toml --trial annealing/7 --to small/`
+    """
+    from autocompress.handout import export_trial
+
+    config = _config(study, {"run.storage": storage, "run.out": out})
+    folder = _folder(config)
+    target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
+    path = _study_file(study)
+    written = export_trial(
+        config, folder, _studies(config), trial, target, Path(path).parent if path else None
+    )
+    for name, size in written.files.items():
+        _print(f"{target / name}  {size / 1e6:.3f} MB")
+    for name, reason in written.skipped.items():
+        _complain(f"{name} was not written: {reason}")
+
+
+@app.command()
+def dashboard(
+    study: StudyArgument = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port on 127.0.0.1; a free one by default.", show_default=False)
+    ] = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+) -> None:
+    """Show a study in optuna-dashboard, on this machine only; also while it runs.
+
+    **Example:** `python -m autocompress.study dashboard my.toml --port 8080`
+    """
+    from autocompress.dashboard import annotate, serve
+
+    config = _config(study, {"run.storage": storage, "run.out": out})
+    folder = _folder(config)
+    for one in _studies(config).values():
+        annotate(one)
+    url = folder.storage_url(config.run.storage)
+    serve(url, folder.artifacts, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Only names with this in them.")] = "",
+) -> None:
+    """List the networks that a study file can name.
+
+    **Example:** `python -m autocompress.study models resnet`
+    """
+    from autocompress.models import list_models
+
+    for source, names in list_models().items():
+        found = [name for name in names if pattern in name]
+        if found:
+            _print(f"[bold]{source}[/bold]  " + ", ".join(found))
+
+
+def _study_file(study: str | None) -> str | None:
+    """The study file that an argument means: itself, a ready study's, or none for a folder."""
+    if study is None or Path(study).suffix == ".toml" or Path(study).is_dir():
+        return None if study is not None and Path(study).is_dir() else study
+    ready = Path("studies") / f"{study}.toml"
+    return str(ready) if ready.exists() else study
+
+
+def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
+    """The checked settings of a study file, or of a study's folder."""
+    import json
+
+    from autocompress.config import flatten, load_config, parse_config
+
+    if study is not None and Path(study).is_dir():
+        stored = Path(study) / "study.json"
+        if not stored.exists():
+            raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
+        fields = flatten(json.loads(stored.read_text(encoding="utf-8")))
+        fields["run.out"] = str(Path(study).resolve().parent)
+        return parse_config(fields | {k: v for k, v in overrides.items() if v is not None})
+    return load_config(_study_file(study), overrides)
+
+
+def _folder(config: StudyConfig) -> StudyFolder:
+    from autocompress.store import StudyFolder
+
+    return StudyFolder(Path(config.run.out) / config.name)
+
+
+def _studies(config: StudyConfig) -> dict[str, Study]:
+    """The stages of a study that has begun, for reading."""
+    from autocompress.store import STAGES, load_study, open_storage
+
+    folder = _folder(config)
+    if config.run.storage is None and not folder.database.exists():
+        raise ConfigError(
+            f"Study '{config.name}' has not begun: there is no {folder.database}. Run it first, or "
+            "give --out or --storage."
+        )
+    storage = open_storage(folder.storage_url(config.run.storage))
+    found = {stage: load_study(storage, config.name, stage) for stage in STAGES}
+    present = {stage: one for stage, one in found.items() if one is not None}
+    if not present:
+        raise ConfigError(f"Study '{config.name}' has not begun; run it first.")
+    return present
+
+
+def _rows(summary: Any) -> Any:
+    """Before and after, from a study's result."""
+    from autocompress.profiler import Profile, comparison
+
+    before = Profile.from_dict(summary["baseline"]["profile"])
+    if not summary["met"]:
+        return comparison(before, before)
+    return comparison(before, Profile.from_dict(summary["best"]["profile"]))
+
+
+def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:
+    from autocompress.store import trials_spent
+
+    try:
+        counts = ", ".join(f"{len(trials_spent(s))} of {n}" for n, s in _studies(config).items())
+    except ConfigError:
+        counts = "no trial yet"
+    _complain(
+        f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there."
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let a polite request to end (SIGTERM) stop the study as cleanly as Ctrl-C."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(what: Any) -> None:
+    Console().print(what, soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; errors of ours become one line and exit code 2."""
+    try:
+        app()
+    except AutocompressError as error:
+        _complain(f"Error: {error}")
+        raise SystemExit(EXIT_ERROR) from None
+
+
+if __name__ == "__main__":
+    main()

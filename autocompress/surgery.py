@@ -1,0 +1,150 @@
+"""Replacing layers: a plan and a network in, a smaller network out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
+from autocompress.plan import Plan
+from autocompress.transforms.base import Factors, Transform
+
+
+class FactorCache:
+    """Factorizations of a network's layers, each made once at full rank and cut to any rank.
+
+    Args:
+        model: The network; its weights must not change while the cache is used.
+        patches: Real inputs of the layers, which weight the errors; None for plain weights.
+    """
+
+    def __init__(self, model: nn.Module, patches: Mapping[str, Tensor] | None = None) -> None:
+        self._modules = dict(model.named_modules())
+        self._patches = patches or {}
+        self._factors: dict[tuple[str, str], Factors] = {}
+        self._kernels: dict[tuple[str, Transform], tuple[Tensor, ...]] = {}
+
+    def kernels(self, name: str, transform: Transform) -> tuple[Tensor, ...]:
+        """The weights of the replacement's layers, on the CPU."""
+        found = self._kernels.get((name, transform))
+        if found is None:
+            found = transform.kernels(self._full(name, transform))
+            self._kernels[name, transform] = found
+        return found
+
+    def _full(self, name: str, transform: Transform) -> Factors:
+        key = (name, transform.name)
+        if key not in self._factors:
+            module = self._modules[name]
+            weight = module.get_parameter("weight").detach().cpu().float()
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            self._factors[key] = transform.factorize(weight, groups, self._patches.get(name))
+        return self._factors[key]
+
+
+def apply_plan(model: nn.Module, plan: Plan, factors: FactorCache | None = None) -> nn.Module:
+    """A copy of `model` with the plan's layers replaced and filled from the old weights.
+
+    Raises:
+        ConfigError: If the plan names a layer that the network doesn't have.
+        UnsupportedLayer: If a transform can't act on its layer.
+    """
+    factors = factors or FactorCache(model)
+    built = build_plan(model, plan)
+    for name, transform in plan.layers.items():
+        load_kernels(built.get_submodule(name), factors.kernels(name, transform))
+    return built
+
+
+def build_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` with the plan's layers replaced by untrained ones of the right shapes.
+
+    Raises:
+        ConfigError: If the plan names a layer that the network doesn't have.
+        UnsupportedLayer: If a transform can't act on its layer.
+    """
+    built = deepcopy(model)
+    modules = dict(built.named_modules())
+    for name, transform in plan.layers.items():
+        if name not in modules:
+            raise ConfigError(
+                f"The plan names layer {name!r}, which the network doesn't have."
+                f"{did_you_mean(name, [n for n, m in modules.items() if hasattr(m, 'weight')])}"
+            )
+        try:
+            replace_module(built, name, transform.build(modules[name]))
+        except UnsupportedLayer as error:
+            raise UnsupportedLayer(f"Layer {name!r}: {error}") from error
+    return built
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the submodule `name`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
+
+
+def load_kernels(replacement: nn.Module, kernels: Sequence[Tensor]) -> None:
+    """Fill the weights of a replacement's layers, in order."""
+    weights = [p for key, p in replacement.named_parameters() if key.split(".")[-1] == "weight"]
+    with torch.no_grad():
+        for weight, kernel in zip(weights, kernels, strict=True):
+            weight.copy_(kernel)
+
+
+def dense_weight(replacement: nn.Module, module: nn.Module) -> Tensor:
+    """Multiply a replacement out to a kernel of the shape of `module.weight`.
+
+    It is what the replacement answers to unit impulses, one for each place of a group's kernel.
+    """
+    weight = module.get_parameter("weight").detach()
+    count = weight[0].numel()
+    impulses = torch.eye(count, device=weight.device, dtype=weight.dtype)
+    impulses = impulses.reshape(count, *weight.shape[1:])
+    if isinstance(module, nn.Conv2d):
+        impulses = impulses.repeat(1, module.groups, 1, 1)
+    with torch.no_grad():
+        answers = at_one_place(replacement)(impulses) - at_one_place(replacement)(
+            torch.zeros_like(impulses[:1])
+        )
+    return answers.reshape(count, -1).T.reshape(weight.shape)
+
+
+def relative_error(
+    module: nn.Module, transform: Transform, kernels: Sequence[Tensor], patches: Tensor
+) -> float:
+    """Relative error of the layer's output on real inputs, the bias left out.
+
+    Args:
+        module: The layer.
+        transform: Its replacement.
+        kernels: The replacement's weights.
+        patches: `n x in x kh x kw` or `n x in`.
+
+    Returns:
+        Norm of the difference divided by norm of the output.
+    """
+    bare = deepcopy(module).cpu().float()
+    replacement = transform.build(bare)
+    load_kernels(replacement, kernels)
+    for part in (bare, replacement):
+        for key, parameter in part.named_parameters():
+            if key.split(".")[-1] == "bias":
+                parameter.data.zero_()
+    with torch.no_grad():
+        exact = at_one_place(bare)(patches)
+        approximate = at_one_place(replacement)(patches)
+    return float((exact - approximate).norm() / exact.norm().clamp_min(1e-12))
+
+
+def at_one_place(module: nn.Module) -> nn.Module:
+    """A copy that maps a patch of the kernel's size to one position: no stride, no padding."""
+    copy = deepcopy(module)
+    for part in copy.modules():
+        if isinstance(part, nn.Conv2d):
+            part.stride, part.dilation, part.padding = (1, 1), (1, 1), (0, 0)
+            part.padding_mode = "zeros"
+    return copy

@@ -1,0 +1,168 @@
+"""The only training loop: it trains the baseline, fine-tunes trials and finishes the winner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from autocompress.errors import TrainingDiverged
+from autocompress.task import Batch, Loader, Task, to_device
+
+MAX_GRADIENT_NORM = 5.0
+"""A freshly factored layer can send one huge gradient; longer ones are scaled to this length."""
+
+OnStep = Callable[[float, float, float], None]
+"""Called as `on_step(epochs done, epochs in all, loss)`."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run of `fit` did.
+
+    Attributes:
+        steps: Batches that were learned from.
+        loss: Mean loss over the last tenth of them.
+        images_per_second: Images learned from, per second.
+        seconds: Time spent.
+    """
+
+    steps: int
+    loss: float
+    images_per_second: float
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    *,
+    epochs: float,
+    learning_rate: float,
+    seed: int,
+    teacher: nn.Module | None = None,
+    distillation: float = 0.0,
+    on_step: OnStep | None = None,
+) -> FitResult:
+    """Train `model` in place on the task's training data.
+
+    Args:
+        model: The network; moved to the task's device, left in evaluation mode.
+        task: Data, loss, optimizer and schedule.
+        epochs: Length, in passes over the training data; fractions allowed.
+        learning_rate: Peak of the schedule.
+        seed: Fixes the order of the data (where the loader can be reseeded) and dropout.
+        teacher: The baseline, for distillation.
+        distillation: Share of the distillation loss in the whole, 0 to 1.
+        on_step: Told about the progress after every batch.
+
+    Raises:
+        TrainingDiverged: If the loss stops being finite.
+    """
+    steps = round(epochs * len(task.train))
+    if steps < 1:
+        return FitResult(0, float("nan"), 0.0, 0.0)
+    share = distillation if teacher is not None and task.distillation is not None else 0.0
+    model.to(task.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    if teacher is not None:
+        teacher.to(task.device).eval()
+    optimizer = task.optimizer(model, learning_rate)
+    scheduler = task.scheduler(optimizer, learning_rate, steps)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    losses: list[torch.Tensor] = []
+    images = 0
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for step, batch in enumerate(islice(_epochs(task.train, seed), steps)):
+            batch = to_device(batch, task.device)
+            with autocast(task):
+                output = task.forward(model, batch)
+                loss = task.loss(_as_float(output), batch)
+                if share:
+                    with torch.no_grad():
+                        target = task.forward(teacher, batch)  # type: ignore[arg-type]
+                    imitation = task.distillation(_as_float(output), _as_float(target))  # type: ignore[misc]
+                    loss = (1 - share) * loss + share * imitation
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.detach())
+            images += samples_in(batch)
+            if step % 10 == 0 or step == steps - 1:
+                value = float(losses[-1])
+                if not isfinite(value):
+                    raise TrainingDiverged(
+                        f"The loss became {value} at step {step + 1} of {steps} with learning rate "
+                        f"{learning_rate:g}; lower the learning rate."
+                    )
+                if on_step is not None:
+                    on_step((step + 1) / len(task.train), epochs, value)
+    seconds = time.perf_counter() - start
+    tail = torch.stack(losses[-max(1, steps // 10) :])
+    model.eval()
+    return FitResult(steps, float(tail.mean()), images / seconds, seconds)
+
+
+def autocast(task: Task) -> AbstractContextManager[Any]:
+    """The task's mixed precision, if any."""
+    if task.amp_dtype is None:
+        return nullcontext()
+    return torch.autocast(task.device.type, dtype=task.amp_dtype)
+
+
+def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
+    """bfloat16 where training this network with it is faster here, else None; measured."""
+    if task.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return None
+
+    def seconds(dtype: torch.dtype | None) -> float:
+        trial = deepcopy(task.model).to(task.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        amp, task.amp_dtype = task.amp_dtype, dtype
+        best = float("inf")
+        try:
+            for batch in islice(_epochs(task.train, 0), steps):
+                batch = to_device(batch, task.device)
+                start = time.perf_counter()
+                with autocast(task):
+                    loss = task.loss(_as_float(task.forward(trial, batch)), batch)
+                loss.backward()
+                if task.device.type == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - start)
+        finally:
+            task.amp_dtype = amp
+        return best
+
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.9 * seconds(None) else None
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples in a batch: the length of the first tensor in it."""
+    if isinstance(batch, torch.Tensor):
+        return len(batch)
+    if isinstance(batch, dict):
+        return samples_in(next(iter(batch.values())))
+    return samples_in(batch[0])
+
+
+def _epochs(loader: Loader, seed: int) -> Any:
+    """Batches without end; the order starts anew from `seed` where the loader allows it."""
+    if hasattr(loader, "reseed"):
+        loader.reseed(seed)
+    while True:
+        yield from loader
+
+
+def _as_float(output: Any) -> Any:
+    return output.float() if isinstance(output, torch.Tensor) else output

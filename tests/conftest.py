@@ -1,0 +1,88 @@
+"""A tiny network on tiny generated data, on which a whole study takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from autocompress.task import Task
+
+CLASSES = 4
+
+
+class TinyNet(nn.Module):
+    """Two convolutions, batch norm and a classifier: one layer of each kind that matters."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.fc = nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x)).relu()
+        x = self.bn2(self.conv(x)).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Stripes of four directions under noise: `count x 1 x 8 x 8` and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    waves = torch.stack([rows, columns, rows + columns, rows - columns]).mul(1.6).sin()
+    noise = torch.randn(count, 8, 8, generator=generator)
+    return (waves[labels] + 0.8 * noise)[:, None], labels
+
+
+def make_loader(count: int, seed: int, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+    """A loader of `make_images` in batches of 32."""
+    generator = torch.Generator().manual_seed(seed)
+    dataset = TensorDataset(*make_images(count, seed))
+    return DataLoader(dataset, batch_size=32, shuffle=shuffle, generator=generator)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or leaves anything in the user's cache."""
+    monkeypatch.setenv("AUTOCOMPRESS_HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tests' networks are too small for threads to help."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def _trained_state() -> dict[str, Tensor]:
+    from autocompress.training import fit
+
+    torch.manual_seed(0)
+    task = Task(TinyNet(), make_loader(512, 1), make_loader(128, 2), make_loader(128, 3))
+    fit(task.model, task, epochs=6, learning_rate=0.1, seed=0)
+    return task.model.state_dict()
+
+
+@pytest.fixture
+def task(_trained_state: dict[str, Tensor]) -> Task:
+    """A task whose network is trained."""
+    model = TinyNet()
+    model.load_state_dict(_trained_state)
+    return Task(
+        model.eval(),
+        make_loader(512, 1, shuffle=True),
+        make_loader(256, 2),
+        make_loader(256, 3),
+        classes=tuple("abcd"),
+        fingerprint="tiny",
+    )

@@ -1,0 +1,61 @@
+import pytest
+import torch
+from conftest import make_loader
+
+from autocompress.evaluation import Evaluation, evaluate, paired_drop, recalibrate
+from autocompress.task import Task
+
+
+def test_accuracy_is_weighted_by_samples_not_batches(task: Task) -> None:
+    # 40 samples in batches of 32: a mean over batches would weigh the last eight too much.
+    loader = make_loader(40, 5)
+    images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = 100 * (task.model(images).argmax(1) == labels).double().mean()
+    assert evaluate(task.model, task, loader).accuracy == pytest.approx(float(expected))
+
+
+def test_evaluate_restores_the_mode_and_honours_the_batch_count(task: Task) -> None:
+    task.model.train()
+    assert len(evaluate(task.model, task, task.val, 2).scores) == 64
+    assert task.model.training
+
+
+def test_a_metric_of_the_users_own_is_used(task: Task) -> None:
+    task.metric = lambda output, batch: torch.full((len(batch[1]),), 0.25)
+    assert evaluate(task.model, task, task.val).accuracy == pytest.approx(25.0)
+
+
+def test_recalibration_gives_the_statistics_of_the_data(task: Task) -> None:
+    task.model.bn1.running_mean.fill_(50.0)  # type: ignore[union-attr, operator]
+    broken = evaluate(task.model, task, task.val).accuracy
+    task.calibration = make_loader(512, 1)
+    recalibrate(task.model, task, 16)
+    images = task.calibration.dataset.tensors[0]  # type: ignore[attr-defined]
+    with torch.no_grad():
+        mean = task.model.stem(images).mean((0, 2, 3))  # type: ignore[operator]
+    torch.testing.assert_close(task.model.bn1.running_mean, mean, atol=1e-4, rtol=1e-3)
+    assert evaluate(task.model, task, task.val).accuracy > broken + 20
+    assert task.model.bn1.momentum == 0.1 and not task.model.training
+
+
+def test_paired_drop_counts_each_image_once() -> None:
+    before = Evaluation(torch.tensor([1.0] * 90 + [0.0] * 10))
+    after = Evaluation(torch.tensor([1.0] * 80 + [0.0] * 10 + [1.0] * 4 + [0.0] * 6))
+    drop, low, high = paired_drop(before, after)
+    assert drop == pytest.approx(6.0)
+    # Agresti and Min: 10 lost, 4 won, n = 100.
+    centre, spread = 6 / 102, (15 - 36 / 102) ** 0.5 / 102
+    assert low == pytest.approx(100 * (centre - 1.96 * spread))
+    assert high == pytest.approx(100 * (centre + 1.96 * spread))
+
+
+def test_equal_networks_still_have_an_interval() -> None:
+    scores = Evaluation(torch.ones(50))
+    drop, low, high = paired_drop(scores, scores)
+    assert drop == 0 and low < 0 < high
+
+
+def test_paired_drop_refuses_unpaired_scores() -> None:
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        paired_drop(Evaluation(torch.ones(3)), Evaluation(torch.ones(2)))

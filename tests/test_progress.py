@@ -1,0 +1,226 @@
+"""What appears on the screen and in logs while a study runs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from autocompress.progress import (
+    STEP_INTERVAL,
+    Display,
+    LiveDisplay,
+    NullDisplay,
+    PlainDisplay,
+    clean,
+    comparison_table,
+    format_number,
+    format_seconds,
+    make_display,
+)
+
+
+class HandClock:
+    """A clock that the test turns."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Row:
+    metric: str
+    unit: str
+    before: float | None
+    after: float | None
+    ratio: float | None
+
+
+def pipe() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=80)
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=80, _environ={"TERM": "xterm"})
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def play(display: Display, clock: HandClock) -> None:
+    """A short study: three of four trials of one stage, ten seconds each."""
+    display.stage("exploration", 4, delta=1.0)
+    for number, (drop, ratio) in enumerate([(0.62, 4.31), (0.9, 5.02), (2.5, 9.0)]):
+        display.trial_started(number)
+        display.step("fine-tune", 0.5, 1.0)
+        clock.now += 10
+        display.trial_finished(number, drop, ratio, drop <= 1.0, "COMPLETE", None)
+
+
+def test_plain_lines() -> None:
+    console, clock = pipe(), HandClock()
+    with PlainDisplay(console, clock) as display:
+        play(display, clock)
+    assert written(console).splitlines() == [
+        "[exploration 0/4] start  allowed drop 1.00 points",
+        "[exploration 1/4] drop 0.62 <= 1.00  params 4.31x  best 4.31x  eta 30s",
+        "[exploration 2/4] drop 0.90 <= 1.00  params 5.02x  best 5.02x  eta 20s",
+        "[exploration 3/4] drop 2.50 > 1.00  params 9.00x  best 5.02x  eta 10s",
+    ]
+
+
+def test_plain_keeps_long_and_odd_text_on_one_clean_line() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    display.stage("annealing", 2, done=1, delta=0.5, best=(6.0, 0.4))
+    reason = "out of memory:\n\x1b[31m[bold]tried[/bold] 3 GiB\x1b[0m\r " + "x" * 100
+    display.trial_finished(1, None, None, False, "FAIL", reason)
+    lines = written(console).splitlines()
+    assert lines[0] == "[annealing 1/2] resume  allowed drop 0.50 points"
+    assert lines[1].startswith("[annealing 2/2] failed: out of memory: [bold]tried[/bold] 3 GiB x")
+    assert lines[1].endswith("best 6.00x")
+    assert len(lines) == 2
+    assert "\x1b" not in written(console) and "\r" not in written(console)
+
+
+def test_plain_steps_are_throttled() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    display.stage("baseline", 1)
+    for second in range(1, 65):
+        clock.now = 100 + second
+        display.step("train", second / 8, 16.0, note="loss 0.31")
+    lines = written(console).splitlines()[1:]
+    assert len(lines) == 64 // STEP_INTERVAL
+    assert lines[0].startswith("[baseline] train 3.75/16  loss 0.31  eta 1m3")
+
+
+@pytest.mark.parametrize("make", [LiveDisplay, PlainDisplay, NullDisplay])
+def test_step_costs_microseconds(make: type[LiveDisplay | PlainDisplay | NullDisplay]) -> None:
+    display = make() if make is NullDisplay else make(pipe())  # type: ignore[call-arg]
+    with display:
+        display.stage("final", 0)
+        start = time.perf_counter()
+        for i in range(2000):
+            display.step("fine-tune", i / 2000, 1.0)
+        assert (time.perf_counter() - start) / 2000 < 1e-4
+
+
+def test_live_shows_stage_phase_best_and_time_left_on_80_columns() -> None:
+    console, clock = terminal(), HandClock()
+    display = LiveDisplay(console, clock)
+    with display:
+        play(display, clock)
+        display.trial_started(3)
+        clock.now += 4
+        display.step("fine-tune", 0.4, 1.0, note="loss 0.31")
+        view = Console(file=io.StringIO(), width=80)
+        view.print(display.render())
+    lines = written(view).splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    assert "exploration" in lines[0]
+    assert "3 of 4 trials, 34s elapsed, about 6s left" in lines[0]
+    assert "trial 3" in lines[1] and "fine-tune 0.4 of 1, loss 0.31" in lines[1]
+    assert lines[2].startswith("best")
+    assert "params 5.02x, drop 0.90 of 1.00 allowed (exploration 1)" in lines[2]
+    assert "best so far" in written(console)
+    display.close()  # a second time
+
+
+def test_best_survives_the_next_stage_and_not_another_delta() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    play(display, clock)
+    display.stage("annealing", 3, delta=1.0)
+    display.trial_finished(0, 0.8, 4.0, True, "COMPLETE", None)
+    assert "best 5.02x" in written(console).splitlines()[-1]
+    display.stage("annealing", 3, delta=0.5)
+    display.trial_finished(0, 0.4, 3.0, True, "COMPLETE", None)
+    assert "best 3.00x" in written(console).splitlines()[-1]
+
+
+def test_live_before_anything_is_known() -> None:
+    display = LiveDisplay(terminal(), HandClock())
+    view = Console(file=io.StringIO(), width=80)
+    view.print(display.render())
+    display._tally.stage("exploration", 5, 0, 1.0, "macs", None)
+    view.print(display.render())
+    assert "none yet within the allowed drop of 1.00 points" in written(view)
+
+
+def test_live_keeps_a_finished_trial_on_one_line() -> None:
+    console = terminal()
+    display = LiveDisplay(console, HandClock())
+    display.stage("exploration", 4, delta=1.0)
+    display.close()
+    display.trial_finished(0, 31.0, 9.0, False, "PRUNED", "over the gate " * 10)
+    last = clean(written(console), lines=True).splitlines()[-1].strip()
+    assert last.startswith("exploration 0   drop 31.00 > 1.00  params 9.00x  stopped: over the")
+    assert len(last) == 80 and last.endswith("…")
+
+
+def test_display_follows_the_console() -> None:
+    assert isinstance(make_display(pipe()), PlainDisplay)
+    assert isinstance(make_display(terminal()), LiveDisplay)
+    dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert isinstance(make_display(dumb), PlainDisplay)
+
+
+@pytest.mark.parametrize("make", [LiveDisplay, PlainDisplay, NullDisplay])
+def test_messages_reach_the_logger(
+    make: type[LiveDisplay | PlainDisplay | NullDisplay], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="autocompress")
+    display = make() if make is NullDisplay else make(pipe())  # type: ignore[call-arg]
+    with display:
+        display.say("kept 3 trials in [runs/x]")
+        display.stage("exploration", 4, delta=1.0)
+        display.trial_started(0)
+        display.trial_finished(0, 0.5, 2.0, True, "COMPLETE", None)
+    assert "kept 3 trials in [runs/x]" in caplog.text
+    assert "exploration" in caplog.text and "2.00x" in caplog.text
+
+
+def test_comparison_table() -> None:
+    rows = [
+        Row("params", "M", 0.272474, 0.0541, 5.0365),
+        Row("latency", "ms", None, None, None),
+        Row("accuracy", "%", 92.31, 91.6, None),
+    ]
+    console = pipe()
+    console.print(comparison_table(rows))
+    lines = written(console).splitlines()
+    assert lines[0].split() == ["metric", "unit", "before", "after", "ratio"]
+    assert lines[1].split() == ["params", "M", "0.272", "0.054", "5.04x"]
+    assert lines[2].split() == ["latency", "ms", "-", "-", "-"]
+    assert lines[3].split() == ["accuracy", "%", "92.31", "91.60", "-"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-3, "0s"), (42.4, "42s"), (190, "3m10s"), (7500, "2h05m"), (273600, "3d04h")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "0"), (0.00012, "0.00012"), (4.5, "4.500"), (40551424, "40,551,424")],
+)
+def test_format_number(value: float | None, text: str) -> None:
+    assert format_number(value) == text
+
+
+def test_clean() -> None:
+    assert clean("a\x1b]0;title\x07\x1b[2Jb\n c\x00") == "ab c"
+    assert clean("a\nb", lines=True) == "a\nb"

@@ -1,0 +1,397 @@
+"""The HTML report on synthetic studies that look like those the conductor makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from autocompress.errors import ConfigError
+from autocompress.report import (
+    outcome,
+    pareto_trials,
+    plan_summary,
+    quantity,
+    transform_text,
+    write_report,
+)
+
+DELTA = 1.0
+WIDTHS = [(3, 16, 32), (16, 16, 32), (16, 32, 16), (32, 64, 8), (64, 64, 8)]
+
+
+def layer_specs() -> list[dict[str, Any]]:
+    """Five convolutions and a classifier, as the study stores them."""
+    specs = [
+        {
+            "name": f"layer{i}.conv",
+            "kind": "conv2d",
+            "in_channels": a,
+            "out_channels": b,
+            "kernel_size": [3, 3],
+            "stride": [2, 2] if a != b and i else [1, 1],
+            "groups": 1,
+            "out_size": [side, side],
+        }
+        for i, (a, b, side) in enumerate(WIDTHS)
+    ]
+    fc = {"name": "fc", "kind": "linear", "in_channels": 64, "out_channels": 10, "groups": 1}
+    return [*specs, {**fc, "kernel_size": [1, 1], "stride": [1, 1], "out_size": [1, 1]}]
+
+
+def profile(shrink: float = 1.0) -> dict[str, Any]:
+    """A profile whose layers 1 to 4 are cut in two parts when `shrink` > 1."""
+    layers = []
+    for spec in layer_specs():
+        weights = spec["in_channels"] * spec["out_channels"] * math.prod(spec["kernel_size"])
+        macs = weights * math.prod(spec["out_size"])
+        cut = shrink > 1 and spec["name"] not in ("layer0.conv", "fc")
+        parts = [f"{spec['name']}.{i}" for i in (0, 1)] if cut else [spec["name"]]
+        factor = 2 * shrink if cut else 1
+        for part in parts:
+            layers.append(
+                {
+                    "name": part,
+                    "kind": spec["kind"],
+                    "params": int(weights / factor),
+                    "macs": int(macs / factor),
+                    "activation_bytes": 4096,
+                }
+            )
+    params = sum(int(layer["params"]) for layer in layers)
+    return {
+        "params": params,
+        "macs": sum(int(layer["macs"]) for layer in layers),
+        "size_bytes": 4 * params,
+        "memory_bytes": 4 * params + 500_000,
+        "accuracy": 92.3,
+        "latency": {
+            "median_ms": 2.41 / math.sqrt(shrink),
+            "iqr_ms": 0.1,
+            "batch_size": 1,
+            "runs": 50,
+            "device": "cpu",
+            "threads": 2,
+            "runtime": "torch",
+        },
+        "layers": layers,
+        "uncounted": {},
+    }
+
+
+def plan(rank: int) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "layers": {
+            "layer1.conv": {"transform": "svd", "rank": rank},
+            "layer2.conv": {"transform": "tucker2", "rank_in": 8, "rank_out": rank},
+            "layer3.conv": {"transform": "tucker2", "rank_in": 16, "rank_out": 24},
+            "layer4.conv": {"transform": "tt", "ranks": [8, 16]},
+        },
+    }
+
+
+def trial(
+    drop: float,
+    cost: float,
+    state: TrialState = TrialState.COMPLETE,
+    reason: str = "",
+    parent: str | None = None,
+) -> FrozenTrial:
+    attributes: dict[str, Any] = {
+        "plan": json.dumps(plan(8)),
+        "metrics": {"accuracy": 92.3 - drop, "drop": drop, "params": cost},
+        "seconds": {"build": 0.2, "recalibrate": 1.1, "finetune": 14.0, "evaluate": 0.9},
+        "parent": parent,
+        "layer_errors": {"layer1.conv": 0.08, "layer2.conv": 0.21, "layer3.conv": 0.17},
+    }
+    if reason:
+        attributes["reason"] = reason
+    if state == TrialState.FAIL:
+        attributes["metrics"] = {}
+    return create_trial(
+        state=state,
+        values=[drop, cost] if state == TrialState.COMPLETE else None,
+        user_attrs=attributes,
+        system_attrs={"constraints": [drop - DELTA]},
+    )
+
+
+def make_study(name: str, trials: list[FrozenTrial]) -> optuna.Study:
+    study = optuna.create_study(study_name=name, directions=["minimize", "minimize"])
+    study.add_trials(trials)
+    study.set_user_attr("layers", layer_specs())
+    study.set_user_attr(
+        "left_alone", {"layer0.conv": "3 input channels: no rank saves anything <here>"}
+    )
+    return study
+
+
+def studies() -> tuple[optuna.Study, optuna.Study]:
+    """Thirty and fifteen trials of all outcomes; the winner is annealing 7."""
+    rng = random.Random(3)
+    base = float(profile()["params"])
+    first = []
+    for i in range(30):
+        ratio = 1.5 + 6.5 * rng.random()
+        drop = 0.06 * ratio**1.8 + rng.gauss(0, 0.25)
+        if i == 11:
+            first.append(trial(0, 0, TrialState.FAIL, "the loss became NaN in epoch 1 <script>"))
+        elif drop > 0.9 and i % 2:
+            reason = f"drop of {5 * drop:.1f} points after recalibration is over the gate of 20"
+            first.append(trial(5 * drop, base / ratio, TrialState.PRUNED, reason))
+        else:
+            first.append(trial(drop, base / ratio))
+    second = []
+    for i in range(15):
+        ratio = 4.0 + 1.8 * rng.random()
+        drop = 0.035 * ratio**1.8 + rng.gauss(0, 0.2)
+        second.append(trial(drop, base / ratio, parent=f"exploration/{i}"))
+    second[7] = trial(0.7, base / 6.1, parent="exploration/12")
+    return make_study("demo-exploration", first), make_study("demo-annealing", second)
+
+
+def result(met: bool = True) -> dict[str, Any]:
+    base, small = profile(), profile(7.0)
+    chosen = {
+        "stage": "annealing",
+        "trial": 7,
+        "plan": plan(8),
+        "profile": small,
+        "val_accuracy": 91.6,
+        "val_drop": 0.7,
+        "test_accuracy": 91.4,
+        "test_drop": 0.7,
+        "test_drop_interval": [-0.05, 1.45],
+    }
+    metrics = {
+        "accuracy": 91.5,
+        "drop": 0.8,
+        "params": base["params"] / 4.1,
+        "macs": base["macs"] / 3.2,
+        "size_bytes": base["size_bytes"] / 4.1,
+        "memory_bytes": 700_000,
+        "latency_ms": None,
+    }
+    return {
+        "study": "demo",
+        "delta": DELTA,
+        "objective": "params",
+        "met": met,
+        "stage_best": {"exploration": {"trial": 12, "metrics": metrics}, "annealing": None},
+        "baseline": {"profile": base, "val_accuracy": 92.3, "test_accuracy": 92.1},
+        "best": chosen if met else None,
+        "second": {**chosen, "trial": 5, "profile": profile(5.0), "val_drop": 0.9} if met else None,
+        "nearest": None
+        if met
+        else {
+            "stage": "annealing",
+            "trial": 7,
+            "plan": plan(8),
+            "val_accuracy": 90.9,
+            "val_drop": 1.4,
+            "metrics": {**metrics, "drop": 1.4},
+        },
+        "seconds": {"baseline": 0.0, "table": 12.5, "exploration": 610.0, "annealing": 342.0},
+        "versions": {"autocompress": "0.1.0", "torch": "2.11.0", "optuna": "5.0.0"},
+        "seed": 0,
+        "config": {"delta": 1.0, "search": {"transforms": ["svd", "tucker2"], "trials": 30}},
+        "command": "autocompress run demo.toml",
+    }
+
+
+class Outline(HTMLParser):
+    """Collects what a test asks about: tags, addresses that a browser would fetch, text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.text = ""
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.hidden += tag in ("script", "style")
+        self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "action", "srcset")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.text += data
+
+
+def read(path: Path) -> tuple[str, Outline]:
+    page = path.read_text("utf-8")
+    outline = Outline()
+    outline.feed(page)
+    outline.text = re.sub(r"\s+", " ", outline.text)
+    return page, outline
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Outline]:
+    path = tmp_path_factory.mktemp("run") / "demo" / "report.html"
+    assert write_report(result(), *studies(), path) == path
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    return read(path)
+
+
+def test_headline_says_ratio_drop_and_interval(met: tuple[str, Outline]) -> None:
+    _, outline = met
+    ratio = profile()["params"] / profile(7.0)["params"]
+    assert f"{ratio:.2f}x fewer parameters" in outline.text
+    assert "drops by 0.70 of the allowed 1.00 points (annealing trial 7)" in outline.text
+    assert "92.10 % → 91.40 %, a drop of 0.70 points" in outline.text
+    assert "(95 % interval −0.05 to 1.45, paired on the same images)" in outline.text
+    assert "The interval reaches beyond the allowed 1.00." in outline.text
+
+
+def test_page_fetches_nothing(met: tuple[str, Outline]) -> None:
+    page, outline = met
+    assert outline.fetched == []
+    assert "default-src 'none'" in page
+    assert "Plotly.newPlot" in page and len(page) > 1_000_000
+
+
+def test_sections_and_tables(met: tuple[str, Outline]) -> None:
+    page, outline = met
+    for heading in ("Before and after", "What happened to each layer", "Where the time went"):
+        assert heading in outline.text
+    assert "best of exploration (trial 12)" in outline.text
+    assert "final (annealing trial 7)" in outline.text
+    assert "Latency, torch, batch 1, 2 threads" in outline.text
+    assert "Second best: annealing trial 5" in outline.text
+    assert "autocompress.load(" in page and "best" in page
+    assert "search.transforms" in outline.text and "svd, tucker2" in outline.text
+    assert outline.tags.count("details") == 2
+    assert "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_layers_show_ranks_costs_errors_and_reasons(met: tuple[str, Outline]) -> None:
+    _, outline = met
+    assert "conv 16→32, 3×3, stride 2" in outline.text
+    assert "tucker2 (rank_in 8, rank_out 8)" in outline.text
+    assert "tt (ranks 8, 16)" in outline.text
+    assert "0.210" in outline.text
+    assert "4,608 → 658" in outline.text
+    assert "kept by the chosen plan" in outline.text  # fc
+    assert "no rank saves anything <here>" in outline.text
+
+
+def test_everything_from_outside_is_escaped(met: tuple[str, Outline]) -> None:
+    page, outline = met
+    assert "saves anything &lt;here&gt;" in page
+    assert "epoch 1 <script>" in outline.text
+    assert "epoch 1 <script>" not in page
+
+
+def test_plot_tells_outcomes_apart_by_shape_and_name(met: tuple[str, Outline]) -> None:
+    page, _ = met
+    call = page[page.index("Plotly.newPlot(") :]
+    for name in (
+        "exploration: within the allowed drop",
+        "annealing: drop too large",
+        "exploration: stopped early",
+        "Pareto front",
+        "baseline",
+        "allowed drop 1.00",
+    ):
+        assert f'"{name}"' in call
+    for symbol in ("circle", "diamond", "circle-open", "diamond-open", "x-thin", "star"):
+        assert f'"symbol":"{symbol}"' in call
+
+
+def test_unmet_names_the_nearest(tmp_path: Path) -> None:
+    _, outline = read(write_report(result(met=False), *studies(), tmp_path / "report.html"))
+    assert "No plan kept the accuracy drop within 1.00 points" in outline.text
+    assert "The nearest is annealing trial 7 with 1.40 points" in outline.text
+    assert "nearest (annealing trial 7)" in outline.text
+    assert "4,608 → not profiled" in outline.text
+    assert "4.10x" in outline.text
+    assert "On test data" not in outline.text
+    assert "Load the result" not in outline.text
+
+
+def test_latency_ratio_comes_from_measurements_in_turns(tmp_path: Path) -> None:
+    found = result()
+    found["best"] |= {"baseline_latency": {"median_ms": 5.0}, "test_images": 10_000}
+    found["best"]["profile"]["latency"]["median_ms"] = 2.5
+    _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    assert "5.00 ms → 2.50 ms" in outline.text
+    assert "2.00x" in outline.text
+    assert "paired on the same 10,000 images" in outline.text
+
+
+def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
+    """A study of exploration alone, and one in which no trial has ended."""
+    bare = {"study": "new", "delta": 0.5, "objective": "latency", "met": False, "baseline": {}}
+    _, outline = read(write_report(bare, None, None, tmp_path / "bare.html"))
+    assert "No compressed model" in outline.text
+    only = {**result(), "stage_best": {}, "objective": "macs"}
+    _, outline = read(write_report(only, studies()[0], None, tmp_path / "one.html"))
+    assert "fewer MACs" in outline.text
+
+
+def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ConfigError, match=r"needs jinja2.*pip install 'autocompress\[report\]'"):
+        write_report(result(), None, None, tmp_path / "report.html")
+
+
+def test_pareto_trials_are_feasible_and_not_beaten() -> None:
+    trials = [
+        trial(0.2, 100.0),
+        trial(0.5, 50.0),
+        trial(0.6, 60.0),  # beaten by the one before
+        trial(0.5, 50.0),  # a twin
+        trial(1.0, 40.0),  # exactly at delta
+        trial(1.1, 10.0),  # infeasible
+        trial(0.1, 5.0, TrialState.PRUNED, "gate"),
+        trial(0.1, 5.0, TrialState.FAIL, "NaN"),
+    ]
+    assert [t.values for t in pareto_trials(trials, DELTA)] == [
+        [0.2, 100.0],
+        [0.5, 50.0],
+        [1.0, 40.0],
+    ]
+    found = [outcome(t, DELTA) for t in trials[4:]]
+    assert found == ["feasible", "infeasible", "stopped", "failed"]
+    assert pareto_trials([], DELTA) == []
+
+
+def test_plan_texts() -> None:
+    assert plan_summary(plan(8)) == "4 layers: 2 tucker2, 1 svd, 1 tt"
+    assert plan_summary(json.dumps(plan(8))) == plan_summary(plan(8))
+    assert plan_summary({"version": 1, "layers": {}}) == "no layer changed"
+    assert transform_text({"transform": "svd", "rank": 12}) == "svd (rank 12)"
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "text"),
+    [
+        (272_474, "params", "272 k"),
+        (40_551_424, "macs", "40.6 M"),
+        (4.09e9, "macs", "4.09 G"),
+        (1_100_000, "size_bytes", "1.10 MB"),
+        (640, "params", "640"),
+        (39_800, "size_bytes", "39.8 kB"),
+        (2.414, "latency_ms", "2.41 ms"),
+        (91.6, "accuracy", "91.60 %"),
+        (None, "macs", "–"),
+        (math.nan, "macs", "–"),
+    ],
+)
+def test_quantity(value: float | None, metric: str, text: str) -> None:
+    assert quantity(value, metric) == text

@@ -1,0 +1,111 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import TinyNet, make_loader
+
+from autocompress.errors import TrainingDiverged
+from autocompress.evaluation import evaluate
+from autocompress.task import Task, logit_distillation
+from autocompress.training import fit
+
+
+def untrained() -> Task:
+    torch.manual_seed(0)
+    return Task(TinyNet(), make_loader(256, 1), make_loader(128, 2), make_loader(128, 3))
+
+
+def test_fit_learns() -> None:
+    task = untrained()
+    before = evaluate(task.model, task, task.val).accuracy
+    result = fit(task.model, task, epochs=4, learning_rate=0.1, seed=0)
+    assert evaluate(task.model, task, task.val).accuracy > before + 30
+    assert result.steps == 4 * 8 and result.images_per_second > 0
+
+
+def test_fractions_of_an_epoch_count_batches() -> None:
+    task = untrained()
+    assert fit(task.model, task, epochs=0.5, learning_rate=0.1, seed=0).steps == 4
+    assert fit(task.model, task, epochs=0.0, learning_rate=0.1, seed=0).steps == 0
+
+
+def test_same_seed_same_weights() -> None:
+    states = []
+    for seed in (0, 0):
+        task = untrained()
+        fit(task.model, task, epochs=1, learning_rate=0.1, seed=seed)
+        states.append(task.model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_diverging_run_is_an_error_with_a_cure() -> None:
+    task = untrained()
+    task.loss = lambda output, batch: output.sum() * float("inf")
+    with pytest.raises(TrainingDiverged, match="lower the learning rate"):
+        fit(task.model, task, epochs=1, learning_rate=0.1, seed=0)
+
+
+def test_distillation_pulls_towards_the_teacher(task: Task) -> None:
+    teacher = deepcopy(task.model)
+    images = next(iter(task.val))[0]
+
+    def distance(share: float) -> float:
+        torch.manual_seed(1)
+        student = TinyNet()
+        fit(
+            student,
+            task,
+            epochs=2,
+            learning_rate=0.05,
+            seed=0,
+            teacher=teacher,
+            distillation=share,
+        )
+        with torch.no_grad():
+            return float(logit_distillation(student(images), teacher(images)))
+
+    assert distance(1.0) < distance(0.0)
+
+
+def test_the_teacher_is_not_trained(task: Task) -> None:
+    teacher = deepcopy(task.model)
+    before = deepcopy(teacher.state_dict())
+    fit(
+        deepcopy(task.model),
+        task,
+        epochs=1,
+        learning_rate=0.1,
+        seed=0,
+        teacher=teacher,
+        distillation=0.5,
+    )
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+def test_optimizer_scheduler_loss_and_forward_are_replaceable() -> None:
+    task = untrained()
+    called: set[str] = set()
+
+    def optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+        called.add("optimizer")
+        return torch.optim.AdamW(model.parameters(), lr=learning_rate)
+
+    def scheduler(
+        optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        called.add("scheduler")
+        return torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        called.add("forward")
+        output: torch.Tensor = model(batch["image"])
+        return output
+
+    def loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        called.add("loss")
+        return torch.nn.functional.cross_entropy(output, batch["label"])
+
+    task.train = [{"image": x, "label": y} for x, y in task.train]  # type: ignore[assignment]
+    task.optimizer, task.scheduler, task.forward, task.loss = optimizer, scheduler, forward, loss
+    fit(task.model, task, epochs=1, learning_rate=1e-3, seed=0)
+    assert called == {"optimizer", "scheduler", "forward", "loss"}
