@@ -18,6 +18,7 @@ import copy
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from autocompress import __version__
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
@@ -123,11 +125,19 @@ def save_model(
             raise ConfigError(f"Unknown format '{name}'.{did_you_mean(name, FORMATS)}")
     target = Path(folder).absolute()
     inputs = tuple(tuple(value[:1].shape) for value in example)
-    manifest = Manifest(origin, tuple(classes), inputs, normalization, _versions())
+    manifest = Manifest(
+        origin=None if origin is None else dict(origin),
+        classes=tuple(classes),
+        inputs=inputs,
+        normalization=None if normalization is None else dict(normalization),
+        versions=_versions(),
+    )
     state = _state(model)
     with _replacing(target) as place:
-        save_file(state, place / "model.safetensors", metadata={"format": "pt"})
         (place / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+        # safetensors lets only the owner read; a network that is handed out is for others too.
+        (place / "model.safetensors").chmod((place / "plan.json").stat().st_mode)
         _write_json(place / "model.json", {"version": SCHEMA_VERSION, **asdict(manifest)})
         _write_json(place / "profile.json", profile.to_dict())
         samples = example if images is None else images
@@ -168,7 +178,8 @@ def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False
     except RuntimeError as error:
         raise ConfigError(
             f"The weights in {place} don't fit the network"
-            f"{'' if model is None else f' {type(model).__name__} that was given'}: {error}"
+            f"{'' if model is None else f' {type(model).__name__} that was given'}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     return network.eval()
 
@@ -311,11 +322,16 @@ def _trace(model: nn.Module, example: Example) -> ExportedProgram:
     pair = tuple(_on_cpu(value[:1]).repeat(2, *[1] * (value.ndim - 1)) for value in example)
     with _quiet():
         try:
-            return torch.export.export(model, pair, dynamic_shapes=_free_batch(pair))
+            program = torch.export.export(model, pair, dynamic_shapes=_free_batch(pair))
         except Exception as error:
             raise AutocompressError(
                 f"torch.export can't trace {type(model).__name__}: {_first_line(error)}"
             ) from error
+    # They hold file names and source lines of the machine that exports.
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 def _free_batch(example: Example) -> tuple[dict[int, Any], ...]:
@@ -331,6 +347,8 @@ def _write_onnx(program: ExportedProgram, model: nn.Module, example: Example, pa
         names["input_names"] = ["input"]
     if isinstance(output, Tensor):
         names["output_names"] = ["output"]
+    from onnx_ir.traversal import RecursiveGraphIterator
+
     with _quiet():
         try:
             exported = torch.onnx.export(
@@ -341,8 +359,7 @@ def _write_onnx(program: ExportedProgram, model: nn.Module, example: Example, pa
                 **names,
             )
             assert exported is not None  # None is what the old exporter returns
-            # They hold the exporting machine's file names and source lines.
-            for node in exported.model.graph.all_nodes():
+            for node in RecursiveGraphIterator(exported.model.graph):
                 node.metadata_props.clear()
             large = size_bytes(model) > ONNX_SINGLE_FILE_BYTES
             exported.save(path, external_data=large)
@@ -373,10 +390,14 @@ def _difference(
             expected = list(tensors_in(model(*batch)))
             found = list(tensors_in(run(*batch)))
         for wanted, got in zip(expected, found, strict=True):
+            if wanted.shape != got.shape:
+                raise AutocompressError(
+                    f"{name} gives an output of shape {tuple(got.shape)}, the network "
+                    f"{tuple(wanted.shape)}."
+                )
             difference = (wanted.double() - got.double()).abs().max().item()
             scale = wanted.double().abs().max().item()
-            # Written so that NaN fails too.
-            if wanted.shape != got.shape or not difference <= TOLERANCE * scale:
+            if not difference <= TOLERANCE * scale:  # so that NaN fails too
                 raise AutocompressError(
                     f"{name} differs from the network: by {difference:.2g} where outputs reach "
                     f"{scale:.3g} (at most {TOLERANCE:g} of that is allowed)."
@@ -416,7 +437,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        for module in ("torch", "onnx", "onnxscript", "onnx_ir", "copyreg"):
+        for module in ("torch", "onnx", "onnxscript", "onnx_ir"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -461,8 +482,8 @@ def _fresh_network(
     source = str(manifest.origin["source"])
     if source.partition(":")[0] not in TRUSTED_SOURCES and not trust:
         raise ConfigError(
-            f"The network in {place} is built by '{source}', which is code outside of autocompress. "
-            "If you trust the folder, pass trust=True, or give an instance: "
+            f"The network in {place} is built by '{source}', which is code outside of "
+            "autocompress. If you trust the folder, pass trust=True, or give an instance: "
             f"autocompress.load({str(place)!r}, model=YourNet())."
         )
     return build_model(source, manifest.origin.get("arguments") or {}, None)
@@ -471,18 +492,22 @@ def _fresh_network(
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A folder to write into that takes the place of `target` at the end, if all went well."""
-    if target.exists() and not _is_ours(target):
+    if os.path.lexists(target) and not _is_ours(target):
         raise ConfigError(
             f"{target} exists and is no saved network, so it is not replaced; choose another "
             "folder."
         )
     partial = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)  # killed between the two renames below
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if target.exists():
+            _keep_foreign_files(target, partial)
         # A folder can't be renamed onto one that holds files, so the old one steps aside first.
         if target.exists():
             target.rename(replaced)
@@ -498,15 +523,22 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _is_ours(target: Path) -> bool:
-    """Whether a folder is empty or holds a saved network and nothing else."""
+    """Whether a folder is empty or holds a saved network."""
     if not target.is_dir() or target.is_symlink():
         return False
-    known = {"model.safetensors", "plan.json", "model.json", "profile.json", "export.json"}
-    exported = tuple(f"model.{name}" for name in FORMATS)
-    return all(
-        path.is_file() and (path.name in known or path.name.startswith(exported))
-        for path in target.iterdir()
-    )
+    return (target / "model.json").is_file() or not any(target.iterdir())
+
+
+def _keep_foreign_files(target: Path, partial: Path) -> None:
+    """Copy what somebody else put beside a saved network: we replace only our own files."""
+    written = {"plan.json", "profile.json", "export.json"}
+    for path in target.iterdir():
+        if path.name in written or path.name.startswith("model."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, partial / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, partial / path.name, follow_symlinks=False)
 
 
 def _existing(path: Path) -> Path:
@@ -523,8 +555,7 @@ def _read_text(path: Path) -> str:
 
 
 def _write_json(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=1, default=dict)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Networks by name: our zoo, torchvision, timm, or a function of the user's; and trained weights."""
+"""Networks by name (zoo, torchvision, timm or a function of the user's), and trained weights."""
 
 from __future__ import annotations
 
@@ -139,7 +139,11 @@ def load_function(source: str, key: str, folder: Path | None = None) -> Callable
         ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        known = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        known = [
+            n
+            for n, value in vars(module).items()
+            if inspect.isroutine(value) and n[0] != "_" and value.__module__ == module_name
+        ]
         raise ConfigError(f"{key} = '{source}': no function '{name}'.{did_you_mean(name, known)}")
     found: Callable[..., Any] = function
     return found
@@ -187,12 +191,14 @@ def _call(
     try:
         inspect.signature(make).bind(**options)
     except TypeError as error:
-        raise ConfigError(f"model.arguments don't fit {source}: {error}.") from None
+        raise ConfigError(f"model.arguments don't fit {source}: {_first_line(error)}") from None
     if source.startswith(("torchvision:", "timm:", "zoo:")):
         try:
             return make(**options)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.arguments don't fit {source}: {error}.") from error
+            raise ConfigError(
+                f"model.arguments don't fit {source}: {_first_line(error)}"
+            ) from error
         except Exception as error:
             if not pretrained:
                 raise
@@ -251,13 +257,14 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"model.weights = '{path}' holds Python objects, perhaps a whole pickled network, which "
-            "could run any code and is refused. Save its weights instead: "
+            f"model.weights = '{path}' holds Python objects, perhaps a whole pickled network, "
+            "which could run any code and is refused. Save its weights instead: "
             "torch.save(model.state_dict(), ...)."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ConfigError(
-            f"model.weights = '{path}' can't be read: {_first_line(error)}"
+            f"model.weights = '{path}' is no readable file of weights "
+            f"({type(error).__name__}: {_first_line(error)})."
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -296,13 +296,13 @@ class _Tally:
     running: list[_Call] = field(default_factory=list)
 
 
-class _Attribution(TorchDispatchMode):
+class _Attribution(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Books what `counter` counts to the innermost running module, and lists what it doesn't."""
 
     supports_higher_order_operators = True
 
     def __init__(self, tally: _Tally, counter: FlopCounterMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tally = tally
         self.counter = counter
 
@@ -324,6 +324,8 @@ class _Attribution(TorchDispatchMode):
 def _computes(func: Any, inputs: Any, output: Any) -> bool:
     """Whether an operation makes new values from tensors; views, queries and factories don't."""
     if not any(True for _ in tensors_in(inputs)) or not any(True for _ in tensors_in(output)):
+        return False
+    if torch.Tag.inplace_view in getattr(func, "tags", ()):
         return False
     schema = getattr(func, "_schema", None)
     if schema is None or schema.is_mutable:

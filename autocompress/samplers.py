@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 class PlanSampler(BaseSampler):
     """A sampler that proposes whole plans and answers with the parameters of every layer.
 
-    A subclass implements `propose`. Plans that the study already has are proposed again with
-    another random state, a few times, before a repetition is accepted.
+    A subclass implements `propose`. Where the study has the plan already, another is proposed; if
+    that is known too, layers drawn by lot are changed until the plan is new.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
@@ -54,11 +55,11 @@ class PlanSampler(BaseSampler):
         self._seed = seed
         self._independent = RandomSampler(seed=seed)
 
+    @abstractmethod
     def propose(
         self, study: Study, trial: FrozenTrial, rng: np.random.Generator
     ) -> dict[str, Option]:
         """An option for every layer."""
-        raise AssertionError(f"{type(self).__name__} must define propose")
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -76,9 +77,14 @@ class PlanSampler(BaseSampler):
             if other.number != trial.number
         }
         picked: dict[str, Option] = {}
-        for attempt in range(8):
+        for attempt in range(16):
             rng = np.random.default_rng(trial_seed(self._seed, trial.number, attempt))
-            picked = self.propose(study, trial, rng)
+            if attempt < 4:
+                picked = self.propose(study, trial, rng)
+            else:
+                name = str(rng.choice(list(picked)))
+                own = self._space.options[name]
+                picked = {**picked, name: own[int(rng.integers(len(own)))]}
             if self._space.plan(picked).digest not in seen:
                 break
         return self._space.params(picked)

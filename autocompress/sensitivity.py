@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from autocompress.layers import LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
-from autocompress.surgery import FactorCache, relative_error
+from autocompress.surgery import ErrorMeter, FactorCache
 from autocompress.task import Task, batches
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
@@ -158,6 +158,7 @@ def build_table(
     for layer in layers:
         rows: list[Choice] = []
         refused[layer.name] = {}
+        meter = ErrorMeter(modules[layer.name], patches[layer.name])
         for method in methods:
             kind = TRANSFORMS[method]
             reason = kind.refusal(layer)
@@ -168,9 +169,7 @@ def build_table(
             for index, transform in enumerate(ladder):
                 kernels = cache.kernels(layer.name, transform)
                 cost = transform.cost(layer)
-                error = relative_error(
-                    modules[layer.name], transform, kernels, patches[layer.name]
-                )
+                error = meter.relative_error(transform, kernels)
                 fraction = (index + 1) / len(ladder)
                 rows.append(Choice(transform, fraction, cost.params, cost.macs, error))
         if rows:

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,6 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from torch import Tensor, nn
 
+from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.samplers import INTERRUPTED
 
@@ -161,7 +163,9 @@ def open_study(
     )
     stored = study.user_attrs.get("config")
     if stored is None:
-        study.set_metric_names(["accuracy drop (points)", cost_name])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["accuracy drop (points)", cost_name])
         study.set_user_attr("config", dict(bound))
     else:
         check_same(name, stored, bound)
@@ -174,12 +178,7 @@ def check_same(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -
     Raises:
         StudyMismatch: Naming each setting that differs.
     """
-    given = json.loads(json.dumps(given))
-    changed = [
-        f"{key}: {stored.get(key)!r} -> {given.get(key)!r}"
-        for key in sorted(stored.keys() | given.keys())
-        if stored.get(key) != given.get(key)
-    ]
+    changed = differences(stored, json.loads(json.dumps(given)))
     if changed:
         raise StudyMismatch(
             f"Study '{name}' was made with other settings ({'; '.join(changed)}). "

@@ -113,31 +113,36 @@ def dense_weight(replacement: nn.Module, module: nn.Module) -> Tensor:
     return answers.reshape(count, -1).T.reshape(weight.shape)
 
 
-def relative_error(
-    module: nn.Module, transform: Transform, kernels: Sequence[Tensor], patches: Tensor
-) -> float:
-    """Relative error of the layer's output on real inputs, the bias left out.
+class ErrorMeter:
+    """Measures what replacements of one layer break, on real inputs, the bias left out.
 
     Args:
         module: The layer.
-        transform: Its replacement.
-        kernels: The replacement's weights.
         patches: `n x in x kh x kw` or `n x in`.
-
-    Returns:
-        Norm of the difference divided by norm of the output.
     """
-    bare = deepcopy(module).cpu().float()
-    replacement = transform.build(bare)
-    load_kernels(replacement, kernels)
-    for part in (bare, replacement):
-        for key, parameter in part.named_parameters():
-            if key.split(".")[-1] == "bias":
-                parameter.data.zero_()
+
+    def __init__(self, module: nn.Module, patches: Tensor) -> None:
+        self._bare = _without_bias(deepcopy(module).cpu().float())
+        self._patches = patches
+        with torch.no_grad():
+            self._exact = at_one_place(self._bare)(patches)
+        self._norm = float(self._exact.norm().clamp_min(1e-12))
+
+    def relative_error(self, transform: Transform, kernels: Sequence[Tensor]) -> float:
+        """Norm of the difference of the outputs, divided by the norm of the exact ones."""
+        replacement = _without_bias(transform.build(self._bare))
+        load_kernels(replacement, kernels)
+        with torch.no_grad():
+            approximate = at_one_place(replacement)(self._patches)
+        return float((self._exact - approximate).norm()) / self._norm
+
+
+def _without_bias(module: nn.Module) -> nn.Module:
     with torch.no_grad():
-        exact = at_one_place(bare)(patches)
-        approximate = at_one_place(replacement)(patches)
-    return float((exact - approximate).norm() / exact.norm().clamp_min(1e-12))
+        for key, parameter in module.named_parameters():
+            if key.split(".")[-1] == "bias":
+                parameter.zero_()
+    return module
 
 
 def at_one_place(module: nn.Module) -> nn.Module:

@@ -143,10 +143,10 @@ def principal_outputs(matrix: Tensor, patches: Tensor | None) -> Tensor:
             1e-30
         )
     _, vectors = torch.linalg.eigh(covariance)
-    return _fix_signs(vectors.flip(1))
+    return fix_signs(vectors.flip(1))
 
 
-def _fix_signs(vectors: Tensor) -> Tensor:
+def fix_signs(vectors: Tensor) -> Tensor:
     """Columns with their largest entry positive: eigenvectors are only given up to sign."""
     largest = vectors.abs().argmax(dim=0)
     signs = vectors.gather(0, largest[None]).sign()

@@ -19,6 +19,7 @@ from autocompress.transforms.base import (
     Transform,
     climb,
     finish,
+    fix_signs,
     like,
     need_conv,
     need_rank,
@@ -27,7 +28,7 @@ from autocompress.transforms.base import (
     round_rank,
 )
 
-SWEEPS = 8
+SWEEPS = 5
 """Sweeps of alternating least squares; fine-tuning does the rest."""
 DIVERGED = 30.0
 """Components whose norms exceed the kernel's by this factor cancel each other: degeneracy
@@ -142,8 +143,11 @@ def _fit(block: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if rank >= _exact_rank(*block.shape):
         return _exact(block, rank)
+    # Factors of rank r lie in subspaces of r dimensions; the leading ones make the problem small.
+    bases = [_leading(block, mode)[:, :rank] for mode in (0, 1)]
+    whole, block = block, torch.einsum("oip,or,is->rsp", block, *bases)
     found: tuple[Tensor, ...] | None = None
-    norm = block.norm().clamp_min(1e-12)
+    norm = whole.norm().clamp_min(1e-12)
     for penalty in (0.0, 1e-3, 1e-2, 1e-1):
         candidate = _least_squares(block, rank, penalty * float(norm) / rank)
         sizes = torch.stack([factor.norm(dim=0) for factor in candidate]).prod(dim=0)
@@ -154,7 +158,7 @@ def _fit(block: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     sizes = torch.stack([factor.norm(dim=0).clamp_min(1e-12) for factor in found])
     target = sizes.log().mean(dim=0).exp()
     outputs, inputs, places = (f * (target / s) for f, s in zip(found, sizes, strict=True))
-    return outputs, inputs, places
+    return bases[0] @ outputs, bases[1] @ inputs, places
 
 
 def _least_squares(block: Tensor, rank: int, penalty: float) -> tuple[Tensor, ...]:
@@ -182,14 +186,19 @@ def _start(block: Tensor, rank: int) -> tuple[Tensor, list[Tensor]]:
     generator = torch.Generator().manual_seed(rank)
     factors = []
     for mode in range(3):
-        flat = block.movedim(mode, 0).flatten(1)
-        _, vectors = torch.linalg.eigh((flat @ flat.T).double())
-        leading = vectors.flip(1)[:, :rank].float()
+        leading = _leading(block, mode)[:, :rank]
         missing = rank - leading.shape[1]
-        noise = torch.randn(flat.shape[0], max(missing, 0), generator=generator)
+        noise = torch.randn(block.shape[mode], max(missing, 0), generator=generator)
         noise = noise / noise.norm(dim=0).clamp_min(1e-12)
         factors.append(torch.cat([leading, noise], dim=1))
     return torch.ones(rank), factors
+
+
+def _leading(block: Tensor, mode: int) -> Tensor:
+    """Singular vectors of one mode, the most important first."""
+    flat = block.movedim(mode, 0).flatten(1)
+    _, vectors = torch.linalg.eigh((flat @ flat.T).double())
+    return fix_signs(vectors.flip(1)).float()
 
 
 def _exact(block: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,13 +62,14 @@ class SVD:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """Directions of the outputs, `groups x out/g x out/g`, and the weight."""
+        """Directions of the outputs and the kernels seen along them, stacked by group."""
         blocks = per_group(weight.detach().double(), groups).flatten(2)
         directions = []
         for group, block in enumerate(blocks):
             own = patches_of_group(patches, groups, group)
             directions.append(principal_outputs(block, None if own is None else own.flatten(1)))
-        return torch.stack(directions), weight.detach()
+        vectors = torch.stack(directions)
+        return vectors, vectors.transpose(1, 2) @ blocks, weight.detach()
 
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs of the two layers."""
@@ -114,16 +115,13 @@ class SVD:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """Both layers' weights."""
-        directions, weight = factors
-        groups = len(directions)
-        blocks = per_group(weight.double(), groups)
-        firsts, seconds = [], []
-        for vectors, block in zip(directions[:, :, : self.rank], blocks, strict=True):
-            flat = vectors.T @ block.flatten(1)
-            first, second = balance(flat.reshape(self.rank, *block.shape[1:]), vectors)
-            firsts.append(first)
-            seconds.append(second)
-        first, second = torch.cat(firsts), torch.cat(seconds)
+        directions, along, weight = factors
+        pairs = [
+            balance(rows[: self.rank], vectors[:, : self.rank])
+            for vectors, rows in zip(directions, along, strict=True)
+        ]
+        first = torch.cat([pair[0] for pair in pairs]).reshape(-1, *weight.shape[1:])
+        second = torch.cat([pair[1] for pair in pairs])
         if weight.ndim == 4:
             second = second[:, :, None, None]
         return first.to(weight.dtype), second.to(weight.dtype)
@@ -164,7 +162,7 @@ class SpatialSVD:
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
         """Left vectors, singular values, right vectors, one row a group, and the weight."""
-        blocks = per_group(weight.detach().double(), groups)
+        blocks = per_group(weight.detach().float(), groups)
         matrices = blocks.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2)
         left, values, right = torch.linalg.svd(matrices, full_matrices=False)
         return left, values, right, weight.detach()

@@ -24,6 +24,7 @@ from autocompress.transforms.base import (
     need_rank,
     pair,
     per_group,
+    principal_outputs,
     round_rank,
 )
 
@@ -107,7 +108,7 @@ class TensorTrain:
         def make(share: float) -> Self:
             return cls(tuple(round_rank(share * rank, rank) for rank in most))
 
-        return climb(layer, make, min(points, 10))
+        return climb(layer, make, min(points, 8))
 
     @classmethod
     def full(cls, layer: LayerSpec) -> Self:
@@ -116,8 +117,22 @@ class TensorTrain:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """The weight by group; each choice of ranks is a TT-SVD of its own."""
-        return per_group(weight.detach(), groups), weight.detach()
+        """Channel bases and the kernel seen along them, by group; or the rearranged matrix.
+
+        The outer cores are cut from bases that are computed once, as in Tucker-2; a choice of
+        ranks then needs one small SVD between the two spatial modes.
+        """
+        if weight.ndim == 2:
+            (out1, out2), (in1, in2) = near_square(weight.shape[0]), near_square(weight.shape[1])
+            tensor = weight.detach().double().reshape(out1, out2, in1, in2).permute(0, 2, 1, 3)
+            return tensor.reshape(out1 * in1, out2 * in2), weight.detach()
+        parts = []
+        for block in per_group(weight.detach().double(), groups):
+            outputs = principal_outputs(block.flatten(1), None)
+            inputs = principal_outputs(block.transpose(0, 1).flatten(1), None)
+            core = torch.einsum("oikl,or,is->sklr", block, outputs, inputs)
+            parts.append((core.float(), inputs.float(), outputs.float()))
+        return (*(torch.stack(column) for column in zip(*parts, strict=True)), weight.detach())
 
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs."""
@@ -203,29 +218,32 @@ class TensorTrain:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """The cores as the layers' weights, of equal norms."""
-        blocks, weight = factors
+        weight = factors[-1]
         if weight.ndim == 2:
-            return self._matrix_cores(weight)
+            return self._matrix_cores(factors[0], weight)
+        one, two, three = self.ranks
+        kh, kw = weight.shape[2:]
         parts: list[list[Tensor]] = [[], [], [], []]
-        for block in blocks:
-            cores = _train(block.double().permute(1, 2, 3, 0), self.ranks)
+        for core, inputs, outputs in zip(*factors[:-1], strict=True):
+            middle = core[:one, :, :, :three].reshape(one * kh, kw * three)
+            left, right = _train(middle, two)
+            cores = _even(inputs[:, :one].T, left.T, right.T, outputs[:, :three])
             shaped = (
-                cores[0][0].T[:, :, None, None],
-                cores[1].permute(2, 0, 1)[:, :, :, None],
-                cores[2].permute(2, 0, 1)[:, :, None, :],
-                cores[3][:, :, 0].T[:, :, None, None],
+                cores[0][:, :, None, None],
+                cores[1].reshape(two, one, kh, 1),
+                cores[2].reshape(kw, three, two).permute(1, 2, 0)[:, :, None, :],
+                cores[3][:, :, None, None],
             )
-            for part, core in zip(parts, shaped, strict=True):
-                part.append(core)
+            for part, kernel in zip(parts, shaped, strict=True):
+                part.append(kernel)
         return tuple(torch.cat(part).to(weight.dtype) for part in parts)
 
-    def _matrix_cores(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _matrix_cores(self, matrix: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         (out1, out2), (in1, in2) = near_square(weight.shape[0]), near_square(weight.shape[1])
         rank = self.ranks[0]
-        tensor = weight.double().reshape(out1, out2, in1, in2).permute(0, 2, 1, 3)
-        left, right = _train(tensor.reshape(out1 * in1, out2 * in2), (rank,))
-        first = left[0].reshape(out1, in1, rank).permute(2, 0, 1).reshape(rank * out1, in1)
-        second = right[:, :, 0].reshape(rank, out2, in2).transpose(0, 1).reshape(out2, rank * in2)
+        left, right = _even(*_train(matrix, rank))
+        first = left.reshape(out1, in1, rank).permute(2, 0, 1).reshape(rank * out1, in1)
+        second = right.reshape(rank, out2, in2).transpose(0, 1).reshape(out2, rank * in2)
         return first.to(weight.dtype), second.to(weight.dtype)
 
 
@@ -237,21 +255,22 @@ def near_square(number: int) -> tuple[int, int]:
     return 1, number
 
 
-def _train(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
-    """tensorly's TT-SVD; cores `r x size x r'` of equal norms."""
+def _train(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """tensorly's TT-SVD of a matrix: `rows x rank` and `rank x columns`."""
+    most = min(*matrix.shape, rank)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        cores = list(tensor_train(tensor, [1, *ranks, 1]).factors)
+        left, right = tensor_train(matrix, [1, most, 1]).factors
+    # A rank above what the cut neighbours leave is filled up with zeros.
+    missing = rank - most
+    pad = nn.functional.pad
+    return pad(left[0], (0, missing)), pad(right[:, :, 0], (0, 0, 0, missing))
+
+
+def _even(*cores: Tensor) -> tuple[Tensor, ...]:
+    """Cores of equal norms, which are gentler to fine-tune."""
     norms = torch.stack([core.norm() for core in cores]).clamp_min(1e-12)
-    target = norms.log().mean().exp()
-    scaled = [core * (target / norm) for core, norm in zip(cores, norms, strict=True)]
-    # A rank above what a truncated neighbour leaves comes back smaller; zeros fill it up.
-    wanted = [1, *ranks, 1]
-    return [
-        nn.functional.pad(
-            core, (0, wanted[i + 1] - core.shape[2], 0, 0, 0, wanted[i] - core.shape[0])
-        )
-        for i, core in enumerate(scaled)
-    ]
+    scales = norms.log().mean().exp() / norms
+    return tuple(core * scale for core, scale in zip(cores, scales, strict=True))
 
 
 def _bounds(width_in: int, kh: int, kw: int, width_out: int) -> tuple[int, int, int]:

@@ -74,7 +74,7 @@ class Tucker2:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """Whitened kernels, bases of both modes and un-whitening matrices, stacked by group."""
+        """Full cores, first and last layers by group, each cut from the front to any rank."""
         parts: list[tuple[Tensor, ...]] = []
         for group, block in enumerate(per_group(weight.detach().double(), groups)):
             own = patches_of_group(patches, groups, group)
@@ -83,7 +83,9 @@ class Tucker2:
             inputs = principal_outputs(white.transpose(0, 1).flatten(1), None)
             flat = None if own is None else own.flatten(1)
             outputs = principal_outputs(block.flatten(1), flat)
-            parts.append((white, inputs, outputs, inverse))
+            with tensorly.backend_context("pytorch", local_threadsafe=True):
+                core = multi_mode_dot(white, [outputs.T, inputs.T], modes=[0, 1])
+            parts.append((core, inputs.T @ inverse, outputs))
         stacked = tuple(torch.stack(column) for column in zip(*parts, strict=True))
         return (*stacked, weight.detach())
 
@@ -132,21 +134,16 @@ class Tucker2:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """The three layers' weights."""
-        whites, inputs, outputs, inverses, weight = factors
+        parts, weight = factors[:-1], factors[-1]
         firsts, cores, lasts = [], [], []
-        with tensorly.backend_context("pytorch", local_threadsafe=True):
-            for white, basis_in, basis_out, inverse in zip(
-                whites, inputs, outputs, inverses, strict=True
-            ):
-                own_in, own_out = basis_in[:, : self.rank_in], basis_out[:, : self.rank_out]
-                core = multi_mode_dot(white, [own_out.T, own_in.T], modes=[0, 1])
-                first, last = own_in.T @ inverse, own_out
-                # Equal norms of the three factors are gentler to fine-tune.
-                norms = torch.stack([first.norm(), core.norm(), last.norm()]).clamp_min(1e-12)
-                target = norms.log().mean().exp()
-                firsts.append(first * (target / norms[0]))
-                cores.append(core * (target / norms[1]))
-                lasts.append(last * (target / norms[2]))
+        for core, first, last in zip(*parts, strict=True):
+            own = (core[: self.rank_out, : self.rank_in], first[: self.rank_in])
+            cut = (*own, last[:, : self.rank_out])
+            # Equal norms of the three factors are gentler to fine-tune.
+            norms = torch.stack([factor.norm() for factor in cut]).clamp_min(1e-12)
+            scales = norms.log().mean().exp() / norms
+            for found, factor, scale in zip((cores, firsts, lasts), cut, scales, strict=True):
+                found.append(factor * scale)
         first = torch.cat(firsts)[:, :, None, None]
         last = torch.cat(lasts)[:, :, None, None]
         return first.to(weight.dtype), torch.cat(cores).to(weight.dtype), last.to(weight.dtype)

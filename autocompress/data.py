@@ -1,0 +1,1038 @@
+"""Images by name: digits, torchvision's data sets, folders, array archives, or the user's loaders.
+
+Data that fits into memory is decoded once to one uint8 array and served by `ArrayLoader`, which is
+many times faster than decoding in every epoch; larger data goes through a DataLoader with workers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+from autocompress.config import DataConfig
+from autocompress.errors import ConfigError, did_you_mean
+from autocompress.models import load_function
+
+if TYPE_CHECKING:
+    from autocompress.task import Loader
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+MEMORY_LIMIT = 4 * 2**30
+"""Decoded images up to this many bytes are held in memory."""
+
+IMAGE_SUFFIXES = frozenset(
+    {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)
+
+# What published ImageNet networks expect; images too many to hold in memory are normalized with it.
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+_LAZY_SIZE = 224
+
+_STATISTICS_IMAGES = 5_000
+_FINGERPRINT_IMAGES = 64
+_READ_THROUGH = 5_000
+
+_IDX_NAMES = frozenset({"MNIST", "FashionMNIST", "KMNIST"})
+# Debian's package dataset-fashion-mnist.
+_INSTALLED = {"FashionMNIST": Path("/usr/share/datasets/fashion-mnist")}
+
+_SOURCES = ("digits", "torchvision", "folder", "array", "package.module")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything that a study reads images from.
+
+    Attributes:
+        train: Shuffled, augmented training batches.
+        val: Validation batches, in a fixed mixed order.
+        test: Test batches.
+        classes: Class names; empty if unknown.
+        fingerprint: Identifies images, labels, splits and augmentation.
+        input_shape: Channels, height and width of an image.
+        normalization: `{"mean": [...], "std": [...]}` per channel, of pixels scaled to 0..1; None
+            for loaders of the user's.
+    """
+
+    train: Loader
+    val: Loader
+    test: Loader
+    classes: tuple[str, ...]
+    fingerprint: str
+    input_shape: tuple[int, int, int]
+    normalization: Mapping[str, Any] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 if unknown."""
+        return len(self.classes)
+
+
+class ArrayLoader:
+    """Batches from images in memory: normalized, augmented and shuffled as they are served.
+
+    It can be iterated any number of times; every pass has another order and other augmentation,
+    which follow from the seed and the number of the pass alone.
+
+    Args:
+        images: `n x c x h x w`, uint8.
+        labels: `n`, whole numbers.
+        batch_size: Images in a batch.
+        mean: Per channel, of pixels scaled to 0..1.
+        std: Likewise.
+        augment: "none", "flip", "crop" (by up to an eighth of the size, with black borders) or
+            "crop-flip".
+        shuffle: Whether the order changes from pass to pass; an incomplete last batch is then left
+            out (its images come earlier in other passes).
+        seed: Fixes order and augmentation.
+        device: Where batches are made.
+        indices: Which images, in which order; None for all.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: str = "none",
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        indices: Tensor | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._images = images.to(self.device)
+        self._labels = labels.long().to(self.device)
+        self._indices = torch.arange(len(images)) if indices is None else indices.cpu()
+        self.batch_size = batch_size
+        self.mean, self.std = list(mean), list(std)
+        self.augment, self.shuffle = augment, shuffle
+        self.reseed(seed)
+        shape = (1, len(self.std), 1, 1)
+        scale = torch.tensor(self.std, dtype=torch.float32, device=self.device).view(shape)
+        self._scale = 1 / (255 * scale)
+        self._shift = -torch.tensor(self.mean, device=self.device).view(shape) / scale
+
+    @property
+    def images(self) -> Tensor:
+        """The images, `n x c x h x w`, uint8 (a copy)."""
+        return self._images[self._indices.to(self.device)]
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels, `n` (a copy)."""
+        return self._labels[self._indices.to(self.device)]
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self._indices), self.batch_size)
+        return full + (1 if rest and not (self.shuffle and full) else 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._passes)
+        self._passes += 1
+        return self._serve(generator)
+
+    def reseed(self, seed: int) -> None:
+        """Start anew: the next pass is the first one of `seed`."""
+        self.seed = seed
+        self._passes = 0
+
+    def subset(
+        self, indices: Tensor, shuffle: bool | None = None, augment: str | None = None
+    ) -> ArrayLoader:
+        """A loader of the images at `indices` (positions in this loader); memory is shared."""
+        return ArrayLoader(
+            self._images,
+            self._labels,
+            self.batch_size,
+            self.mean,
+            self.std,
+            augment=self.augment if augment is None else augment,
+            shuffle=self.shuffle if shuffle is None else shuffle,
+            seed=self.seed,
+            device=self.device,
+            indices=self._indices[indices.cpu()],
+        )
+
+    def _serve(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._indices
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=generator)]
+        for index in range(len(self)):
+            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            chosen = chosen.to(self.device)
+            images = self._changed(self._images.index_select(0, chosen), generator)
+            images = images.float().mul_(self._scale).add_(self._shift)
+            yield images.contiguous(memory_format=torch.channels_last), self._labels[chosen]
+
+    def _changed(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Randomly cropped and flipped copies of `n x c x h x w` images."""
+        count, _, height, width = images.shape
+        if "crop" in self.augment:
+            pad = max(1, height // 8)
+            windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+            corner = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+            y, x = corner.to(self.device)
+            images = windows[torch.arange(count, device=self.device), :, y, x]
+        if "flip" in self.augment:
+            flipped = (torch.rand(count, generator=generator) < 0.5).to(self.device)
+            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+        return images
+
+
+class LazyImages(Dataset[tuple[Tensor, int]]):
+    """Images that are read and decoded when they are asked for.
+
+    Args:
+        read: Gives the image at a position.
+        labels: All labels.
+        size: Height and width of the result.
+        augment: As for `ArrayLoader`; "crop" cuts a random part and scales it to `size`.
+        normalization: Mean and standard deviation per channel, of pixels scaled to 0..1.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Image.Image],
+        labels: Labels,
+        size: int,
+        augment: str,
+        normalization: Mapping[str, Any],
+    ) -> None:
+        from torchvision.transforms import v2
+
+        self.read, self.targets, self.size = read, labels, size
+        self.augment, self.normalization = augment, normalization
+        steps: list[Any] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        if "crop" in augment:
+            steps = [v2.RandomResizedCrop(size, antialias=True)]
+        if "flip" in augment:
+            steps.append(v2.RandomHorizontalFlip())
+        self.transform = v2.Compose(
+            [
+                v2.ToImage(),
+                *steps,
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(normalization["mean"], normalization["std"]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.read(index)), int(self.targets[index])
+
+    def unaugmented(self) -> LazyImages:
+        """The same images, unchanged by chance."""
+        return LazyImages(self.read, self.targets, self.size, "none", self.normalization)
+
+
+def load_data(
+    config: DataConfig, seed: int, device: torch.device | str = "cpu", folder: Path | None = None
+) -> Data:
+    """Load the data that a study file names and cut off validation data where it has none.
+
+    Args:
+        config: The study file's section.
+        seed: Fixes the split and the order.
+        device: Where batches of data in memory are made.
+        folder: Where modules of the user are looked for besides Python's path.
+
+    Raises:
+        ConfigError: If the data is not there, or not in the expected form.
+    """
+    kind, _, name = config.source.partition(":")
+    root = Path(config.root).expanduser() if config.root is not None else None
+    found: _Arrays | _Lazy
+    if kind == "digits":
+        found = _digits()
+    elif kind == "torchvision":
+        found = _torchvision(name, root, config)
+    elif kind == "folder":
+        found = _folder((root or Path()) / Path(name).expanduser(), config)
+    elif kind == "array":
+        found = _array((root or Path()) / Path(name).expanduser())
+    else:
+        return _user_loaders(config, seed, folder)
+    if isinstance(found, _Lazy):
+        return _lazy_data(found, config, seed, torch.device(device))
+    return _array_data(found, config, seed, torch.device(device))
+
+
+def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Loader]:
+    """Cut validation data off a loader of training data.
+
+    The split is stratified by label where labels can be read, else random. Validation batches are
+    not shuffled. They are not augmented either if the loader is ours; the augmentation of another
+    loader's data set can't be told from its other transforms and stays.
+
+    Args:
+        loader: An `ArrayLoader` or a `torch.utils.data.DataLoader`.
+        fraction: Share of the images to cut off, 0 to 1.
+        seed: Fixes the split.
+
+    Returns:
+        Loaders of training and of validation data.
+
+    Raises:
+        ConfigError: If the loader is of another kind.
+    """
+    if isinstance(loader, ArrayLoader):
+        rest, chosen = stratified_split(loader.labels.cpu().numpy(), fraction, seed)
+        train = loader.subset(torch.from_numpy(rest))
+        return train, loader.subset(torch.from_numpy(chosen), shuffle=False, augment="none")
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(
+            f"Validation data can't be cut off a {type(loader).__name__}; give val yourself, or "
+            "give train as a torch.utils.data.DataLoader."
+        )
+    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+    if isinstance(loader.dataset, IterableDataset) or not plain or loader.batch_size is None:
+        raise ConfigError(
+            "Validation data can't be cut off a DataLoader with an iterable data set or a sampler "
+            "of its own; give val yourself."
+        )
+    dataset = loader.dataset
+    labels = _labels_of(dataset)
+    if labels is None:
+        labels = np.zeros(len(cast(Any, dataset)), np.int64)
+    rest, chosen = stratified_split(labels, fraction, seed)
+    quiet = dataset.unaugmented() if isinstance(dataset, LazyImages) else dataset
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    train_loader = _like(loader, Subset(dataset, rest.tolist()), shuffled, loader.drop_last)
+    return train_loader, _like(loader, Subset(quiet, chosen.tolist()), False, False)
+
+
+def unaugmented(loader: Loader) -> Loader:
+    """The same samples in a fixed mixed order, unchanged by chance, where the loader is ours.
+
+    Any other loader is returned as it is.
+    """
+    if isinstance(loader, ArrayLoader):
+        # Mixed, for the first batches must hold all classes.
+        order = torch.randperm(
+            len(loader.labels), generator=torch.Generator().manual_seed(loader.seed)
+        )
+        return loader.subset(order, shuffle=False, augment="none")
+    if isinstance(loader, DataLoader):
+        dataset = loader.dataset
+        if isinstance(dataset, LazyImages):
+            return _like(loader, dataset.unaugmented(), True, True)
+        if isinstance(dataset, Subset) and isinstance(dataset.dataset, LazyImages):
+            quiet = Subset(dataset.dataset.unaugmented(), dataset.indices)
+            return _like(loader, quiet, True, True)
+    return loader
+
+
+def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
+    """Split positions so that every class has its share in both parts.
+
+    Args:
+        labels: `n` labels.
+        fraction: Share of the second part.
+        seed: Fixes the choice.
+
+    Returns:
+        Sorted positions of the first part, mixed positions of the second.
+
+    Raises:
+        ConfigError: If one of the parts would be empty.
+    """
+    total = round(fraction * len(labels))
+    if not 0 < total < len(labels):
+        raise ConfigError(
+            f"data.val_fraction = {fraction:g} of {len(labels)} images leaves no image for "
+            "training or for validation; give another fraction or more data."
+        )
+    rng = np.random.default_rng(seed)
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    exact = fraction * counts
+    taken = np.floor(exact).astype(np.int64)
+    # What rounding down left over goes to the classes that lost most by it.
+    for index in np.argsort(taken - exact, kind="stable")[: total - int(taken.sum())]:
+        taken[index] += 1
+    parts = [
+        rng.permutation(np.flatnonzero(inverse == index))[:count]
+        for index, count in enumerate(taken)
+    ]
+    chosen = rng.permutation(np.concatenate(parts)).astype(np.int64)
+    rest = np.setdiff1d(np.arange(len(labels), dtype=np.int64), chosen)
+    return rest, chosen
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: `$AUTOCOMPRESS_HOME`, else `~/.cache/autocompress`."""
+    home = os.environ.get("AUTOCOMPRESS_HOME")
+    return Path(home) if home else Path.home() / ".cache" / "autocompress"
+
+
+@dataclass(frozen=True)
+class _Split:
+    pixels: Pixels
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class _Arrays:
+    """Data in memory; `val` is None where it has to be cut from `train`."""
+
+    name: str
+    train: _Split
+    val: _Split | None
+    test: _Split
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images that are still encoded: how to read one, all labels, and what tells them apart."""
+
+    read: Callable[[int], Image.Image]
+    labels: Labels
+    listing: str
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """Data too large for memory."""
+
+    name: str
+    train: _Part
+    val: _Part | None
+    test: _Part
+    classes: tuple[str, ...]
+
+
+def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.device) -> Data:
+    train, val, test = (_resized(part, config.image_size) for part in _parts(found))
+    shapes = {part.pixels.shape[1:] for part in (train, val, test) if part is not None}
+    if len(shapes) > 1:
+        sizes = ", ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+        raise ConfigError(
+            f"The images of training, validation and test data differ in shape ({sizes}); set "
+            "data.image_size."
+        )
+    assert train is not None and test is not None
+    rest = None
+    if val is None:
+        # The split below is the same; the statistics must not see validation images.
+        rest, _ = stratified_split(train.labels, config.val_fraction, seed)
+    normalization = _statistics(train.pixels, rest)
+
+    def loader(part: _Split, training: bool) -> ArrayLoader:
+        return ArrayLoader(
+            torch.from_numpy(part.pixels),
+            torch.from_numpy(part.labels),
+            config.batch_size,
+            normalization["mean"],
+            normalization["std"],
+            augment=config.augment if training else "none",
+            shuffle=training,
+            seed=seed,
+            device=device,
+        )
+
+    learned: Loader = loader(train, True)
+    if val is None:
+        learned, chosen = split_loader(learned, config.val_fraction, seed)
+    else:
+        # Mixed, for a part of the validation data must be like the whole.
+        chosen = unaugmented(loader(val, False))
+    digest = hashlib.sha256(_settings(found.name, config, seed, val is None))
+    for part in (train, val, test):
+        if part is not None:
+            digest.update(str(part.pixels.shape).encode() + part.labels.tobytes())
+            every = max(1, len(part.pixels) // _FINGERPRINT_IMAGES)
+            digest.update(np.ascontiguousarray(part.pixels[::every]).tobytes())
+    channels, height, width = train.pixels.shape[1:]
+    return Data(
+        train=learned,
+        val=chosen,
+        test=loader(test, False),
+        classes=found.classes,
+        fingerprint=digest.hexdigest()[:16],
+        input_shape=(channels, height, width),
+        normalization=normalization,
+    )
+
+
+def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device) -> Data:
+    size = config.image_size or _LAZY_SIZE
+    workers = min(8, os.cpu_count() or 1)
+
+    def loader(part: _Part, training: bool) -> DataLoader[Any]:
+        augment = config.augment if training else "none"
+        return DataLoader(
+            LazyImages(part.read, part.labels, size, augment, _IMAGENET),
+            batch_size=config.batch_size,
+            shuffle=training,
+            drop_last=training and len(part.labels) > config.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+
+    train: Loader = loader(found.train, True)
+    if found.val is None:
+        train, val = split_loader(train, config.val_fraction, seed)
+    else:
+        whole = loader(found.val, False)
+        order = np.random.default_rng(seed).permutation(len(found.val.labels))
+        val = _like(whole, Subset(whole.dataset, order.tolist()), False, False)
+    digest = hashlib.sha256(_settings(found.name, config, seed, found.val is None))
+    for part in (found.train, found.val, found.test):
+        if part is not None:
+            digest.update(part.listing.encode() + part.labels.tobytes())
+    return Data(
+        train=train,
+        val=val,
+        test=loader(found.test, False),
+        classes=found.classes,
+        fingerprint=digest.hexdigest()[:16],
+        input_shape=(3, size, size),
+        normalization=_IMAGENET,
+    )
+
+
+def _settings(name: str, config: DataConfig, seed: int, split: bool) -> bytes:
+    """What decides, besides the images, what a network is trained on."""
+    cut = [config.val_fraction, seed] if split else None
+    return json.dumps([name, config.image_size, config.augment, config.batch_size, cut]).encode()
+
+
+def _parts(found: _Arrays) -> tuple[_Split | None, ...]:
+    return found.train, found.val, found.test
+
+
+def _statistics(pixels: Pixels, indices: Labels | None) -> dict[str, list[float]]:
+    """Mean and standard deviation per channel, of pixels scaled to 0..1, over training images."""
+    count = len(pixels) if indices is None else len(indices)
+    chosen = np.arange(count)[:: max(1, count // _STATISTICS_IMAGES)]
+    sample = pixels[chosen if indices is None else indices[chosen]]
+    # A histogram is exact and needs no float copy of the images.
+    grey = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(sample.shape[1]):
+        weights = np.bincount(sample[:, channel].reshape(-1), minlength=256)
+        middle = float(np.average(grey, weights=weights))
+        mean.append(round(middle, 4))
+        spread = float(np.average((grey - middle) ** 2, weights=weights)) ** 0.5
+        std.append(round(max(spread, 1 / 255), 4))
+    return {"mean": mean, "std": std}
+
+
+def _resized(part: _Split | None, size: int | None) -> _Split | None:
+    """`part` with its shorter side scaled to `size` and the middle cut out."""
+    if part is None or size is None or part.pixels.shape[2:] == (size, size):
+        return part
+    height, width = part.pixels.shape[2:]
+    scale = size / min(height, width)
+    target = (max(size, round(height * scale)), max(size, round(width * scale)))
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    result = np.empty((len(part.pixels), part.pixels.shape[1], size, size), np.uint8)
+    for start in range(0, len(result), 1024):
+        chunk = torch.from_numpy(part.pixels[start : start + 1024]).float()
+        scaled = F.interpolate(chunk, target, mode="bilinear", antialias=True, align_corners=False)
+        scaled = scaled.round_().clamp_(0, 255).byte()
+        result[start : start + 1024] = scaled[:, :, top : top + size, left : left + size].numpy()
+    return _Split(result, part.labels)
+
+
+def _digits() -> _Arrays:
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    pixels = np.rint(raw.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = raw.target.astype(np.int64)
+    # The same test images whatever the study's seed, so that studies can be compared.
+    rest, chosen = stratified_split(labels, 0.2, 0)
+    train = _Split(pixels[rest], labels[rest])
+    test = _Split(pixels[chosen], labels[chosen])
+    return _Arrays("digits", train, None, test, tuple("0123456789"))
+
+
+def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | _Lazy:
+    from torchvision import datasets
+
+    known = [n for n in datasets.__all__ if n not in ("DatasetFolder", "ImageFolder", "FakeData")]
+    if name not in known:
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}': no such data set.{did_you_mean(name, known)}"
+        )
+    dataset_class = getattr(datasets, name)
+    if root is None:
+        installed = _INSTALLED.get(name)
+        root = installed if installed and installed.is_dir() else cache_folder() / "data"
+    if name in _IDX_NAMES and _idx_file(root, "train-images-idx3-ubyte") is not None:
+        train, test = (
+            _Split(
+                _read_idx(root, f"{part}-images-idx3-ubyte")[:, None],
+                _read_idx(root, f"{part}-labels-idx1-ubyte").astype(np.int64),
+            )
+            for part in ("train", "t10k")
+        )
+        return _Arrays(name, train, None, test, tuple(map(str, dataset_class.classes)))
+    opened = _open_splits(dataset_class, name, root)
+    known_classes = getattr(opened[0], "classes", None)
+    if all(isinstance(getattr(d, "data", None), (np.ndarray, Tensor)) for d in opened if d):
+        splits = [None if d is None else _dataset_arrays(d) for d in opened]
+        return _numbered(name, splits, known_classes)
+    parts: list[_Part | None] = []
+    for split, dataset in zip(("train", "val", "test"), opened, strict=True):
+        if dataset is None:
+            parts.append(None)
+            continue
+        labels = _labels_of(dataset)
+        if labels is None:
+            labels = np.array([int(dataset[i][1]) for i in range(len(dataset))], np.int64)
+        listing = f"{name} {root.resolve()} {split} {len(dataset)}"
+        parts.append(_Part(partial(_read_item, dataset), labels, listing))
+    train_part, val_part, test_part = parts
+    assert train_part is not None and test_part is not None
+    every = np.concatenate([p.labels for p in parts if p is not None])
+    classes = tuple(map(str, known_classes or range(int(every.max()) + 1)))
+    return _decoded(_Lazy(name, train_part, val_part, test_part, classes), config)
+
+
+def _open_splits(dataset_class: Any, name: str, root: Path) -> tuple[Any, Any, Any]:
+    """A torchvision data set's training, validation (or None) and test data."""
+    parameters = inspect.signature(dataset_class).parameters
+    if name == "EMNIST":
+        # Its `split` names an alphabet; training or test is chosen by `train`, as in MNIST.
+        make = partial(dataset_class, split="balanced")
+        return _open(make, name, root, train=True), None, _open(make, name, root, train=False)
+    if "train" in parameters:
+        train, test = (_open(dataset_class, name, root, train=flag) for flag in (True, False))
+        return train, None, test
+    if "split" not in parameters:
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}' has no separate training and test data; write a "
+            "function that returns loaders and give package.module:function."
+        )
+
+    def first(*splits: str) -> Any:
+        for split in splits:
+            try:
+                return _open(dataset_class, name, root, split=split)
+            except ValueError:
+                continue
+        return None
+
+    train, val, test = first("train", "trainval"), first("val"), first("test")
+    if train is None or (val is None and test is None):
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}' has no training and test data by these names."
+        )
+    return (train, val, test) if test is not None else (train, None, val)
+
+
+def _open(make: Callable[..., Any], name: str, root: Path, **choice: Any) -> Any:
+    """A data set from local files, else downloaded.
+
+    Raises:
+        ValueError: If the data set has no such split.
+        ConfigError: If it is not there and can't be downloaded.
+    """
+    try:
+        return make(str(root), **choice)
+    except (RuntimeError, OSError):
+        pass
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return make(str(root), download=True, **choice)
+    except (RuntimeError, OSError, TypeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}': its files are not in {root} and can't be "
+            f"downloaded ({reason}). Put them there as torchvision expects them, or set data.root."
+        ) from error
+
+
+def _dataset_arrays(dataset: Any) -> _Split:
+    pixels = _as_nchw(np.asarray(dataset.data), "data")
+    labels = _labels_of(dataset)
+    if labels is None:
+        raise ConfigError(f"{type(dataset).__name__} has no labels to learn.")
+    return _Split(pixels, labels)
+
+
+def _numbered(
+    name: str, splits: Sequence[_Split | None], names: Sequence[Any] | None = None
+) -> _Arrays:
+    """Splits whose labels are 0 to the number of classes - 1."""
+    train, val, test = splits
+    assert train is not None and test is not None
+    present = np.unique(np.concatenate([part.labels for part in splits if part is not None]))
+    if names is not None and 0 <= present[0] and present[-1] < len(names):
+        return _Arrays(name, train, val, test, tuple(map(str, names)))
+    if present[0] >= 0 and present[-1] < 2 * len(present):
+        # Classes that happen to be absent keep their output, as the network numbers them.
+        present = np.arange(present[-1] + 1)
+
+    def number(part: _Split) -> _Split:
+        return _Split(part.pixels, np.searchsorted(present, part.labels).astype(np.int64))
+
+    return _Arrays(
+        name,
+        number(train),
+        None if val is None else number(val),
+        number(test),
+        tuple(str(label) for label in present),
+    )
+
+
+def _folder(path: Path, config: DataConfig) -> _Arrays | _Lazy:
+    layout = "Expected train/<class>/* and test/<class>/* (or val/<class>/*)."
+    train = path / "train"
+    if not train.is_dir():
+        raise ConfigError(f"data.source = 'folder:{path}': no folder '{train}'. {layout}")
+    classes = tuple(sorted(entry.name for entry in os.scandir(train) if entry.is_dir()))
+    if not classes:
+        raise ConfigError(f"data.source = 'folder:{path}': no classes in '{train}'. {layout}")
+    places = {name: path / name for name in ("val", "test") if (path / name).is_dir()}
+    if not places:
+        raise ConfigError(f"data.source = 'folder:{path}': no test data. {layout}")
+    test = places.get("test", path / "val")
+    val = places.get("val") if "test" in places else None
+    found = {place: _list_images(place, classes) for place in (train, val, test) if place}
+    files = [file for place in found.values() for file in place[0]]
+    grey = _all_grey(files[:: max(1, len(files) // 64)])
+
+    def part(place: Path) -> _Part:
+        paths, labels, listing = found[place]
+        return _Part(partial(_read_file, paths, "L" if grey else "RGB"), labels, listing)
+
+    lazy = _Lazy("folder", part(train), part(val) if val is not None else None, part(test), classes)
+    return _decoded(lazy, config)
+
+
+def _list_images(place: Path, classes: Sequence[str]) -> tuple[list[str], Labels, str]:
+    """Files, labels and a listing with sizes and times of the images in a folder of classes."""
+    own = {entry.name for entry in os.scandir(place) if entry.is_dir()}
+    unknown = sorted(own - set(classes))
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ConfigError(
+            f"'{place}' has folders that 'train' has not: {', '.join(unknown[:3])}{more}. Both "
+            "must have one folder for each class, with the same names."
+        )
+    files: list[str] = []
+    labels: list[int] = []
+    lines: list[str] = [str(place.resolve())]
+    for label, name in enumerate(classes):
+        for entry in sorted(_image_entries(place / name), key=lambda entry: entry.path):
+            status = entry.stat()
+            files.append(entry.path)
+            labels.append(label)
+            lines.append(f"{name}/{entry.name} {status.st_size} {status.st_mtime_ns}")
+    if not files:
+        raise ConfigError(f"'{place}' has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it.")
+    return files, np.array(labels, np.int64), "\n".join(lines)
+
+
+def _image_entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    if not os.path.isdir(folder):
+        return
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _image_entries(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            yield entry
+
+
+def _all_grey(files: Sequence[str]) -> bool:
+    for file in files:
+        with Image.open(file) as image:
+            if image.mode not in ("1", "L"):
+                return False
+    return True
+
+
+def _read_file(files: Sequence[str], mode: str, index: int) -> Image.Image:
+    try:
+        with Image.open(files[index]) as image:
+            return image.convert(mode)
+    except OSError as error:
+        raise ConfigError(f"The image '{files[index]}' can't be read: {error}.") from error
+
+
+def _read_item(dataset: Any, index: int) -> Image.Image:
+    image: Image.Image = dataset[index][0].convert("RGB")
+    return image
+
+
+def _decoded(lazy: _Lazy, config: DataConfig) -> _Arrays | _Lazy:
+    """The images in memory if they fit there, else as they are."""
+    first = lazy.train.read(0)
+    channels = len(first.getbands())
+    width, height = first.size
+    if config.image_size is not None:
+        width = height = config.image_size
+    parts = (lazy.train, lazy.val, lazy.test)
+    count = sum(len(part.labels) for part in parts if part is not None)
+    if count * channels * height * width > MEMORY_LIMIT:
+        return lazy
+    train, val, test = (
+        None
+        if part is None
+        else _Split(_decode(part, (channels, height, width), config.image_size), part.labels)
+        for part in parts
+    )
+    assert train is not None and test is not None
+    return _Arrays(lazy.name, train, val, test, lazy.classes)
+
+
+def _decode(part: _Part, shape: tuple[int, int, int], size: int | None) -> Pixels:
+    """All images of a part as `n x c x h x w`; kept in the cache folder."""
+    key = hashlib.sha256(f"{shape} {size}\n{part.listing}".encode()).hexdigest()[:24]
+    path = cache_folder() / "images" / f"{key}.npy"
+    if path.exists():
+        cached: Pixels = np.load(path)
+        return cached
+    pixels = np.empty((len(part.labels), *shape), np.uint8)
+
+    def decode(index: int) -> None:
+        image = part.read(index)
+        if size is not None:
+            image = _fitted(image, size)
+        array = np.asarray(image)
+        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        if array.shape != shape:
+            raise ConfigError(
+                f"The images differ in size ({shape[2]} x {shape[1]} and {image.width} x "
+                f"{image.height} pixels): set data.image_size."
+            )
+        pixels[index] = array
+
+    def decode_all(indices: range) -> None:
+        for index in indices:
+            decode(index)
+
+    step = 256
+    chunks = [range(i, min(i + step, len(pixels))) for i in range(0, len(pixels), step)]
+    # Decoding happens outside Python's lock, so threads do.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(decode_all, chunks):
+            pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        np.save(file, pixels)
+    os.replace(beside, path)
+    return pixels
+
+
+def _fitted(image: Image.Image, size: int) -> Image.Image:
+    """`image` with its shorter side scaled to `size` and the middle cut out."""
+    if image.size == (size, size):
+        return image
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    scaled = image.resize((width, height), Image.Resampling.BILINEAR)
+    return scaled.crop((left, top, left + size, top + size))
+
+
+def _array(path: Path) -> _Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            content = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"data.source = 'array:{path}' can't be read: {error}") from error
+    required = {"x_train", "y_train", "x_test", "y_test"}
+    if missing := sorted(required - content.keys()):
+        raise ConfigError(
+            f"data.source = 'array:{path}' lacks {', '.join(missing)}; it must hold x_train, "
+            "y_train, x_test and y_test, and may hold x_val, y_val and classes."
+        )
+
+    def part(name: str) -> _Split | None:
+        if f"x_{name}" not in content or f"y_{name}" not in content:
+            return None
+        pixels = _as_nchw(content[f"x_{name}"], f"x_{name}")
+        labels = content[f"y_{name}"].reshape(-1)
+        if not np.issubdtype(labels.dtype, np.integer) or len(labels) != len(pixels):
+            raise ConfigError(
+                f"data.source = 'array:{path}': y_{name} must be {len(pixels)} whole numbers, got "
+                f"{len(labels)} of type {labels.dtype}."
+            )
+        return _Split(pixels, labels.astype(np.int64))
+
+    names = content["classes"].tolist() if "classes" in content else None
+    return _numbered("array", [part("train"), part("val"), part("test")], names)
+
+
+def _as_nchw(array: NDArray[Any], name: str) -> Pixels:
+    """`n x h x w`, `n x h x w x c` or `n x c x h x w` of uint8 or of 0..1 as `n x c x h x w`."""
+    if array.ndim == 3:
+        array = array[:, None]
+    if array.ndim != 4 or not len(array):
+        raise ConfigError(
+            f"{name} must be images n x h x w, n x h x w x c or n x c x h x w, got shape "
+            f"{array.shape}."
+        )
+    if array.shape[-1] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
+        array = array.transpose(0, 3, 1, 2)
+    if array.dtype != np.uint8:
+        low, high = float(array.min()), float(array.max())
+        if not np.issubdtype(array.dtype, np.floating) or low < 0 or high > 1:
+            raise ConfigError(
+                f"{name} must be uint8, or floating-point between 0 and 1, got {array.dtype} "
+                f"between {low:g} and {high:g}."
+            )
+        array = np.rint(array * 255).astype(np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def _idx_file(root: Path, name: str) -> Path | None:
+    for path in (root / f"{name}.gz", root / name):
+        if path.is_file():
+            return path
+    return None
+
+
+def _read_idx(root: Path, name: str) -> Pixels:
+    """An array of bytes in the IDX format of the MNIST files, gzipped or not."""
+    path = _idx_file(root, name)
+    if path is None:
+        raise ConfigError(f"There is no file {name}.gz in {root}; it belongs to the data set.")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, axes = struct.unpack(">HBB", content[:4])
+        shape = struct.unpack(f">{axes}I", content[4 : 4 + 4 * axes])
+        if zero != 0 or kind != 8:
+            raise ValueError("not an array of bytes")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, struct.error) as error:
+        raise ConfigError(f"{path} is no complete IDX file of bytes: {error}.") from error
+
+
+def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
+    """Data from a function of the user's, which may ask for settings by its parameters' names."""
+    kind = config.source.partition(":")[0]
+    if kind == "python":
+        raise ConfigError(
+            f"data.source = '{config.source}': these loaders were given to autocompress.compress();"
+            " only Python can give them again."
+        )
+    if kind.partition(".")[0] not in _SOURCES and "." not in kind:
+        near = did_you_mean(kind, _SOURCES)
+        if "Did you mean" in near:
+            raise ConfigError(f"data.source = '{config.source}': no such source.{near}")
+    function = load_function(config.source, "data.source", folder)
+    offered = {**config.model_dump(exclude={"source"}), "seed": seed}
+    asked = inspect.signature(function).parameters
+    result = function(**{name: value for name, value in offered.items() if name in asked})
+    if isinstance(result, Mapping):
+        given = dict(result)
+    elif isinstance(result, (tuple, list)) and len(result) in (2, 3):
+        names = ("train", "test") if len(result) == 2 else ("train", "val", "test")
+        given = dict(zip(names, result, strict=True))
+    else:
+        given = {}
+    if "train" not in given or "test" not in given:
+        raise ConfigError(
+            f"data.source = '{config.source}' must return loaders (train, test) or (train, val, "
+            f"test), or a dict with these keys, got {type(result).__name__}."
+        )
+    train, val, test = given["train"], given.get("val"), given["test"]
+    if val is None:
+        train, val = split_loader(train, config.val_fraction, seed)
+    digest = hashlib.sha256(_settings(config.source, config, seed, "val" not in given))
+    shape: tuple[int, int, int] = (0, 0, 0)
+    for loader in (val, test):
+        batch = next(iter(loader), None)
+        if batch is None:
+            raise ConfigError(f"data.source = '{config.source}' gave an empty loader.")
+        digest.update(str((len(train), len(loader))).encode())
+        for value in batch if isinstance(batch, (tuple, list)) else ():
+            if isinstance(value, Tensor):
+                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+                if value.ndim == 4:
+                    shape = (value.size(1), value.size(2), value.size(3))
+    return Data(
+        train=train,
+        val=val,
+        test=test,
+        classes=tuple(map(str, given.get("classes", ()))),
+        fingerprint=digest.hexdigest()[:16],
+        input_shape=shape,
+        normalization=given.get("normalization"),
+    )
+
+
+def _labels_of(dataset: Any) -> Labels | None:
+    """All labels of a map-style data set, or None where they can't be had cheaply."""
+    if isinstance(dataset, Subset):
+        inner = _labels_of(dataset.dataset)
+        return None if inner is None else inner[np.asarray(dataset.indices, np.int64)]
+    found = None
+    for name in ("targets", "labels", "_labels"):
+        found = getattr(dataset, name, None)
+        if found is not None:
+            break
+    if found is None:
+        tensors = getattr(dataset, "tensors", ())
+        found = tensors[1] if len(tensors) > 1 else None
+    if found is None and len(dataset) <= _READ_THROUGH:
+        try:
+            found = [int(dataset[index][1]) for index in range(len(dataset))]
+        except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
+            return None
+    if found is None:
+        return None
+    labels = np.asarray(found)
+    if labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iu":
+        return None
+    return labels.astype(np.int64)
+
+
+def _like(
+    loader: DataLoader[Any], dataset: Dataset[Any], shuffle: bool, drop_last: bool
+) -> DataLoader[Any]:
+    """A loader of `dataset` with the settings of `loader`."""
+    return DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        shuffle=shuffle,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )

@@ -1,0 +1,170 @@
+from pathlib import Path
+
+import optuna
+import pytest
+from test_space import make_space
+
+from autocompress.plan import Plan
+from autocompress.samplers import (
+    INTERRUPTED,
+    KNOBS,
+    PARENT,
+    SEED_INDEX,
+    AnnealingSampler,
+    KnobSampler,
+    make_sampler,
+    trial_seed,
+)
+from autocompress.space import SearchSpace
+
+SPACE = make_space()
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def drop_of(space: SearchSpace, plan: Plan) -> float:
+    """A made-up accuracy drop: the sum of squared errors, in points."""
+    return 30 * sum(option.error**2 for option in space.pick(plan).values())
+
+
+def run(
+    study: optuna.Study, space: SearchSpace, count: int, delta: float = 1.0
+) -> list[tuple[float, float]]:
+    """Carry out made-up trials; returns their values."""
+    values = []
+    for _ in range(count):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        trial.set_user_attr("plan", plan.to_json())
+        trial.set_user_attr("plan_digest", plan.digest)
+        pair = (drop_of(space, plan), float(space.cost(space.pick(plan))))
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [pair[0] - delta])
+        study.tell(trial, pair)
+        values.append(pair)
+    return values
+
+
+def best(values: list[tuple[float, float]], delta: float = 1.0) -> float:
+    return min(cost for drop, cost in values if drop <= delta)
+
+
+def make_study(sampler: optuna.samplers.BaseSampler, storage: str | None = None) -> optuna.Study:
+    return optuna.create_study(
+        study_name="test",
+        directions=["minimize", "minimize"],
+        sampler=sampler,
+        storage=storage,
+        load_if_exists=True,
+    )
+
+
+def test_the_trials_parameters_mean_the_plan() -> None:
+    study = make_study(KnobSampler(SPACE, 0))
+    run(study, SPACE, 10)
+    for trial in study.trials:
+        plan = Plan.from_json(trial.user_attrs["plan"])
+        assert SPACE.plan(SPACE.nearest(trial.params)) == plan
+        assert set(trial.params) == set(SPACE.distributions())
+
+
+def test_same_seed_same_proposals_and_another_seed_others() -> None:
+    one, same, other = (run(make_study(KnobSampler(SPACE, seed)), SPACE, 14) for seed in (0, 0, 1))
+    assert one == same
+    assert one != other
+
+
+def test_a_new_process_goes_on_as_if_there_had_been_none(tmp_path: Path) -> None:
+    whole = run(make_study(KnobSampler(SPACE, 0)), SPACE, 14)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    first = run(make_study(KnobSampler(SPACE, 0), url), SPACE, 9)
+    second = run(make_study(KnobSampler(SPACE, 0), url), SPACE, 5)
+    assert first + second == whole
+
+
+def test_seeds_come_first_and_each_once() -> None:
+    study = make_study(KnobSampler(SPACE, 0, seed_count=4))
+    run(study, SPACE, 6)
+    found = [trial.system_attrs.get(SEED_INDEX) for trial in study.trials]
+    assert found == [0, 1, 2, 3, None, None]
+    assert all(KNOBS in trial.system_attrs for trial in study.trials)
+
+
+def test_an_interrupted_trial_gives_its_seed_back() -> None:
+    study = make_study(KnobSampler(SPACE, 0, seed_count=4))
+    lost = study.ask()
+    SPACE.suggest(lost)
+    lost.set_user_attr(INTERRUPTED, True)
+    study.tell(lost, state=optuna.trial.TrialState.FAIL)
+    run(study, SPACE, 1)
+    assert [trial.system_attrs[SEED_INDEX] for trial in study.trials] == [0, 0]
+
+
+def test_plans_are_not_repeated() -> None:
+    study = make_study(KnobSampler(SPACE, 0))
+    run(study, SPACE, 20)
+    digests = [trial.user_attrs["plan_digest"] for trial in study.trials]
+    assert len(set(digests)) == 20
+
+
+def test_knobs_beat_random_search() -> None:
+    knobs = best(run(make_study(KnobSampler(SPACE, 0)), SPACE, 20))
+    values = run(make_study(optuna.samplers.RandomSampler(seed=0)), SPACE, 20)
+    feasible = [cost for drop, cost in values if drop <= 1.0] or [float(SPACE.baseline_cost)]
+    assert knobs < min(feasible)
+
+
+def test_rejected_trials_teach_the_inner_sampler() -> None:
+    study = make_study(KnobSampler(SPACE, 0, seed_count=1))
+    for _ in range(8):
+        trial = study.ask()
+        SPACE.suggest(trial)
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [50.0])
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    assert best(run(study, SPACE, 12)) < SPACE.baseline_cost
+
+
+@pytest.mark.parametrize("name", ["knobs", "tpe", "gp", "nsga2", "random"])
+def test_every_sampler_of_the_study_file_works(name: str) -> None:
+    values = run(make_study(make_sampler(name, SPACE, 0, 0, 6)), SPACE, 6)
+    assert len(values) == 6
+
+
+def test_a_resumed_random_search_does_not_repeat_itself() -> None:
+    first = run(make_study(make_sampler("random", SPACE, 0, 0, 8)), SPACE, 4)
+    second = run(make_study(make_sampler("random", SPACE, 0, 4, 8)), SPACE, 4)
+    assert not set(first) & set(second)
+
+
+def test_trial_seeds_differ_and_are_stable() -> None:
+    assert len({trial_seed(0, number) for number in range(100)}) == 100
+    assert trial_seed(3, 4) == trial_seed(3, 4) != trial_seed(4, 3)
+
+
+def test_annealing_improves_on_its_parents() -> None:
+    exploration = make_study(KnobSampler(SPACE, 0))
+    values = run(exploration, SPACE, 10)
+    number = min((i for i, v in enumerate(values) if v[0] <= 1.0), key=lambda i: values[i][1])
+    plan = Plan.from_json(exploration.trials[number].user_attrs["plan"])
+    narrowed = SPACE.narrow([plan], 0.5)
+    sampler = AnnealingSampler(
+        narrowed,
+        0,
+        delta=1.0,
+        parents=[(f"exploration/{number}", plan, *values[number])],
+        trials=12,
+    )
+    annealing = make_study(sampler)
+    found = run(annealing, narrowed, 12)
+    assert best(found) < values[number][1]
+    parents = {trial.user_attrs[PARENT] for trial in annealing.trials}
+    assert f"exploration/{number}" in parents
+    assert any(parent.startswith("annealing/") for parent in parents)
+
+
+def test_annealing_starts_from_the_nearest_where_nothing_is_within_delta() -> None:
+    plan = SPACE.plan(SPACE.pick(Plan({})))
+    sampler = AnnealingSampler(
+        SPACE, 0, delta=0.0, parents=[("exploration/3", plan, 5.0, 100.0)], trials=3
+    )
+    study = make_study(sampler)
+    run(study, SPACE, 1, delta=0.0)
+    assert study.trials[0].user_attrs[PARENT] == "exploration/3"

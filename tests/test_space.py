@@ -1,0 +1,142 @@
+from collections.abc import Iterator
+
+import pytest
+
+from autocompress.layers import LayerSpec
+from autocompress.plan import Plan
+from autocompress.sensitivity import Choice, LayerTable
+from autocompress.space import (
+    KEEP,
+    RULES,
+    Knobs,
+    SearchSpace,
+    allocate,
+    budget_line,
+)
+from autocompress.transforms import SVD, SpatialSVD
+
+
+def make_space(sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3)) -> SearchSpace:
+    """Three equal layers whose errors differ by a factor."""
+    layers, choices = [], {}
+    for index, factor in enumerate(sensitivities):
+        layer = LayerSpec(
+            name=f"layer{index}",
+            kind="conv2d",
+            in_channels=32,
+            out_channels=32,
+            kernel_size=(3, 3),
+            stride=(1, 1),
+            padding=(1, 1),
+            dilation=(1, 1),
+            groups=1,
+            padding_mode="zeros",
+            bias=False,
+            in_size=(8, 8),
+            out_size=(8, 8),
+        )
+        rows = []
+        for step in range(1, 9):
+            share = step / 8
+            for kind, cheaper in ((SVD, 1.0), (SpatialSVD, 0.9)):
+                transform = kind(rank=step * 3)
+                cost = transform.cost(layer)
+                error = factor * (1 - share) ** 2 / cheaper / 4
+                rows.append(Choice(transform, share, cost.params, cost.macs, error))
+        layers.append(layer)
+        choices[layer.name] = tuple(rows)
+    table = LayerTable(tuple(layers), choices, {})
+    total = sum(layer.cost.params for layer in layers) + 1000
+    return SearchSpace.from_table(table, "params", total)
+
+
+@pytest.fixture
+def space() -> Iterator[SearchSpace]:
+    yield make_space()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("budget", [0.15, 0.3, 0.6])
+def test_allocation_keeps_the_budget_and_comes_near_it(
+    space: SearchSpace, rule: str, budget: float
+) -> None:
+    cost = space.cost(allocate(space, Knobs(budget, rule)))
+    assert cost <= budget * space.baseline_cost
+    assert cost >= 0.6 * budget * space.baseline_cost
+
+
+def test_sensitive_layers_keep_more(space: SearchSpace) -> None:
+    picked = allocate(space, Knobs(0.4))
+    assert picked["layer1"].cost > picked["layer0"].cost > picked["layer2"].cost
+
+
+def test_minmax_evens_the_errors_out(space: SearchSpace) -> None:
+    def worst(rule: str) -> float:
+        return max(option.error for option in allocate(space, Knobs(0.4, rule)).values())
+
+    assert worst("minmax") <= worst("uniform")
+
+
+def test_uniform_cuts_every_layer_alike(space: SearchSpace) -> None:
+    costs = [option.cost for option in allocate(space, Knobs(0.5, "uniform")).values()]
+    assert max(costs) < 1.3 * min(costs)
+
+
+def test_stage_and_method_weights_steer(space: SearchSpace) -> None:
+    plain = allocate(space, Knobs(0.4))
+    spared = allocate(space, Knobs(0.4, stages=(2.0, 0.0, 0.0, 0.0)))
+    assert spared["layer0"].cost > plain["layer0"].cost
+    biased = allocate(space, Knobs(0.4, methods={"svd": 2.0, "spatial_svd": 0.0}))
+    assert all(o.method in ("spatial_svd", KEEP) for o in biased.values())
+
+
+def test_params_and_options_are_inverse(space: SearchSpace) -> None:
+    picked = allocate(space, Knobs(0.35))
+    assert space.nearest(space.params(picked)) == picked
+    assert space.pick(space.plan(picked)) == picked
+
+
+def test_every_option_is_reachable_by_parameters(space: SearchSpace) -> None:
+    distributions = space.distributions()
+    for name, own in space.options.items():
+        for option in own:
+            params = space.params({**allocate(space, Knobs(0.5)), name: option})
+            assert space.nearest(params)[name] == option
+            assert distributions[f"{name}.transform"]._contains(
+                list(distributions[f"{name}.transform"].choices).index(option.method)  # type: ignore[attr-defined]
+            )
+            assert distributions[f"{name}.rank_fraction"]._contains(option.fraction)
+
+
+def test_a_fraction_between_two_ranks_means_the_upper(space: SearchSpace) -> None:
+    params = space.params(allocate(space, Knobs(0.5)))
+    params |= {"layer0.transform": "svd", "layer0.rank_fraction": 0.3}
+    assert space.nearest(params)["layer0"].fraction == pytest.approx(3 / 8)
+
+
+def test_narrowing_keeps_the_parent_and_drops_the_far(space: SearchSpace) -> None:
+    plan = space.plan(allocate(space, Knobs(0.3)))
+    narrowed = space.narrow([plan], band=0.2)
+    assert narrowed.plan(narrowed.pick(plan)) == plan
+    assert sum(map(len, narrowed.options.values())) < sum(map(len, space.options.values())) / 2
+    assert narrowed.baseline_cost == space.baseline_cost
+
+
+def test_narrowing_around_an_untouched_layer_offers_mild_cuts(space: SearchSpace) -> None:
+    narrowed = space.narrow([Plan({})], band=0.2)
+    for own in narrowed.options.values():
+        assert own[0].method == KEEP
+        assert all(option.fraction > 0.75 for option in own[1:]) and len(own) > 1
+
+
+def test_knobs_round_trip(space: SearchSpace) -> None:
+    knobs = Knobs(0.4, "minmax", 1.5, (0.1, -0.2, 0.3, 0.0), {"svd": 0.5, "spatial_svd": -0.5})
+    params = knobs.to_params(space)
+    assert params.keys() == Knobs.distributions(space).keys()
+    assert Knobs.from_params(params) == knobs
+
+
+def test_the_budget_line_is_spread_and_starts_in_the_middle(space: SearchSpace) -> None:
+    budgets = [knobs.budget for knobs in budget_line(space, 8)]
+    assert len(set(budgets)) == 8 and all(0 < budget < 1 for budget in budgets)
+    assert min(budgets) < budgets[0] < max(budgets)
