@@ -337,9 +337,15 @@ def _check_files(config: StudyConfig) -> None:
     base = Path(config.data.root or ".").expanduser()
     at = base / Path(place).expanduser()
     if kind == "folder" and not at.is_dir():
-        errors.append(f"data.source = '{config.data.source}': no such folder.")
+        errors.append(
+            f"data.source = '{config.data.source}': no such folder. Give one that has "
+            "train/<class>/* and test/<class>/* (or val/<class>/*)."
+        )
     if kind == "array" and not at.is_file():
-        errors.append(f"data.source = '{config.data.source}': no such file.")
+        errors.append(
+            f"data.source = '{config.data.source}': no such file. Give an .npz with x_train, "
+            "y_train, x_test and y_test."
+        )
     if errors:
         raise ConfigError("\n".join(errors))
 

@@ -12,9 +12,10 @@ import inspect
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -250,7 +251,7 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.read(index)), int(self.targets[index])
+        return self.transform(self.read(index).convert("RGB")), int(self.targets[index])
 
     def unaugmented(self) -> LazyImages:
         """The same images, unchanged by chance."""
@@ -584,10 +585,11 @@ def _digits() -> _Arrays:
 def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | _Lazy:
     from torchvision import datasets
 
-    known = [n for n in datasets.__all__ if n not in ("DatasetFolder", "ImageFolder", "FakeData")]
-    if name not in known:
+    if name not in datasets.__all__:
+        near = get_close_matches(name, datasets.__all__, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ConfigError(
-            f"data.source = 'torchvision:{name}': no such data set.{did_you_mean(name, known)}"
+            f"data.source = 'torchvision:{name}': torchvision.datasets has no '{name}'.{hint}"
         )
     dataset_class = getattr(datasets, name)
     if root is None:
@@ -601,7 +603,7 @@ def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | 
             )
             for part in ("train", "t10k")
         )
-        return _Arrays(name, train, None, test, tuple(map(str, dataset_class.classes)))
+        return _Arrays(name, train, None, test, _texts(dataset_class.classes))
     opened = _open_splits(dataset_class, name, root)
     known_classes = getattr(opened[0], "classes", None)
     if all(isinstance(getattr(d, "data", None), (np.ndarray, Tensor)) for d in opened if d):
@@ -614,14 +616,24 @@ def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | 
             continue
         labels = _labels_of(dataset)
         if labels is None:
-            labels = np.array([int(dataset[i][1]) for i in range(len(dataset))], np.int64)
+            labels = _read_labels(dataset, name)
         listing = f"{name} {root.resolve()} {split} {len(dataset)}"
         parts.append(_Part(partial(_read_item, dataset), labels, listing))
     train_part, val_part, test_part = parts
     assert train_part is not None and test_part is not None
     every = np.concatenate([p.labels for p in parts if p is not None])
-    classes = tuple(map(str, known_classes or range(int(every.max()) + 1)))
+    classes = _texts(known_classes or range(int(every.max()) + 1))
     return _decoded(_Lazy(name, train_part, val_part, test_part, classes), config)
+
+
+def _read_labels(dataset: Any, name: str) -> Labels:
+    try:
+        return np.array([int(dataset[index][1]) for index in range(len(dataset))], np.int64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}' is not for classification: its labels are no "
+            "whole numbers."
+        ) from error
 
 
 def _open_splits(dataset_class: Any, name: str, root: Path) -> tuple[Any, Any, Any]:
@@ -667,6 +679,11 @@ def _open(make: Callable[..., Any], name: str, root: Path, **choice: Any) -> Any
         return make(str(root), **choice)
     except (RuntimeError, OSError):
         pass
+    except TypeError as error:
+        raise ConfigError(
+            f"data.source = 'torchvision:{name}' can't be opened by its folder and "
+            f"{' and '.join(choice)} alone ({error}); give package.module:function."
+        ) from error
     try:
         root.mkdir(parents=True, exist_ok=True)
         return make(str(root), download=True, **choice)
@@ -693,8 +710,13 @@ def _numbered(
     train, val, test = splits
     assert train is not None and test is not None
     present = np.unique(np.concatenate([part.labels for part in splits if part is not None]))
-    if names is not None and 0 <= present[0] and present[-1] < len(names):
-        return _Arrays(name, train, val, test, tuple(map(str, names)))
+    if names is not None:
+        if present[0] < 0 or present[-1] >= len(names):
+            raise ConfigError(
+                f"The labels of '{name}' go from {present[0]} to {present[-1]}, but it names "
+                f"{len(names)} classes; labels must be 0 to {len(names) - 1}."
+            )
+        return _Arrays(name, train, val, test, _texts(names))
     if present[0] >= 0 and present[-1] < 2 * len(present):
         # Classes that happen to be absent keep their output, as the network numbers them.
         present = np.arange(present[-1] + 1)
@@ -709,6 +731,11 @@ def _numbered(
         number(test),
         tuple(str(label) for label in present),
     )
+
+
+def _texts(names: Iterable[Any]) -> tuple[str, ...]:
+    """Class names as texts; ImageNet gives tuples of synonyms."""
+    return tuple(str(name[0]) if isinstance(name, tuple) else str(name) for name in names)
 
 
 def _folder(path: Path, config: DataConfig) -> _Arrays | _Lazy:
@@ -1002,8 +1029,12 @@ def _labels_of(dataset: Any) -> Labels | None:
         if found is not None:
             break
     if found is None:
-        tensors = getattr(dataset, "tensors", ())
+        tensors: Sequence[Tensor] = getattr(dataset, "tensors", ())
         found = tensors[1] if len(tensors) > 1 else None
+    if found is None:
+        # Data sets of files keep pairs of a path and a label.
+        samples = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
+        found = None if samples is None else [sample[1] for sample in samples]
     if found is None and len(dataset) <= _READ_THROUGH:
         try:
             found = [int(dataset[index][1]) for index in range(len(dataset))]
