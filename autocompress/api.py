@@ -168,9 +168,7 @@ def _copy(model: nn.Module) -> nn.Module:
     return deepcopy(model).cpu()
 
 
-def _fingerprint(
-    model: nn.Module, train: Loader, val: Loader, functions: Mapping[str, Any]
-) -> str:
+def _fingerprint(model: nn.Module, train: Loader, val: Loader, functions: Mapping[str, Any]) -> str:
     """Identifies what came from Python: weights, one batch and the functions' source."""
     digest = hashlib.sha256(state_digest(model.state_dict()).encode())
     digest.update(f"{len(train)}/{len(val)}".encode())

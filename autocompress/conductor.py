@@ -255,9 +255,7 @@ def _analyse(
     return bench, table, left_alone
 
 
-def _stored_table(
-    folder: StudyFolder, key: str, layers: Sequence[LayerSpec]
-) -> LayerTable | None:
+def _stored_table(folder: StudyFolder, key: str, layers: Sequence[LayerSpec]) -> LayerTable | None:
     if not folder.table.exists():
         return None
     stored = json.loads(folder.table.read_text(encoding="utf-8"))
@@ -267,9 +265,7 @@ def _stored_table(
     return table if table.layers == tuple(layers) else None
 
 
-def _run_stage(
-    bench: Bench, stage: str, space: SearchSpace, total: int, display: Display
-) -> None:
+def _run_stage(bench: Bench, stage: str, space: SearchSpace, total: int, display: Display) -> None:
     """Run trials until exactly `total` of them have ended by themselves."""
     study = bench.studies[stage]
     display.stage(
@@ -406,9 +402,8 @@ def _finish(
         own = [item for item in within if item[0].startswith(stage)]
         if own:
             label, trial = own[0]
-            number = int(label.split("/")[1])
             summary["stage_best"][stage] = {
-                "trial": number,
+                "trial": int(label.split("/")[1]),
                 "metrics": trial.user_attrs["metrics"],
             }
     with _timed(seconds, "final"):
@@ -710,5 +705,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-

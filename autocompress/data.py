@@ -489,7 +489,7 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
 
 def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device) -> Data:
     size = config.image_size or _LAZY_SIZE
-    workers = min(8, os.cpu_count() or 1)
+    workers = _workers()
 
     def loader(part: _Part, training: bool) -> DataLoader[Any]:
         augment = config.augment if training else "none"
@@ -523,6 +523,11 @@ def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device
         input_shape=(3, size, size),
         normalization=_IMAGENET,
     )
+
+
+def _workers() -> int:
+    """Processes that decode images."""
+    return min(8, os.cpu_count() or 1)
 
 
 def _settings(name: str, config: DataConfig, seed: int, split: bool) -> bytes:

@@ -1,8 +1,8 @@
 """The errors that autocompress raises on purpose.
 
     AutocompressError
-    ├── ConfigError        the study file, an option or an argument is wrong; nothing has been spent
-    ├── UnsupportedLayer   a transform can't act on this layer; the text is the reason for the report
+    ├── ConfigError        a setting or an argument is wrong; nothing has been spent
+    ├── UnsupportedLayer   a transform can't act on this layer; the text says why
     ├── StudyMismatch      the study in the database was made with other settings
     └── TrainingDiverged   loss or weights stopped being finite numbers
 

@@ -82,5 +82,3 @@ def export_trial(
         classes=tuple(attrs["classes"]),
         normalization=attrs["normalization"],
     )
-
-

@@ -78,7 +78,9 @@ class LayerSpec:
         return Cost(self.weights + self.out_channels * self.bias, self.weights * positions)
 
 
-def spec_of(name: str, module: nn.Module, in_shape: Sequence[int], out_shape: Sequence[int]) -> LayerSpec:
+def spec_of(
+    name: str, module: nn.Module, in_shape: Sequence[int], out_shape: Sequence[int]
+) -> LayerSpec:
     """Describe a Conv2d or Linear from its module and the shapes it saw.
 
     Args:

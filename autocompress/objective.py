@@ -282,5 +282,3 @@ def _record(
     )
     watch.lap("other")
     trial.set_user_attr("seconds", watch.seconds)
-
-

@@ -205,7 +205,12 @@ class AnnealingSampler(PlanSampler):
             if other.state in FINISHED and other.number != trial.number
         ]
         pool = self._parents + [
-            (f"annealing/{t.number}", Plan.from_json(t.user_attrs["plan"]), t.values[0], t.values[1])
+            (
+                f"annealing/{t.number}",
+                Plan.from_json(t.user_attrs["plan"]),
+                t.values[0],
+                t.values[1],
+            )
             for t in finished
             if t.state == TrialState.COMPLETE
         ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,17 +73,20 @@ class LayerTable:
     def from_json(cls, text: str) -> LayerTable:
         """The inverse of `to_json`."""
         data = json.loads(text)
-        layers = tuple(
-            LayerSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()})
-            for layer in data["layers"]
-        )
+        layers = tuple(_spec_from_dict(layer) for layer in data["layers"])
         choices = {
             name: tuple(
-                Choice(**{**row, "transform": transform_from_dict(row["transform"])}) for row in rows
+                Choice(**{**row, "transform": transform_from_dict(row["transform"])})
+                for row in rows
             )
             for name, rows in data["choices"].items()
         }
         return cls(layers, choices, data["refused"])
+
+
+def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return LayerSpec(**fields)
 
 
 def collect_patches(
@@ -196,8 +200,7 @@ def _sample(
 
     image = places(len(x))
     offsets = [
-        places(size)[:, None] * stride
-        + torch.arange(kernel, device=x.device)[None] * dilation
+        places(size)[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
         for size, stride, kernel, dilation in zip(
             (height, width), layer.stride, layer.kernel_size, layer.dilation, strict=True
         )

@@ -248,6 +248,7 @@ class Knobs:
                 params[key] = min(max(params[key], distribution.low), distribution.high)
         return params
 
+
 def budget_line(space: SearchSpace, count: int) -> list[Knobs]:
     """Plain knobs along the line of budgets: first the middle, then ever finer, rules in turn."""
     low = math.log(max(1.02 * space.least_cost / space.baseline_cost, 1 / 40))

@@ -237,9 +237,7 @@ def save_weights(model: nn.Module, trial: Trial, store: FileSystemArtifactStore)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
         save_file(portable_state(model), path)
-        return upload_artifact(
-            artifact_store=store, file_path=str(path), study_or_trial=trial
-        )
+        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
 
 
 def save_text(text: str, name: str, trial: Trial, store: FileSystemArtifactStore) -> str:
@@ -247,9 +245,7 @@ def save_text(text: str, name: str, trial: Trial, store: FileSystemArtifactStore
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_text(text, encoding="utf-8")
-        return upload_artifact(
-            artifact_store=store, file_path=str(path), study_or_trial=trial
-        )
+        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
 
 
 def fetch_weights(artifact_id: str, store: FileSystemArtifactStore) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +32,7 @@ EXIT_INTERRUPTED = 130
 class RunByDefault(TyperGroup):
     """A group that takes `run` for granted: `study.toml --delta 2` means `run study.toml ...`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put `run` in front where no command is named."""
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if not args or (args[0] not in self.commands and args[0] not in own):
@@ -144,7 +143,9 @@ def run(
 
 
 @app.command()
-def status(study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None) -> None:
+def status(
+    study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None
+) -> None:
     """Say how far a study is and what it has found.
 
     **Example:** `python -m autocompress.study status my.toml`
@@ -240,7 +241,9 @@ def profile(
 
 
 @app.command()
-def report(study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None) -> None:
+def report(
+    study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None
+) -> None:
     """Write a finished study's report.html again.
 
     **Example:** `python -m autocompress.study report runs/quickstart`
@@ -265,9 +268,7 @@ def export(
     trial: Annotated[
         str, typer.Option(help="Which trial, e.g. annealing/7; best: the study's winner.")
     ] = "best",
-    to: Annotated[
-        str | None, typer.Option(help="The folder to write.", show_default=False)
-    ] = None,
+    to: Annotated[str | None, typer.Option(help="The folder to write.", show_default=False)] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
@@ -294,7 +295,8 @@ def export(
 def dashboard(
     study: StudyArgument = None,
     port: Annotated[
-        int | None, typer.Option(help="Port on 127.0.0.1; a free one by default.", show_default=False)
+        int | None,
+        typer.Option(help="Port on 127.0.0.1; a free one by default.", show_default=False),
     ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
@@ -394,9 +396,7 @@ def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:
         counts = ", ".join(f"{len(trials_spent(s))} of {n}" for n, s in _studies(config).items())
     except ConfigError:
         counts = "no trial yet"
-    _complain(
-        f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there."
-    )
+    _complain(f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there.")
 
 
 @contextmanager

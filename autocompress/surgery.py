@@ -107,7 +107,7 @@ def dense_weight(replacement: nn.Module, module: nn.Module) -> Tensor:
     if isinstance(module, nn.Conv2d):
         impulses = impulses.repeat(1, module.groups, 1, 1)
     with torch.no_grad():
-        answers = at_one_place(replacement)(impulses) - at_one_place(replacement)(
+        answers: Tensor = at_one_place(replacement)(impulses) - at_one_place(replacement)(
             torch.zeros_like(impulses[:1])
         )
     return answers.reshape(count, -1).T.reshape(weight.shape)

@@ -51,7 +51,8 @@ def cross_entropy(output: Any, batch: Batch) -> Tensor:
 
 def correct(output: Any, batch: Batch) -> Tensor:
     """The default metric: 1 for each image whose largest logit is at its label, else 0."""
-    return (output.argmax(dim=-1) == batch[1]).float()
+    hits: Tensor = output.argmax(dim=-1) == batch[1]
+    return hits.float()
 
 
 def logit_distillation(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor:
@@ -137,7 +138,7 @@ class Task:
     amp_dtype: torch.dtype | None = None
 
     def example(self) -> tuple[Tensor, ...]:
-        """The network's inputs for one validation image, on the CPU, as `model(*inputs)` takes them.
+        """One validation image on the CPU, as the tensors that `model(*inputs)` takes.
 
         They are caught in a real forward pass, so a custom `forward` needs no second definition.
 

@@ -93,7 +93,7 @@ def fit(
                     imitation = task.distillation(_as_float(output), _as_float(target))  # type: ignore[misc]
                     loss = (1 - share) * loss + share * imitation
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             scheduler.step()
@@ -136,7 +136,7 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
                 start = time.perf_counter()
                 with autocast(task):
                     loss = task.loss(_as_float(task.forward(trial, batch)), batch)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 if task.device.type == "cuda":
                     torch.cuda.synchronize()
                 best = min(best, time.perf_counter() - start)

@@ -64,20 +64,20 @@ def print_figures(name: str, folder: Path) -> None:
     print(f"baseline: val {before['val_accuracy']:.2f} %, test {before.get('test_accuracy')} %")
     for stage, best in result["stage_best"].items():
         metrics = best["metrics"]
+        params, macs = (before["profile"][key] / metrics[key] for key in ("params", "macs"))
         print(
-            f"{stage}: trial {best['trial']}, {before['profile']['params'] / metrics['params']:.2f}x "
-            f"params, {before['profile']['macs'] / metrics['macs']:.2f}x MACs, "
+            f"{stage}: trial {best['trial']}, {params:.2f}x params, {macs:.2f}x MACs, "
             f"val drop {metrics['drop']:.2f}"
         )
     if result["best"] is not None:
         best = result["best"]
         low, high = best["test_drop_interval"]
+        params, macs = (before["profile"][key] / best["profile"][key] for key in ("params", "macs"))
+        faster = best["baseline_latency"]["median_ms"] / best["profile"]["latency"]["median_ms"]
         print(
             f"winner: {best['stage']}/{best['trial']}, "
-            f"{before['profile']['params'] / best['profile']['params']:.2f}x params, "
-            f"{before['profile']['macs'] / best['profile']['macs']:.2f}x MACs, "
-            f"{best['baseline_latency']['median_ms'] / best['profile']['latency']['median_ms']:.2f}x "
-            f"faster (eager, batch 1), val drop {best['val_drop']:.2f}, "
+            f"{params:.2f}x params, {macs:.2f}x MACs, {faster:.2f}x faster (eager), "
+            f"val drop {best['val_drop']:.2f}, "
             f"test {before['test_accuracy']:.2f} -> {best['test_accuracy']:.2f}, drop "
             f"{best['test_drop']:.2f} ({low:.2f} to {high:.2f})"
         )

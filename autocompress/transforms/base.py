@@ -12,7 +12,7 @@ from autocompress.errors import UnsupportedLayer
 from autocompress.layers import Cost, LayerSpec, Pair
 
 Factors = tuple[Tensor, ...]
-"""A factorization at full rank: whatever `factorize` of one transform returns and `kernels` cuts."""
+"""A factorization at full rank: what `factorize` of a transform returns and `kernels` cuts."""
 
 
 @runtime_checkable

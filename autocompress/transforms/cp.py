@@ -61,11 +61,9 @@ class CP:
     def ladder(cls, layer: LayerSpec, points: int = 16) -> Sequence[Self]:
         """Ranks that save, smallest first; few, as each is a decomposition of its own."""
         most = max(layer.in_channels, layer.out_channels) // layer.groups
-
-        def make(share: float) -> Self:
-            return cls(round_rank(share * most, most))
-
-        return climb(layer, make, min(points, 5), 1 / 8)
+        return climb(
+            layer, lambda share: cls(round_rank(share * most, most)), min(points, 5), 1 / 8
+        )
 
     @classmethod
     def full(cls, layer: LayerSpec) -> Self:

@@ -220,7 +220,11 @@ class SpatialSVD:
         _, width_in, kh, kw = weight.shape
         root = values[:, : self.rank].sqrt()
         columns = (left[:, :, : self.rank] * root[:, None]).transpose(1, 2)
-        rows = (right[:, : self.rank] * root[:, :, None]).unflatten(2, (-1, kw)).transpose(1, 2)
+        rows = (
+            (right[:, : self.rank] * root[:, :, None])
+            .reshape(*right[:, : self.rank].shape[:2], -1, kw)
+            .transpose(1, 2)
+        )
         first = columns.reshape(-1, width_in, kh, 1)
         second = rows.reshape(-1, self.rank, 1, kw)
         return first.to(weight.dtype), second.to(weight.dtype)

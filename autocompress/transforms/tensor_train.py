@@ -70,7 +70,7 @@ class TTLinear(nn.Module):
         # n x in2 x (rank out1) -> n x out1 x (rank in2)
         mixed = self.first(rows).reshape(-1, in2, self.first.out_features // out1, out1)
         mixed = mixed.permute(0, 3, 2, 1).flatten(2)
-        y = self.second(mixed).reshape(*lead, out1 * out2)
+        y: Tensor = self.second(mixed).reshape(*lead, out1 * out2)
         return y if self.bias is None else y + self.bias
 
 
@@ -104,11 +104,11 @@ class TensorTrain:
     def ladder(cls, layer: LayerSpec, points: int = 16) -> Sequence[Self]:
         """Ranks that save, smallest first."""
         most = _most(layer)
-
-        def make(share: float) -> Self:
-            return cls(tuple(round_rank(share * rank, rank) for rank in most))
-
-        return climb(layer, make, min(points, 8))
+        return climb(
+            layer,
+            lambda share: cls(tuple(round_rank(share * rank, rank) for rank in most)),
+            min(points, 8),
+        )
 
     @classmethod
     def full(cls, layer: LayerSpec) -> Self:
@@ -137,8 +137,9 @@ class TensorTrain:
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs."""
         if layer.kind == "linear":
-            (in1, in2), (out1, out2) = near_square(layer.in_channels), near_square(
-                layer.out_channels
+            (in1, in2), (out1, out2) = (
+                near_square(layer.in_channels),
+                near_square(layer.out_channels),
             )
             rank = self.ranks[0]
             first, second = in1 * rank * out1, rank * in2 * out2
@@ -161,8 +162,9 @@ class TensorTrain:
     def build(self, module: nn.Module) -> nn.Module:
         """The chain, untrained."""
         if isinstance(module, nn.Linear):
-            (in1, in2), (out1, out2) = near_square(module.in_features), near_square(
-                module.out_features
+            (in1, in2), (out1, out2) = (
+                near_square(module.in_features),
+                near_square(module.out_features),
             )
             need_rank("TensorTrain", "rank", self.ranks[0], min(in1 * out1, in2 * out2))
             built = TTLinear(

@@ -59,13 +59,13 @@ class Tucker2:
     def ladder(cls, layer: LayerSpec, points: int = 16) -> Sequence[Self]:
         """Rank pairs that save, smallest first; both at the same share of their channels."""
         width_in, width_out = _widths(layer)
-
-        def make(share: float) -> Self:
-            return cls(
+        return climb(
+            layer,
+            lambda share: cls(
                 round_rank(share * width_in, width_in), round_rank(share * width_out, width_out)
-            )
-
-        return climb(layer, make, points)
+            ),
+            points,
+        )
 
     @classmethod
     def full(cls, layer: LayerSpec) -> Self:
@@ -135,7 +135,9 @@ class Tucker2:
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """The three layers' weights."""
         parts, weight = factors[:-1], factors[-1]
-        firsts, cores, lasts = [], [], []
+        firsts: list[Tensor] = []
+        cores: list[Tensor] = []
+        lasts: list[Tensor] = []
         for core, first, last in zip(*parts, strict=True):
             own = (core[: self.rank_out, : self.rank_in], first[: self.rank_in])
             cut = (*own, last[:, : self.rank_out])

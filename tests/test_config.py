@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from autocompress.config import (
+    ALL_TRANSFORMS,
+    StudyConfig,
+    bound_settings,
+    differences,
+    flatten,
+    load_config,
+    parse_config,
+)
+from autocompress.errors import ConfigError
+from autocompress.transforms import TRANSFORMS
+
+STUDIES = Path(__file__).resolve().parent.parent / "studies"
+PACKAGED = Path(__file__).resolve().parent.parent / "autocompress" / "studies"
+
+MINIMAL: dict[str, Any] = {"name": "s", "model.source": "zoo:resnet20", "data.source": "digits"}
+
+
+def fields(section: type[BaseModel] = StudyConfig, prefix: str = "") -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found |= fields(annotation, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = field.description
+    return found
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_field_is_described_and_there_are_about_thirty() -> None:
+    assert 20 <= len(fields()) <= 31
+    assert all(fields().values())
+
+
+def test_the_names_of_the_transforms_are_those_that_exist() -> None:
+    assert set(ALL_TRANSFORMS) == set(TRANSFORMS)
+
+
+def test_no_path_means_the_quickstart() -> None:
+    assert load_config(None).name == "quickstart"
+    assert load_config("quickstart") == load_config(None)
+
+
+def test_the_quickstart_is_the_same_file_in_both_places() -> None:
+    shown = (STUDIES / "quickstart.toml").read_text(encoding="utf-8")
+    assert shown == (PACKAGED / "quickstart.toml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_ready_studies_are_valid_and_named_like_their_files(path: Path) -> None:
+    import tomllib
+
+    config = parse_config(tomllib.loads(path.read_text(encoding="utf-8")))
+    assert config.name == path.stem
+
+
+def test_there_are_five_ready_studies() -> None:
+    names = {path.stem for path in STUDIES.glob("*.toml")}
+    assert names == {
+        "quickstart",
+        "fashion-mnist-resnet",
+        "cifar10-resnet20",
+        "cifar100-resnet18",
+        "imagenet-resnet50",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"search.trails": 3}, "search.trails: unknown key. Did you mean 'trials'? Known: anneal"),
+        ({"serch.trials": 3}, "serch: unknown key. Did you mean 'search'? Known: baseline"),
+        ({"delta": "abc"}, "delta: expected a number, got 'abc'"),
+        ({"delta": True}, "delta: expected a number, got True"),
+        ({"delta": -1}, "delta = -1 must be >= 0 (points of accuracy)"),
+        ({"delta": math.nan}, "delta: expected a finite number, got nan"),
+        ({"data.batch_size": 1.5}, "data.batch_size: expected a whole number, got 1.5"),
+        ({"data.val_fraction": 1.0}, "data.val_fraction = 1.0 must be < 1 (share of the train"),
+        ({"search.trials": 0}, "search.trials = 0 must be >= 1"),
+        ({"search.transforms": ["tuker2"]}, "search.transforms: unknown value 'tuker2'. Did you"),
+        ({"search.transforms": "svd"}, "search.transforms: expected a list, got 'svd'"),
+        ({"search.include": [3]}, "search.include: expected a text, got 3"),
+        ({"search.sampler": "tpee"}, "search.sampler: unknown value 'tpee'. Did you mean 'tpe'?"),
+        ({"objective": "flops"}, "objective: unknown value 'flops'. Known: latency, macs, params"),
+        ({"model.source": "resnet20"}, "model.source = 'resnet20' is not of the right form: zoo:"),
+        ({"model.source": None}, "model.source: missing. zoo:NAME"),
+        ({"model.arguments": 4}, "model.arguments: expected a table, got 4"),
+        ({"search": 4}, "search: expected a table, got 4"),
+        ({"name": "a/b"}, "name = 'a/b' is not of the right form"),
+    ],
+)
+def test_one_line_says_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    given = {**MINIMAL, **change}
+    if change.get("model.source", "") is None:
+        given["model"] = {"weights": "x"}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(given)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_errors_are_several_lines() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "delta": -1, "seed": "x", "run.devise": "cpu"})
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_overrides_replace_values_and_none_is_ignored() -> None:
+    config = load_config(None, {"delta": 2, "search.trials": 5, "run.device": None})
+    assert (config.delta, config.search.trials, config.run.device) == (2.0, 5, "auto")
+
+
+def test_overrides_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'trials'"):
+        load_config(None, {"search.trails": 5})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(None).delta = 2.0  # type: ignore[misc]
+
+
+def test_missing_and_broken_study_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no study file 'nothing.toml'"):
+        load_config("nothing.toml")
+    with pytest.raises(ConfigError, match=r"not valid TOML: .*line 2"):
+        load_config(write(tmp_path, 'name = "x"\ndelta = = 1\n'))
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_config(tmp_path)
+
+
+def test_paths_are_relative_to_the_study_file(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").touch()
+    (tmp_path / "pictures" / "small").mkdir(parents=True)
+    text = 'name = "s"\n[model]\nsource = "zoo:resnet20"\nweights = "w.pt"\n[data]\n'
+    config = load_config(write(tmp_path, text + 'source = "folder:small"\nroot = "pictures"\n'))
+    assert config.model.weights == str((tmp_path / "w.pt").resolve())
+    assert config.data.root == str((tmp_path / "pictures").resolve())
+    assert config.data.source == f"folder:{(tmp_path / 'pictures' / 'small').resolve()}"
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.pt").touch()
+    text = 'name = "s"\n[model]\nsource = "zoo:resnet20"\nweights = "~/w.pt"\n[data]\n'
+    config = load_config(write(tmp_path, text + 'source = "digits"\n'))
+    assert config.model.weights == str((tmp_path / "w.pt").resolve())
+
+
+def test_every_missing_file_is_named(tmp_path: Path) -> None:
+    text = 'name = "s"\n[model]\nsource = "zoo:resnet20"\nweights = "w.pt"\n[data]\n'
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text + 'source = "array:x.npz"\nroot = "pictures"\n'))
+    lines = str(caught.value).splitlines()
+    assert [line.split(" = ")[0] for line in lines] == ["model.weights", "data.root", "data.source"]
+    assert all("no such" in line for line in lines)
+
+
+def test_settings_survive_json() -> None:
+    config = load_config(None, {"search.exclude": ["conv1"]})
+    stored = json.loads(config.model_dump_json())
+    assert parse_config(flatten(stored)) == config
+    assert parse_config(stored) == config
+
+
+def test_a_study_is_bound_to_all_but_budgets_and_places() -> None:
+    config = load_config(None)
+    bound = bound_settings(config)
+    assert json.loads(json.dumps(bound)) == bound
+    for free in ("search.trials", "search.annealing_trials", "finetune.final_epochs", "run.out"):
+        changed = load_config(None, {free: "elsewhere" if free == "run.out" else 7})
+        assert differences(bound, bound_settings(changed)) == []
+    changed = load_config(None, {"delta": 2, "model.arguments.num_classes": 12})
+    assert differences(bound, bound_settings(changed)) == [
+        "delta: 1.0 -> 2.0",
+        "model.arguments.num_classes: 10 -> 12",
+    ]

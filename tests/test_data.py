@@ -1,0 +1,533 @@
+from __future__ import annotations
+
+import gzip
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_images, make_loader
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from autocompress import data as data_module
+from autocompress.config import DataConfig
+from autocompress.data import (
+    ArrayLoader,
+    LazyImages,
+    load_data,
+    split_loader,
+    stratified_split,
+    unaugmented,
+)
+from autocompress.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+
+
+def array_loader(count: int = 64, size: int = 8, **options: Any) -> ArrayLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    settings: dict[str, Any] = {"batch_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, **options}
+    return ArrayLoader(images, torch.arange(count) % 4, **settings)
+
+
+def all_images(loader: Any) -> Tensor:
+    return torch.cat([images for images, _ in loader])
+
+
+def all_labels(loader: Any) -> Tensor:
+    return torch.cat([labels for _, labels in loader])
+
+
+def write_folder(
+    path: Path,
+    parts: tuple[str, ...] = ("train", "test"),
+    mode: str = "RGB",
+    size: tuple[int, int] = (8, 8),
+) -> None:
+    """Ten images of each of three colours in every part; a class is told by its brightness."""
+    for part in parts:
+        for label, name in enumerate(("ant", "bee", "cat")):
+            place = path / part / name
+            place.mkdir(parents=True)
+            for index in range(10):
+                image = Image.new(mode, size, 80 * label if mode == "L" else (80 * label,) * 3)
+                image.save(place / f"{index}.png")
+
+
+# The loader of images in memory
+
+
+def test_batches_are_normalized_and_channels_last() -> None:
+    loader = array_loader()
+    images, labels = next(iter(loader))
+    assert images.shape == (16, 3, 8, 8) and images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    expected = (loader.images[:16].float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(images.contiguous(), expected)
+    assert labels.dtype == torch.int64 and torch.equal(labels, loader.labels[:16])
+
+
+def test_the_order_changes_from_pass_to_pass_and_follows_from_the_seed() -> None:
+    first, second = array_loader(shuffle=True), array_loader(shuffle=True)
+    passes = [all_images(first), all_images(first)]
+    assert not torch.equal(*passes)
+    assert torch.equal(passes[0], all_images(second)) and torch.equal(passes[1], all_images(second))
+    assert not torch.equal(passes[0], all_images(array_loader(shuffle=True, seed=1)))
+
+
+def test_reseeding_starts_anew() -> None:
+    loader = array_loader(shuffle=True, augment="crop-flip")
+    before = all_images(loader)
+    all_images(loader)
+    loader.reseed(0)
+    assert torch.equal(before, all_images(loader))
+
+
+def test_an_incomplete_batch_is_left_out_only_where_others_come_next_time() -> None:
+    assert len(array_loader(40)) == 3 and len(all_labels(array_loader(40))) == 40
+    assert len(array_loader(40, shuffle=True)) == 2
+    assert len(all_labels(array_loader(40, shuffle=True))) == 32
+    assert len(array_loader(8, shuffle=True)) == 1 and len(all_labels(array_loader(8))) == 8
+
+
+def test_a_flip_mirrors_about_half_of_the_images() -> None:
+    loader = array_loader(256, augment="flip", mean=[0.0] * 3, std=[1 / 255] * 3)
+    images, plain = all_images(loader), loader.images.float()
+    same = (images == plain).flatten(1).all(1)
+    mirrored = (images == plain.flip(-1)).flatten(1).all(1)
+    assert torch.equal(same, ~mirrored)
+    assert 90 < int(mirrored.sum()) < 166
+
+
+def test_a_crop_shifts_by_at_most_an_eighth() -> None:
+    loader = array_loader(256, size=16, augment="crop", mean=[0.0] * 3, std=[1 / 255] * 3)
+    padded = torch.nn.functional.pad(loader.images.float(), (2, 2, 2, 2))
+    images = all_images(loader)
+    found = torch.zeros(256, 25, dtype=torch.bool)
+    for shift in range(25):
+        y, x = divmod(shift, 5)
+        window = padded[:, :, y : y + 16, x : x + 16]
+        found[:, shift] = (images == window).flatten(1).all(1)
+    assert bool(found.any(1).all())
+    assert bool(found.any(0).all())
+
+
+def test_a_subset_is_of_its_loader() -> None:
+    loader = array_loader(64, shuffle=True, augment="flip")
+    inner = loader.subset(torch.tensor([5, 6, 7])).subset(torch.tensor([2, 0]), shuffle=False)
+    assert torch.equal(inner.images, loader.images[[7, 5]])
+    assert inner.augment == "flip" and not inner.shuffle
+
+
+def test_unaugmented_gives_the_same_images_mixed_and_unchanged() -> None:
+    loader = array_loader(64, shuffle=True, augment="crop-flip")
+    quiet = unaugmented(loader)
+    assert isinstance(quiet, ArrayLoader)
+    assert torch.equal(all_images(quiet), all_images(quiet))
+    assert not torch.equal(quiet.images, loader.images)
+    key = loader.images.flatten(1).double().sum(1)
+    assert torch.equal(quiet.images.flatten(1).double().sum(1).sort()[0], key.sort()[0])
+    theirs = make_loader(32, 0)
+    assert unaugmented(theirs) is theirs
+
+
+def test_serving_is_fast() -> None:
+    loader = array_loader(4096, size=32, batch_size=128, shuffle=True, augment="crop-flip")
+    all_labels(loader)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        best = max(best, 4096 / (time.perf_counter() - start))
+    # More than 60,000 on an idle core; the machine may be busy.
+    assert best > 5_000
+
+
+# Splits
+
+
+def test_a_stratified_split_keeps_the_shares() -> None:
+    labels = np.repeat(np.arange(3), [100, 50, 7]).astype(np.int64)
+    rest, chosen = stratified_split(labels, 0.1, 0)
+    assert np.array_equal(np.sort(np.concatenate([rest, chosen])), np.arange(157))
+    assert np.bincount(labels[chosen]).tolist() == [10, 5, 1]
+    again = stratified_split(labels, 0.1, 0)[1]
+    assert np.array_equal(chosen, again)
+    assert not np.array_equal(chosen, stratified_split(labels, 0.1, 1)[1])
+
+
+def test_a_split_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data.val_fraction = 0.01 of 10 images"):
+        stratified_split(np.zeros(10, np.int64), 0.01, 0)
+
+
+def test_validation_data_of_an_array_loader_is_not_augmented() -> None:
+    train, val = split_loader(array_loader(64, shuffle=True, augment="crop"), 0.25, 0)
+    assert isinstance(train, ArrayLoader) and isinstance(val, ArrayLoader)
+    assert (len(train.labels), len(val.labels)) == (48, 16)
+    assert train.augment == "crop" and train.shuffle
+    assert val.augment == "none" and not val.shuffle
+    assert torch.bincount(val.labels).tolist() == [4] * 4
+
+
+def test_a_dataloader_keeps_its_settings() -> None:
+    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        return {
+            "x": torch.stack([s[0] for s in samples]),
+            "y": torch.stack([s[1] for s in samples]),
+        }
+
+    dataset = TensorDataset(*make_images(80, 0))
+    loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=collate, drop_last=True)
+    train, val = split_loader(loader, 0.25, 0)  # type: ignore[arg-type]
+    assert isinstance(train, DataLoader) and isinstance(val, DataLoader)
+    assert len(train.dataset) == 60 and len(val.dataset) == 20  # type: ignore[arg-type]
+    assert train.batch_size == 8 and train.drop_last and not val.drop_last
+    first, second = ([batch["y"].tolist() for batch in loader] for loader in (val, val))
+    assert first == second
+    assert np.bincount(sum(first, [])).tolist() == [5] * 4
+    firsts = {tuple(next(iter(train))["y"].tolist()) for _ in range(4)}
+    assert len(firsts) > 1
+
+
+def test_labels_are_read_through_where_there_is_no_list_of_them() -> None:
+    images, labels = make_images(40, 0)
+    pairs = list(zip(images, labels.tolist(), strict=True))
+    _, val = split_loader(DataLoader(pairs, batch_size=8), 0.2, 0)  # type: ignore[arg-type]
+    assert torch.bincount(all_labels(val)).tolist() == [2] * 4
+
+
+def test_a_split_without_labels_is_random() -> None:
+    loader = DataLoader([{"x": torch.zeros(1)} for _ in range(20)], batch_size=4)  # type: ignore[arg-type,var-annotated]
+    train, val = split_loader(loader, 0.2, 0)
+    assert (len(train), len(val)) == (4, 1)
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter([torch.zeros(1)])
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [(torch.zeros(1, 1, 8, 8), torch.zeros(1))],
+        DataLoader(Stream()),
+        DataLoader(
+            TensorDataset(torch.zeros(4, 1)),
+            sampler=WeightedRandomSampler([1.0] * 4, 4),
+        ),
+    ],
+    ids=["list", "iterable", "sampler"],
+)
+def test_loaders_that_can_not_be_split_ask_for_val(loader: Any) -> None:
+    with pytest.raises(ConfigError, match="give val yourself"):
+        split_loader(loader, 0.1, 0)
+
+
+# Sources
+
+
+def test_digits() -> None:
+    found = load_data(DataConfig(source="digits", val_fraction=0.2, augment="crop"), 0)
+    assert found.input_shape == (1, 8, 8) and found.num_classes == 10
+    assert isinstance(found.train, ArrayLoader) and isinstance(found.val, ArrayLoader)
+    assert isinstance(found.test, ArrayLoader)
+    sizes = [len(part.labels) for part in (found.train, found.val, found.test)]
+    assert sizes == [1150, 288, 359]
+    assert int(found.train.images.max()) == 255
+    images = all_images(found.val)
+    assert abs(float(images.mean())) < 0.1 and abs(float(images.std()) - 1) < 0.1
+    other = load_data(DataConfig(source="digits", val_fraction=0.2, augment="crop"), 1)
+    assert other.fingerprint != found.fingerprint
+    assert isinstance(other.test, ArrayLoader)
+    assert torch.equal(other.test.images, found.test.images)
+    again = load_data(DataConfig(source="digits", val_fraction=0.2, augment="crop"), 0)
+    assert again.fingerprint == found.fingerprint
+
+
+def test_images_are_resized() -> None:
+    found = load_data(DataConfig(source="digits", image_size=16), 0)
+    assert found.input_shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_folder(mode: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, mode=mode)
+    (tmp_path / "train" / "ant" / "notes.txt").touch()
+    found = load_data(DataConfig(source=f"folder:{tmp_path}", batch_size=8, val_fraction=0.2), 0)
+    assert found.classes == ("ant", "bee", "cat")
+    assert found.input_shape == ((3 if mode == "RGB" else 1), 8, 8)
+    assert isinstance(found.train, ArrayLoader) and isinstance(found.test, ArrayLoader)
+    assert len(found.train.labels) == 24 and len(found.test.labels) == 30
+    assert torch.equal(found.test.images[:, 0, 0, 0].long(), 80 * found.test.labels)
+
+
+def test_decoded_images_are_kept_and_noticed_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path)
+    config = DataConfig(source=f"folder:{tmp_path}")
+    before = load_data(config, 0)
+    decoded: list[str] = []
+    real_read = data_module._read_file
+
+    def spy(*arguments: Any) -> Any:
+        decoded.append("read")
+        return real_read(*arguments)
+
+    monkeypatch.setattr(data_module, "_read_file", spy)
+    again = load_data(config, 0)
+    # Only the first image, to learn the size.
+    assert len(decoded) == 1 and again.fingerprint == before.fingerprint
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "train" / "ant" / "0.png")
+    changed = load_data(config, 0)
+    assert len(decoded) == 1 + 1 + 30
+    assert changed.fingerprint != before.fingerprint
+
+
+def test_validation_folders_are_used(tmp_path: Path) -> None:
+    write_folder(tmp_path / "three", ("train", "val", "test"))
+    found = load_data(DataConfig(source=f"folder:{tmp_path / 'three'}"), 0)
+    assert isinstance(found.val, ArrayLoader) and isinstance(found.train, ArrayLoader)
+    assert len(found.train.labels) == len(found.val.labels) == 30
+    assert len(set(found.val.labels[:10].tolist())) > 1, "a part must be like the whole"
+    write_folder(tmp_path / "two", ("train", "val"))
+    found = load_data(DataConfig(source="folder:two", root=str(tmp_path), val_fraction=0.2), 0)
+    assert isinstance(found.test, ArrayLoader) and isinstance(found.val, ArrayLoader)
+    assert len(found.test.labels) == 30 and len(found.val.labels) == 6
+
+
+def test_images_of_different_size_need_a_size(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.new("RGB", (12, 10)).save(tmp_path / "train" / "bee" / "big.png")
+    with pytest.raises(ConfigError, match="8 x 8 and 12 x 10 pixels.: set data.image_size"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+    found = load_data(DataConfig(source=f"folder:{tmp_path}", image_size=6), 0)
+    assert found.input_shape == (3, 6, 6)
+
+
+def test_folders_of_another_layout_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no folder .*train.*Expected train/<class>"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+    write_folder(tmp_path, ("train",))
+    with pytest.raises(ConfigError, match="no test data"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+    (tmp_path / "test" / "dog").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="folders that 'train' has not: dog"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+
+
+def test_broken_images_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "5.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"cat.5\.png' can't be read"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+
+
+def test_images_too_large_for_memory_are_read_when_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, mode="L", size=(20, 10))
+    monkeypatch.setattr(data_module, "MEMORY_LIMIT", 100)
+    settings: dict[str, Any] = {"augment": "crop-flip", "image_size": 8, "batch_size": 4}
+    monkeypatch.setattr(data_module, "_workers", lambda: 0)
+    found = load_data(DataConfig(source=f"folder:{tmp_path}", val_fraction=0.2, **settings), 0)
+    assert found.input_shape == (3, 8, 8)
+    assert isinstance(found.train, DataLoader) and isinstance(found.val, DataLoader)
+    images, labels = next(iter(found.train))
+    assert images.shape == (4, 3, 8, 8) and images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert torch.bincount(all_labels(found.val)).tolist() == [2] * 3
+    assert isinstance(found.val.dataset.dataset, LazyImages)  # type: ignore[attr-defined]
+    assert found.val.dataset.dataset.augment == "none"  # type: ignore[attr-defined]
+    quiet = unaugmented(found.train)
+    assert isinstance(quiet, DataLoader)
+    assert quiet.dataset.dataset.augment == "none"  # type: ignore[attr-defined]
+    grey = all_images(found.test)[all_labels(found.test) == 1][0, 0]
+    torch.testing.assert_close(grey, torch.full((8, 8), (80 / 255 - 0.485) / 0.229))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((8, 8), np.uint8), ((8, 8, 3), np.uint8), ((3, 8, 8), np.uint8), ((8, 8, 3), np.float32)],
+)
+def test_an_array_archive(shape: tuple[int, ...], kind: Any, tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (40, *shape))
+    stored = images.astype(np.uint8) if kind is np.uint8 else (images / 255).astype(kind)
+    labels = np.arange(40) % 4
+    np.savez(
+        tmp_path / "a.npz", x_train=stored, y_train=labels, x_test=stored[:8], y_test=labels[:8]
+    )
+    found = load_data(DataConfig(source="array:a.npz", root=str(tmp_path)), 0)
+    assert found.classes == ("0", "1", "2", "3")
+    assert found.input_shape == ((1 if len(shape) == 2 else 3), 8, 8)
+    assert isinstance(found.test, ArrayLoader)
+    expected = images[:8, None] if len(shape) == 2 else images[:8]
+    if shape[-1] == 3:
+        expected = expected.transpose(0, 3, 1, 2)
+    assert np.array_equal(found.test.images.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y_test": None}, "lacks y_test"),
+        ({"x_train": np.full((4, 8, 8), 300)}, "x_train must be uint8"),
+        ({"x_train": np.zeros((4, 8), np.uint8)}, r"got shape \(4, 8\)"),
+        ({"y_train": np.zeros(3, np.int64)}, "y_train must be 4 whole numbers, got 3"),
+        ({"y_train": np.zeros(4)}, "y_train must be 4 whole numbers, got 4 of type float64"),
+        ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "differ in shape"),
+        ({"classes": np.array(["a"])}, "go from 0 to 1, but it names 1 classes"),
+    ],
+)
+def test_archives_of_another_form_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 0, 1])
+    content = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels, **change}
+    np.savez(tmp_path / "a.npz", **{k: v for k, v in content.items() if v is not None})
+    with pytest.raises(ConfigError, match=message):
+        load_data(DataConfig(source=f"array:{tmp_path / 'a.npz'}", val_fraction=0.5), 0)
+
+
+def write_idx(path: Path, array: np.ndarray[Any, Any]) -> None:
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_read_where_they_lie(suffix: str, tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (40, 28, 28))
+    for part, count in (("train", 40), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte{suffix}", images[:count])
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{suffix}", np.arange(count) % 10)
+    found = load_data(DataConfig(source="torchvision:FashionMNIST", root=str(tmp_path)), 0)
+    assert found.classes[0] == "T-shirt/top" and found.input_shape == (1, 28, 28)
+    assert isinstance(found.test, ArrayLoader)
+    assert np.array_equal(found.test.images[:, 0].numpy(), images[:20])
+    (tmp_path / f"t10k-labels-idx1-ubyte{suffix}").unlink()
+    with pytest.raises(ConfigError, match="no file t10k-labels-idx1-ubyte.gz"):
+        load_data(DataConfig(source="torchvision:FashionMNIST", root=str(tmp_path)), 0)
+
+
+def test_broken_idx_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match="no complete IDX file"):
+        load_data(DataConfig(source="torchvision:MNIST", root=str(tmp_path)), 0)
+
+
+def test_a_torchvision_data_set_is_opened_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Local:
+        """Looks like CIFAR10."""
+
+        classes = ("a", "b")
+
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            assert not download
+            self.data = RNG.integers(0, 256, (40 if train else 8, 16, 16, 3)).astype(np.uint8)
+            self.targets = [index % 2 for index in range(len(self.data))]
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Local)
+    found = load_data(DataConfig(source="torchvision:CIFAR10", root=str(tmp_path)), 0)
+    assert found.classes == ("a", "b") and found.input_shape == (3, 16, 16)
+
+
+def test_a_torchvision_data_set_of_files_with_three_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Files:
+        """Looks like Flowers102: images are opened one by one, and validation data exists."""
+
+        def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+            if split not in ("train", "val", "test"):
+                raise ValueError(split)
+            self.count = {"train": 12, "val": 6, "test": 9}[split]
+
+        def __len__(self) -> int:
+            return self.count
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+            if index >= self.count:
+                raise IndexError
+            return Image.new("RGB", (9, 8 + index)), index % 3
+
+    monkeypatch.setattr("torchvision.datasets.Flowers102", Files)
+    config = DataConfig(source="torchvision:Flowers102", root=str(tmp_path), image_size=8)
+    found = load_data(config, 0)
+    parts = (found.train, found.val, found.test)
+    assert [len(part.labels) for part in parts if isinstance(part, ArrayLoader)] == [12, 6, 9]
+    assert found.num_classes == 3
+
+
+def test_a_failed_download_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(root: str, train: bool = True, download: bool = False) -> None:
+        raise RuntimeError("no network" if download else "not found")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", offline)
+    with pytest.raises(ConfigError) as caught:
+        load_data(DataConfig(source="torchvision:CIFAR10", root=str(tmp_path)), 0)
+    assert str(tmp_path) in str(caught.value) and "(no network)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("torchvision:CIFAR11", "has no 'CIFAR11'. Did you mean 'CIFAR10'"),
+        ("torchvision:EuroSAT", "no separate training and test data"),
+        ("fodler:x", "no such source. Did you mean 'folder'"),
+        ("python:loaders", "only Python can give them again"),
+        ("array:nothing.npz", "can't be read"),
+        ("nosuch.module:load", "no module 'nosuch.module'"),
+    ],
+)
+def test_unknown_data_is_refused(source: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_data(DataConfig(source=source), 0)
+    assert message in str(caught.value)
+
+
+def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "my_data_1.py").write_text(
+        "import torch\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "def loader(n, size):\n"
+        "    images = torch.arange(n * 64.0).view(n, 1, 8, 8)\n"
+        "    return DataLoader(TensorDataset(images, torch.arange(n) % 2), batch_size=size)\n"
+        "def two(batch_size):\n    return loader(40, batch_size), loader(8, batch_size)\n"
+        "def named():\n"
+        "    return {'train': loader(8, 4), 'val': loader(4, 4), 'test': loader(4, 4),\n"
+        "            'classes': ['a', 'b']}\n"
+        "def wrong():\n    return loader(8, 4)\n",
+        encoding="utf-8",
+    )
+    path = list(sys.path)
+    try:
+        config = DataConfig(source="my_data_1:two", batch_size=5, val_fraction=0.25)
+        found = load_data(config, 0, folder=tmp_path)
+        assert (len(found.train), len(found.val), len(found.test)) == (6, 2, 2)
+        assert found.input_shape == (1, 8, 8) and found.num_classes == 0
+        assert found.fingerprint == load_data(config, 0, folder=tmp_path).fingerprint
+        found = load_data(DataConfig(source="my_data_1:named"), 0, folder=tmp_path)
+        assert found.classes == ("a", "b") and len(found.val) == 1
+        with pytest.raises(ConfigError, match=r"must return loaders .* got DataLoader"):
+            load_data(DataConfig(source="my_data_1:wrong"), 0, folder=tmp_path)
+    finally:
+        sys.path[:] = path
