@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -86,8 +87,8 @@ def spec_of(
     Args:
         name: Name in the network.
         module: A Conv2d or Linear.
-        in_shape: Shape of its input for one image, batch included.
-        out_shape: Shape of its output.
+        in_shape: Shape of its input for one image, the batch of one included.
+        out_shape: Shape of its output, likewise.
     """
     if isinstance(module, nn.Conv2d):
         padding = module.padding
@@ -107,9 +108,7 @@ def spec_of(
             out_size=_pair(out_shape[-2:]),
         )
     assert isinstance(module, nn.Linear)
-    positions = 1
-    for size in in_shape[:-1]:
-        positions *= size
+    positions = prod(in_shape[:-1])
     return LayerSpec(
         name=name,
         kind="linear",
@@ -130,6 +129,7 @@ def spec_of(
 def inspect_layers(
     model: nn.Module,
     example: tuple[Tensor, ...],
+    forward: Callable[[nn.Module, tuple[Tensor, ...]], Any] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> tuple[tuple[LayerSpec, ...], dict[str, str]]:
@@ -138,52 +138,35 @@ def inspect_layers(
     Args:
         model: The network; left in the mode it was in.
         example: Its inputs for one image.
+        forward: Runs the network on the example, where that is not `model(*example)`.
         include: Shell patterns of layer names to look at.
         exclude: Shell patterns of layer names to leave alone.
 
     Returns:
-        The layers in execution order, and the layers left alone with the reason.
+        The layers in execution order, and the layers left alone with the reason. Modules without a
+        kernel or matrix, such as batch norm, are not mentioned.
     """
-    calls: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
     weighted = {n: m for n, m in model.named_modules() if isinstance(m, _WITH_WEIGHTS)}
+    calls = _calls(model, weighted, example, forward)
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and isinstance(module, _WITH_WEIGHTS):
-            owners.setdefault(id(weight), []).append(name)
-    hooks = []
-
-    def listen(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls.setdefault(name, []).append((inputs[0].shape, output.shape))
-
-        return hook
-
-    for name, module in weighted.items():
-        hooks.append(module.register_forward_hook(listen(name)))
-    was_training = model.training
-    device = next(model.parameters()).device
-    try:
-        with torch.inference_mode():
-            model.eval()(*(value.to(device) for value in example))
-    finally:
-        model.train(was_training)
-        for handle in hooks:
-            handle.remove()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
 
     found: dict[str, LayerSpec] = {}
     left_alone: dict[str, str] = {}
     for name, module in weighted.items():
-        reason = _unfit(name, module, calls.get(name, []), owners, include, exclude)
+        shapes = calls.get(name, [])
+        reason = _unfit(name, module, shapes, owners, include, exclude)
         if reason is not None:
             left_alone[name] = reason
         else:
-            found[name] = spec_of(name, module, *calls[name][0])
+            found[name] = spec_of(name, module, *shapes[0])
     return tuple(found[name] for name in calls if name in found), left_alone
 
 
 _WITH_WEIGHTS = (
     nn.Linear,
+    nn.Bilinear,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -192,21 +175,70 @@ _WITH_WEIGHTS = (
     nn.ConvTranspose3d,
 )
 
+_Shapes = tuple[torch.Size, torch.Size]
+
+
+def _calls(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    example: tuple[Tensor, ...],
+    forward: Callable[[nn.Module, tuple[Tensor, ...]], Any] | None,
+) -> dict[str, list[_Shapes]]:
+    """Shapes of input and output of each call of the modules, in the order of first calls."""
+    calls: dict[str, list[_Shapes]] = {}
+
+    def listen(name: str) -> Callable[..., None]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+        ) -> None:
+            x = args[0] if args else kwargs["input"]
+            calls.setdefault(name, []).append((x.shape, output.shape))
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(listen(name), with_kwargs=True)
+        for name, module in modules.items()
+        # nn.Bilinear and the like are only here to be named.
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    modes = {module: module.training for module in model.modules()}
+    device = next((parameter.device for parameter in model.parameters()), None)
+    try:
+        model.eval()
+        with torch.inference_mode():
+            moved = tuple(value.to(device) for value in example)
+            if forward is None:
+                model(*moved)
+            else:
+                forward(model, moved)
+    finally:
+        # One by one: a part may be kept in another mode than the whole, such as frozen batch norm.
+        for module, mode in modes.items():
+            module.training = mode
+        for handle in hooks:
+            handle.remove()
+    return calls
+
 
 def _unfit(
     name: str,
     module: nn.Module,
-    calls: Sequence[Any],
-    owners: dict[int, list[str]],
+    calls: Sequence[_Shapes],
+    owners: Mapping[int, Sequence[str]],
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> str | None:
     """Why a layer is left alone; None if it may be transformed."""
+    if is_parametrized(module):
+        return "its weight is parametrized (torch.nn.utils.parametrize)"
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"{type(module).__name__} is neither a plain Conv2d nor a plain Linear"
-    if is_parametrized(module):
-        return "its weight is parametrized"
-    shared = owners.get(id(module.weight), [name])
+    if not isinstance(module.weight, nn.Parameter):
+        return "its weight is computed by a hook"
+    if not module.weight.is_floating_point():
+        return f"its weight is of type {module.weight.dtype}"
+    shared = owners[id(module.weight)]
     if len(shared) > 1:
         return f"its weight is shared by {', '.join(shared)}"
     if not any(fnmatchcase(name, pattern) for pattern in include):

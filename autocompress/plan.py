@@ -14,6 +14,7 @@ from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
 VERSION = 1
+_EXAMPLE = '{"transform": "svd", "rank": 12}'
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Plan:
     """
 
     layers: Mapping[str, Transform] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # A copy: the digest would be wrong if the caller changed the mapping.
+        object.__setattr__(self, "layers", dict(self.layers))
 
     def to_json(self) -> str:
         """The plan as JSON: `{"version": 1, "layers": {name: {"transform": ..., ranks}}}`."""
@@ -40,12 +45,18 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            version, layers = data["version"], data["layers"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            version, rows = data["version"], dict(data["layers"])
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"This is no plan: {error!r}.") from error
         if version != VERSION:
             raise ConfigError(f"The plan has version {version}, this package reads {VERSION}.")
-        return cls({name: transform_from_dict(row) for name, row in layers.items()})
+        layers: dict[str, Transform] = {}
+        for name, row in rows.items():
+            try:
+                layers[name] = transform_from_dict(row)
+            except ConfigError as error:
+                raise ConfigError(f"Layer {name!r} of the plan: {error}") from error
+        return cls(layers)
 
     @cached_property
     def digest(self) -> str:
@@ -69,12 +80,27 @@ def transform_from_dict(row: Mapping[str, Any]) -> Transform:
     Raises:
         ConfigError: If the transform or one of its fields is unknown or missing.
     """
+    if not isinstance(row, Mapping):
+        raise ConfigError(f"A transform is a table such as {_EXAMPLE}, got {row!r}.")
     values = dict(row)
     name = values.pop("transform", None)
     kind = TRANSFORMS.get(str(name))
     if kind is None:
         raise ConfigError(f"Unknown transform {name!r}.{did_you_mean(str(name), TRANSFORMS)}")
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    assert is_dataclass(kind)
+    known = [f.name for f in fields(kind)]
     if sorted(known) != sorted(values):
         raise ConfigError(f"Transform {name!r} has the fields {known}, got {sorted(values)}.")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    for key, value in values.items():
+        if isinstance(value, list | tuple):
+            values[key] = value = tuple(value)
+        wanted = key == "ranks"
+        ranks = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple) != wanted or not all(_is_rank(rank) for rank in ranks):
+            rule = "a list of whole numbers" if wanted else "a whole number"
+            raise ConfigError(f"{key} of transform {name!r} is {rule} from 1 up, got {value!r}.")
+    return kind(**values)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -12,6 +12,11 @@ from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
 from autocompress.plan import Plan
 from autocompress.transforms.base import Factors, Transform
 
+SLOW_TO_CUT = ("cp", "tt")
+"""Methods whose kernels are kept for each rank; the others' are cut anew in no time."""
+IMPULSES = 1024
+"""Unit impulses that go through a replacement at once: bounds memory for wide Linear layers."""
+
 
 class FactorCache:
     """Factorizations of a network's layers, each made once at full rank and cut to any rank.
@@ -32,7 +37,8 @@ class FactorCache:
         found = self._kernels.get((name, transform))
         if found is None:
             found = transform.kernels(self._full(name, transform))
-            self._kernels[name, transform] = found
+            if transform.name in SLOW_TO_CUT:
+                self._kernels[name, transform] = found
         return found
 
     def _full(self, name: str, transform: Transform) -> Factors:
@@ -41,7 +47,10 @@ class FactorCache:
             module = self._modules[name]
             weight = module.get_parameter("weight").detach().cpu().float()
             groups = module.groups if isinstance(module, nn.Conv2d) else 1
-            self._factors[key] = transform.factorize(weight, groups, self._patches.get(name))
+            patches = self._patches.get(name)
+            if patches is not None:
+                patches = patches.detach().cpu().float()
+            self._factors[key] = transform.factorize(weight, groups, patches)
         return self._factors[key]
 
 
@@ -75,9 +84,13 @@ def build_plan(model: nn.Module, plan: Plan) -> nn.Module:
                 f"{did_you_mean(name, [n for n, m in modules.items() if hasattr(m, 'weight')])}"
             )
         try:
-            replace_module(built, name, transform.build(modules[name]))
+            new = transform.build(modules[name])
         except UnsupportedLayer as error:
             raise UnsupportedLayer(f"Layer {name!r}: {error}") from error
+        if name:
+            replace_module(built, name, new)
+        else:  # the network is this one layer
+            built = new
     return built
 
 
@@ -102,15 +115,17 @@ def dense_weight(replacement: nn.Module, module: nn.Module) -> Tensor:
     """
     weight = module.get_parameter("weight").detach()
     count = weight[0].numel()
-    impulses = torch.eye(count, device=weight.device, dtype=weight.dtype)
-    impulses = impulses.reshape(count, *weight.shape[1:])
-    if isinstance(module, nn.Conv2d):
-        impulses = impulses.repeat(1, module.groups, 1, 1)
-    with torch.no_grad():
-        answers: Tensor = at_one_place(replacement)(impulses) - at_one_place(replacement)(
-            torch.zeros_like(impulses[:1])
-        )
-    return answers.reshape(count, -1).T.reshape(weight.shape)
+    probe = _probe(replacement)
+    answers = []
+    for begin in range(0, count, IMPULSES):
+        places = torch.arange(begin, min(begin + IMPULSES, count), device=weight.device)
+        impulses = nn.functional.one_hot(places, count).to(weight.dtype)
+        impulses = impulses.reshape(len(places), *weight.shape[1:])
+        if isinstance(module, nn.Conv2d):
+            impulses = impulses.repeat(1, module.groups, 1, 1)
+        with torch.no_grad():
+            answers.append(probe(impulses).reshape(len(places), -1))
+    return torch.cat(answers).T.reshape(weight.shape)
 
 
 class ErrorMeter:
@@ -122,32 +137,35 @@ class ErrorMeter:
     """
 
     def __init__(self, module: nn.Module, patches: Tensor) -> None:
-        self._bare = _without_bias(deepcopy(module).cpu().float())
-        self._patches = patches
+        self._module = deepcopy(module).cpu().float()
+        self._patches = patches.detach().cpu().float()
         with torch.no_grad():
-            self._exact = at_one_place(self._bare)(patches)
+            self._exact = _probe(self._module)(self._patches)
         self._norm = float(self._exact.norm().clamp_min(1e-12))
 
     def relative_error(self, transform: Transform, kernels: Sequence[Tensor]) -> float:
         """Norm of the difference of the outputs, divided by the norm of the exact ones."""
-        replacement = _without_bias(transform.build(self._bare))
+        replacement = transform.build(self._module)
         load_kernels(replacement, kernels)
         with torch.no_grad():
-            approximate = at_one_place(replacement)(self._patches)
+            approximate = _probe(replacement)(self._patches)
         return float((self._exact - approximate).norm()) / self._norm
 
 
-def _without_bias(module: nn.Module) -> nn.Module:
+def relative_error(
+    module: nn.Module, transform: Transform, kernels: Sequence[Tensor], patches: Tensor
+) -> float:
+    """Relative error of one replacement; use an `ErrorMeter` for several of one layer."""
+    return ErrorMeter(module, patches).relative_error(transform, kernels)
+
+
+def _probe(module: nn.Module) -> nn.Module:
+    """A copy that maps a patch of the kernel's size to one position: no stride, padding, bias."""
+    copy = deepcopy(module)
     with torch.no_grad():
-        for key, parameter in module.named_parameters():
+        for key, parameter in copy.named_parameters():
             if key.split(".")[-1] == "bias":
                 parameter.zero_()
-    return module
-
-
-def at_one_place(module: nn.Module) -> nn.Module:
-    """A copy that maps a patch of the kernel's size to one position: no stride, no padding."""
-    copy = deepcopy(module)
     for part in copy.modules():
         if isinstance(part, nn.Conv2d):
             part.stride, part.dilation, part.padding = (1, 1), (1, 1), (0, 0)

@@ -148,7 +148,7 @@ def test_serving_is_fast() -> None:
         for _ in loader:
             pass
         best = max(best, 4096 / (time.perf_counter() - start))
-    # More than 60,000 on an idle core; the machine may be busy.
+    # About 50,000 on one idle core; the machine may be busy.
     assert best > 5_000
 
 

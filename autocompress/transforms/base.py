@@ -87,8 +87,7 @@ def climb(
         points: Most choices to return.
         least: The smallest share.
     """
-    fine = 4 * points
-    shares = [least ** (1 - step / (fine - 1)) for step in range(fine)]
+    shares = [least ** (1 - step / 63) for step in range(64)]
     rungs: dict[int, T] = {}
     for share in shares:
         choice = make(share)
@@ -98,8 +97,8 @@ def climb(
     ordered = [rungs[params] for params in sorted(rungs)]
     if len(ordered) <= points:
         return tuple(ordered)
-    step = (len(ordered) - 1) / (points - 1)
-    return tuple(ordered[round(index * step)] for index in range(points))
+    step = (len(ordered) - 1) / max(1, points - 1)
+    return tuple(ordered[len(ordered) - 1 - round(index * step)] for index in range(points))[::-1]
 
 
 def round_rank(rank: float, width: int) -> int:
@@ -212,10 +211,11 @@ def need_conv(module: nn.Module, name: str) -> nn.Conv2d:
     """`module` as a Conv2d.
 
     Raises:
-        UnsupportedLayer: If it is none.
+        UnsupportedLayer: If it is none. A subclass is none either: its forward pass may do more,
+            such as timm's Conv2dSame, which pads by the input's size.
     """
-    if not isinstance(module, nn.Conv2d):
-        raise UnsupportedLayer(f"{name} acts on Conv2d only, got {type(module).__name__}.")
+    if type(module) is not nn.Conv2d:
+        raise UnsupportedLayer(f"{name} acts on plain Conv2d only, got {type(module).__name__}.")
     return module
 
 
@@ -232,3 +232,15 @@ def need_rank(name: str, field: str, rank: int, most: int) -> None:
 def pair(value: tuple[int, ...] | str) -> Pair | str:
     """A convolution's stride, padding or dilation with its type narrowed."""
     return value if isinstance(value, str) else (value[0], value[1])
+
+
+def split_padding(value: tuple[int, ...] | str) -> tuple[Pair | str, Pair | str]:
+    """The padding of a kh x 1 and of a 1 x kw convolution that stand for one of kh x kw."""
+    return (value, value) if isinstance(value, str) else ((value[0], 0), (0, value[1]))
+
+
+def even_norms(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Scale factors of a product to equal norms: gentler to fine-tune."""
+    norms = torch.stack([factor.norm() for factor in factors]).clamp_min(1e-12)
+    target = norms.log().mean().exp()
+    return [factor * (target / norm) for factor, norm in zip(factors, norms, strict=True)]

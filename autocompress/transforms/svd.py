@@ -25,6 +25,7 @@ from autocompress.transforms.base import (
     per_group,
     principal_outputs,
     round_rank,
+    split_padding,
 )
 
 
@@ -62,14 +63,16 @@ class SVD:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """Directions of the outputs and the kernels seen along them, stacked by group."""
-        blocks = per_group(weight.detach().double(), groups).flatten(2)
-        directions = []
+        """Directions of the outputs, `groups x out/g x out/g`, and the kernels seen along them."""
+        blocks = per_group(weight.detach().double(), groups)
+        directions, seen = [], []
         for group, block in enumerate(blocks):
             own = patches_of_group(patches, groups, group)
-            directions.append(principal_outputs(block, None if own is None else own.flatten(1)))
-        vectors = torch.stack(directions)
-        return vectors, vectors.transpose(1, 2) @ blocks, weight.detach()
+            flat = None if own is None else own.flatten(1)
+            vectors = principal_outputs(block.flatten(1), flat)
+            directions.append(vectors)
+            seen.append((vectors.T @ block.flatten(1)).reshape(block.shape))
+        return torch.stack(directions).to(weight.dtype), torch.stack(seen).to(weight.dtype)
 
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs of the two layers."""
@@ -82,7 +85,7 @@ class SVD:
 
     def build(self, module: nn.Module) -> nn.Sequential:
         """The two layers, untrained."""
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             need_rank("SVD", "rank", self.rank, min(module.in_features, module.out_features))
             options = {"device": module.weight.device, "dtype": module.weight.dtype}
             bias = module.bias is not None
@@ -115,16 +118,11 @@ class SVD:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """Both layers' weights."""
-        directions, along, weight = factors
-        pairs = [
-            balance(rows[: self.rank], vectors[:, : self.rank])
-            for vectors, rows in zip(directions, along, strict=True)
-        ]
-        first = torch.cat([pair[0] for pair in pairs]).reshape(-1, *weight.shape[1:])
-        second = torch.cat([pair[1] for pair in pairs])
-        if weight.ndim == 4:
-            second = second[:, :, None, None]
-        return first.to(weight.dtype), second.to(weight.dtype)
+        directions, seen = factors
+        cut = zip(seen[:, : self.rank], directions[:, :, : self.rank], strict=True)
+        balanced = [balance(block, vectors) for block, vectors in cut]
+        first, second = (torch.cat(parts) for parts in zip(*balanced, strict=True))
+        return first, second if first.ndim == 2 else second[:, :, None, None]
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,18 @@ class SpatialSVD:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """Left vectors, singular values, right vectors, one row a group, and the weight."""
-        blocks = per_group(weight.detach().float(), groups)
-        matrices = blocks.permute(0, 2, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-        left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-        return left, values, right, weight.detach()
+        """Columns `groups x in/g*kh x in/g x kh x 1` and rows `groups x out/g x in/g*kh x 1 x kw`.
+
+        They are the left singular vectors, and the kernels seen along them.
+        """
+        columns, rows = [], []
+        for block in per_group(weight.detach().double(), groups):
+            _, width_in, kh, kw = block.shape
+            matrix = block.permute(1, 2, 0, 3).reshape(width_in * kh, -1)
+            vectors = principal_outputs(matrix, None)
+            columns.append(vectors.T.reshape(-1, width_in, kh, 1))
+            rows.append((vectors.T @ matrix).reshape(len(vectors), -1, 1, kw).transpose(0, 1))
+        return torch.stack(columns).to(weight.dtype), torch.stack(rows).to(weight.dtype)
 
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs; the column keeps the input's width."""
@@ -184,7 +189,7 @@ class SpatialSVD:
         width_in, width_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
         need_rank("SpatialSVD", "rank", self.rank, min(width_in * kh, width_out * kw))
         inner = conv.groups * self.rank
-        padding = pair(conv.padding)
+        padding_column, padding_row = split_padding(conv.padding)
         return finish(
             conv,
             [
@@ -194,7 +199,7 @@ class SpatialSVD:
                     inner,
                     kernel=(kh, 1),
                     stride=(conv.stride[0], 1),
-                    padding=padding if isinstance(padding, str) else (padding[0], 0),
+                    padding=padding_column,
                     dilation=(conv.dilation[0], 1),
                     groups=conv.groups,
                     padded=True,
@@ -205,7 +210,7 @@ class SpatialSVD:
                     conv.out_channels,
                     kernel=(1, kw),
                     stride=(1, conv.stride[1]),
-                    padding=padding if isinstance(padding, str) else (0, padding[1]),
+                    padding=padding_row,
                     dilation=(1, conv.dilation[1]),
                     groups=conv.groups,
                     bias=conv.bias is not None,
@@ -216,18 +221,10 @@ class SpatialSVD:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """Both layers' weights."""
-        left, values, right, weight = factors
-        _, width_in, kh, kw = weight.shape
-        root = values[:, : self.rank].sqrt()
-        columns = (left[:, :, : self.rank] * root[:, None]).transpose(1, 2)
-        rows = (
-            (right[:, : self.rank] * root[:, :, None])
-            .reshape(*right[:, : self.rank].shape[:2], -1, kw)
-            .transpose(1, 2)
-        )
-        first = columns.reshape(-1, width_in, kh, 1)
-        second = rows.reshape(-1, self.rank, 1, kw)
-        return first.to(weight.dtype), second.to(weight.dtype)
+        columns, rows = factors
+        cut = zip(columns[:, : self.rank], rows[:, :, : self.rank], strict=True)
+        balanced = [balance(column, row) for column, row in cut]
+        return tuple(torch.cat(parts) for parts in zip(*balanced, strict=True))
 
 
 def _most_channel_rank(layer: LayerSpec) -> int:

@@ -17,6 +17,7 @@ from autocompress.transforms.base import (
     Factors,
     Transform,
     climb,
+    even_norms,
     finish,
     like,
     need_conv,
@@ -85,9 +86,9 @@ class Tucker2:
             outputs = principal_outputs(block.flatten(1), flat)
             with tensorly.backend_context("pytorch", local_threadsafe=True):
                 core = multi_mode_dot(white, [outputs.T, inputs.T], modes=[0, 1])
-            parts.append((core, inputs.T @ inverse, outputs))
-        stacked = tuple(torch.stack(column) for column in zip(*parts, strict=True))
-        return (*stacked, weight.detach())
+            parts.append(((inputs.T @ inverse)[:, :, None, None], core, outputs[:, :, None, None]))
+        stacked = (torch.stack(column) for column in zip(*parts, strict=True))
+        return tuple(part.to(weight.dtype) for part in stacked)
 
     def cost(self, layer: LayerSpec) -> Cost:
         """Params and MACs; the first layer works at the input's resolution."""
@@ -134,21 +135,15 @@ class Tucker2:
 
     def kernels(self, factors: Factors) -> tuple[Tensor, ...]:
         """The three layers' weights."""
-        parts, weight = factors[:-1], factors[-1]
-        firsts: list[Tensor] = []
-        cores: list[Tensor] = []
-        lasts: list[Tensor] = []
-        for core, first, last in zip(*parts, strict=True):
-            own = (core[: self.rank_out, : self.rank_in], first[: self.rank_in])
-            cut = (*own, last[:, : self.rank_out])
-            # Equal norms of the three factors are gentler to fine-tune.
-            norms = torch.stack([factor.norm() for factor in cut]).clamp_min(1e-12)
-            scales = norms.log().mean().exp() / norms
-            for found, factor, scale in zip((cores, firsts, lasts), cut, scales, strict=True):
-                found.append(factor * scale)
-        first = torch.cat(firsts)[:, :, None, None]
-        last = torch.cat(lasts)[:, :, None, None]
-        return first.to(weight.dtype), torch.cat(cores).to(weight.dtype), last.to(weight.dtype)
+        firsts, cores, lasts = factors
+        cut = zip(
+            firsts[:, : self.rank_in],
+            cores[:, : self.rank_out, : self.rank_in],
+            lasts[:, :, : self.rank_out],
+            strict=True,
+        )
+        even = [even_norms(parts) for parts in cut]
+        return tuple(torch.cat(parts) for parts in zip(*even, strict=True))
 
 
 def _widths(layer: LayerSpec) -> tuple[int, int]:

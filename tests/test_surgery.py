@@ -1,0 +1,174 @@
+"""A plan and a network in, a smaller network out; the given network stays as it is."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import TinyNet
+from torch import nn
+
+from autocompress.errors import ConfigError, UnsupportedLayer
+from autocompress.layers import inspect_layers
+from autocompress.plan import Plan
+from autocompress.surgery import (
+    FactorCache,
+    apply_plan,
+    build_plan,
+    dense_weight,
+    load_kernels,
+    relative_error,
+    replace_module,
+)
+from autocompress.transforms import CP, SVD, TensorTrain, Tucker2
+
+IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _net() -> TinyNet:
+    torch.manual_seed(0)
+    return TinyNet().eval()
+
+
+def test_apply_plan_replaces_only_what_it_names() -> None:
+    net = _net()
+    before = copy.deepcopy(net.state_dict())
+    small = apply_plan(net, Plan({"conv": Tucker2(4, 8), "fc": SVD(2)}))
+    assert isinstance(small.get_submodule("conv"), nn.Sequential)
+    assert small(IMAGES).shape == net(IMAGES).shape and not small.training
+    assert isinstance(net.conv, nn.Conv2d)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+    for key in ("stem.weight", "bn1.weight", "bn2.running_var"):
+        assert torch.equal(small.state_dict()[key], before[key])
+    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (small, net))
+    assert ours < theirs
+    small.get_submodule("stem").get_parameter("weight").data.zero_()
+    assert torch.equal(net.stem.weight, before["stem.weight"])
+
+
+def test_full_rank_everywhere_changes_nothing() -> None:
+    net = _net()
+    layers, _ = inspect_layers(net, (IMAGES[:1],))
+    assert [layer.name for layer in layers] == ["stem", "conv", "fc"]
+    for kind in (SVD, TensorTrain):
+        plan = Plan({layer.name: kind.full(layer) for layer in layers})
+        torch.testing.assert_close(apply_plan(net, plan)(IMAGES), net(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_build_plan_takes_the_state_of_apply_plan() -> None:
+    net, plan = _net(), Plan({"conv": CP(6), "fc": TensorTrain((2,))})
+    filled, empty = apply_plan(net, plan), build_plan(net, plan)
+    empty.load_state_dict(filled.state_dict())
+    torch.testing.assert_close(empty.eval()(IMAGES), filled(IMAGES))
+
+
+def test_half_precision_and_gradients() -> None:
+    net = _net().to(torch.bfloat16)
+    net.conv.weight.requires_grad_(False)
+    small = apply_plan(net, Plan({"conv": SVD(6)}))
+    conv = small.get_submodule("conv")
+    assert all(p.dtype == torch.bfloat16 and p.requires_grad for p in conv.parameters())
+
+
+def test_unknown_and_unfit_layers_are_named() -> None:
+    with pytest.raises(ConfigError, match="layer 'conb', .*Did you mean 'conv'"):
+        apply_plan(_net(), Plan({"conb": SVD(2)}))
+    with pytest.raises(UnsupportedLayer, match="Layer 'conv': SVD needs 1 <= rank <= 32, got 99"):
+        apply_plan(_net(), Plan({"conv": SVD(99)}))
+    with pytest.raises(UnsupportedLayer, match="Layer 'bn1': .*got BatchNorm2d"):
+        build_plan(_net(), Plan({"bn1": SVD(1)}))
+
+
+def test_a_network_of_one_layer() -> None:
+    layer = nn.Linear(6, 4)
+    small = apply_plan(layer, Plan({"": SVD(4)}))
+    x = torch.randn(2, 6)
+    assert isinstance(small, nn.Sequential)
+    torch.testing.assert_close(small(x), layer(x))
+
+
+def test_replace_module_reaches_inside() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    replace_module(net, "0.1", nn.Tanh())
+    assert isinstance(net[0][1], nn.Tanh)
+
+
+class _Counted(SVD):
+    """An SVD that counts its factorizations."""
+
+    calls = 0
+
+    @classmethod
+    def factorize(cls, *args, **kwargs):  # type: ignore[no-untyped-def]
+        cls.calls += 1
+        return super().factorize(*args, **kwargs)
+
+
+def test_the_cache_factors_once_per_layer_and_method() -> None:
+    _Counted.calls = 0
+    cache = FactorCache(_net())
+    for rank in (2, 3, 2):
+        cache.kernels("conv", _Counted(rank))
+    assert _Counted.calls == 1
+    cache.kernels("fc", _Counted(2))
+    assert _Counted.calls == 2
+    assert cache.kernels("conv", CP(4)) is cache.kernels("conv", CP(4))
+
+
+def test_apply_plan_uses_the_patches_of_its_cache() -> None:
+    net, plan = _net(), Plan({"conv": SVD(4)})
+    patches = torch.randn(64, 16, 3, 3).double() * torch.logspace(0, -3, 16)[:, None, None]
+    plain, weighted = (
+        apply_plan(net, plan),
+        apply_plan(net, plan, FactorCache(net, {"conv": patches})),
+    )
+    cache = FactorCache(net, {"conv": patches})
+    for model, sign in ((plain, 1), (weighted, -1)):
+        kernels = [p.detach() for p in model.get_submodule("conv").parameters()]
+        error = relative_error(net.conv, SVD(4), kernels, patches)
+        best = relative_error(net.conv, SVD(4), cache.kernels("conv", SVD(4)), patches)
+        assert error > best * 1.05 if sign > 0 else error == pytest.approx(best)
+
+
+def test_relative_error_is_that_of_the_outputs() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, padding_mode="circular")
+    patches = torch.randn(32, 4, 3, 3)
+    kernels = FactorCache(conv).kernels("", SVD(2))
+    dense = torch.einsum("ri,or->oi", kernels[0].flatten(1), kernels[1].flatten(1))
+    exact = patches.flatten(1) @ conv.weight.detach().flatten(1).T
+    wanted = (exact - patches.flatten(1) @ dense.T).norm() / exact.norm()
+    assert relative_error(conv, SVD(2), kernels, patches) == pytest.approx(float(wanted), rel=1e-4)
+    full = FactorCache(conv).kernels("", SVD(6))
+    assert relative_error(conv, SVD(6), full, patches) < 1e-5
+
+
+def test_dense_weight_is_exact_and_leaves_its_arguments() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    replacement = SVD(3).build(conv)
+    load_kernels(replacement, FactorCache(conv).kernels("", SVD(3)))
+    nn.init.constant_(replacement.get_parameter("1.bias"), 1e4)
+    before = copy.deepcopy(replacement.state_dict())
+    dense = dense_weight(replacement, conv)
+    assert dense.shape == conv.weight.shape and not dense.requires_grad
+    torch.testing.assert_close(dense, conv.weight.detach(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in replacement.state_dict().items())
+    assert replacement.get_submodule("0").stride == (2, 2)
+
+
+def test_dense_weight_of_a_wide_linear_goes_in_parts() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(1500, 8)
+    replacement = SVD(8).build(linear)
+    load_kernels(replacement, FactorCache(linear).kernels("", SVD(8)))
+    torch.testing.assert_close(
+        dense_weight(replacement, linear), linear.weight.detach(), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_load_kernels_wants_as_many_as_there_are_weights() -> None:
+    replacement = SVD(2).build(nn.Linear(4, 4))
+    with pytest.raises(ValueError):
+        load_kernels(replacement, [torch.zeros(2, 4)])
