@@ -40,7 +40,9 @@ from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import (
+    NEARLY,
     AnnealingSampler,
+    Parent,
     make_sampler,
     reads_rejected_as_complete,
 )
@@ -307,7 +309,7 @@ def _anneal(
         config.seed,
         delta=config.delta,
         parents=[
-            (f"exploration/{trial.number}", plan, trial.values[0], trial.values[1])
+            Parent(f"exploration/{trial.number}", plan, trial.values[0], trial.values[1])
             for trial, plan in zip(parents, plans, strict=True)
         ],
         trials=config.search.annealing_trials,
@@ -331,13 +333,15 @@ def _anneal(
 
 
 def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
-    """The Pareto trials nearest to delta: the cheapest within it, else those that lost least."""
+    """Where annealing starts: the cheapest Pareto trials within delta, and cheaper ones that
+    missed it narrowly; where nothing came near, the one that lost least."""
     usable = [t for t in study.get_trials(deepcopy=False) if _usable(t)]
-    within = [t for t in usable if t.values[0] <= bench.delta]
-    if within:
-        front = [t for t in within if not any(_dominates(other, t) for other in within)]
-        return sorted(front, key=lambda t: t.values[1])[:MAX_PARENTS]
-    return sorted(usable, key=lambda t: t.values[0])[:1]
+    front = [t for t in usable if not any(_dominates(other, t) for other in usable)]
+    front.sort(key=lambda t: t.values[1])
+    within = [t for t in front if t.values[0] <= bench.delta]
+    nearly = [t for t in front if bench.delta < t.values[0] <= NEARLY * bench.delta]
+    chosen = within[:MAX_PARENTS] + nearly[-MAX_PARENTS // 2 :]
+    return chosen or sorted(usable, key=lambda t: t.values[0])[:1]
 
 
 def _usable(trial: FrozenTrial) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -401,11 +402,12 @@ def _hooks(model: nn.Module, tally: _Tally) -> Iterator[None]:
 
 @contextmanager
 def _unfused_attention() -> Iterator[None]:
-    """Keep transformer layers off their one-kernel path, inside which nothing can be counted."""
+    """Keep attention off its one-kernel paths, inside which nothing can be counted."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
 

@@ -11,6 +11,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,17 +29,20 @@ from autocompress.space import (
     Option,
     SearchSpace,
     allocate,
-    budget_line,
+    next_seed,
 )
 
 KNOBS = "autocompress:knobs"
-"""System attribute of a trial: the knobs that its plan was decoded from."""
+"""System attribute of a trial: the knobs that its plan was decoded from; empty if it was not."""
 SEED_INDEX = "autocompress:seed_index"
 """System attribute of a trial: which of the seeds it tries."""
 PARENT = "parent"
 """User attribute of a trial: "<stage>/<number>" of the trial whose weights it inherits."""
 INTERRUPTED = "interrupted"
 """User attribute of a trial that was cut off from outside; it does not count."""
+
+NEARLY = 2.5
+"""A trial that lost at most this many times delta may come within it by more fine-tuning."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -85,6 +89,7 @@ class PlanSampler(BaseSampler):
                 name = str(rng.choice(list(picked)))
                 own = self._space.options[name]
                 picked = {**picked, name: own[int(rng.integers(len(own)))]}
+                study._storage.set_trial_system_attr(trial._trial_id, KNOBS, {})
             if self._space.plan(picked).digest not in seen:
                 break
         return self._space.params(picked)
@@ -103,6 +108,8 @@ class PlanSampler(BaseSampler):
 class KnobSampler(PlanSampler):
     """Exploration: TPE over about a dozen knobs, after seeds along the budget line.
 
+    The seeds find the least budget within delta by bisection. TPE then varies all knobs, its budget
+    kept near the least one within delta: a larger one can't win, a much smaller one is wasted.
     Eleven knobs decoded through a cheap table of layer errors found in 30 trials what TPE over the
     raw parameters of 30 layers did not find in 300. The inner study of the knobs is rebuilt from
     the trials' system attributes whenever a proposal is wanted.
@@ -110,7 +117,7 @@ class KnobSampler(PlanSampler):
 
     def __init__(self, space: SearchSpace, seed: int, seed_count: int = 8) -> None:
         super().__init__(space, seed)
-        self._seeds = budget_line(space, seed_count)
+        self._seed_count = seed_count
 
     def propose(
         self, study: Study, trial: FrozenTrial, rng: np.random.Generator
@@ -121,10 +128,15 @@ class KnobSampler(PlanSampler):
         index = self._next_seed(others)
         own = storage.get_trial_system_attrs(trial_id)
         if index is not None and SEED_INDEX not in own:
-            knobs = self._seeds[index]
+            tried = _budgets([t for t in others if _is_plain_seed(t)])
+            knobs = next_seed(self._space, index, self._seed_count, tried)
             storage.set_trial_system_attr(trial_id, SEED_INDEX, index)
         else:
-            knobs = Knobs.from_params(self._ask(others, study.directions, rng))
+            params = self._ask(others, study.directions, rng)
+            least = min((budget for budget, within in _budgets(others) if within), default=None)
+            if least is not None:
+                params["budget"] = float(np.clip(params["budget"], 0.5 * least, 1.1 * least))
+            knobs = Knobs.from_params(params)
         storage.set_trial_system_attr(trial_id, KNOBS, knobs.to_params(self._space))
         return allocate(self._space, knobs)
 
@@ -135,7 +147,7 @@ class KnobSampler(PlanSampler):
             for other in others
             if INTERRUPTED not in other.user_attrs
         }
-        return next((i for i in range(len(self._seeds)) if i not in taken), None)
+        return next((i for i in range(self._seed_count) if i not in taken), None)
 
     def _ask(
         self,
@@ -163,18 +175,37 @@ class KnobSampler(PlanSampler):
         return dict(inner.ask(distributions).params)
 
 
+@dataclass(frozen=True)
+class Parent:
+    """A trial whose weights a child may inherit.
+
+    Attributes:
+        label: "<stage>/<number>".
+        plan: What it did to each layer.
+        drop: Its accuracy drop, in points.
+        cost: Its cost, in the objective's unit.
+    """
+
+    label: str
+    plan: Plan
+    drop: float
+    cost: float
+
+
 class AnnealingSampler(PlanSampler):
     """Annealing: children of the cheapest trials within delta, ever nearer to them.
 
     A child's budget is its parent's cost times a step. The step of the next child is learned from
     the finished children: it gets bolder after a child within delta and more careful after one
-    beyond it. The allocator shares the budget out in a narrow band around the parent.
+    beyond it. The allocator shares the budget out in a narrow band around the parent. Every second
+    child, where there is such a parent, is instead one of a cheaper trial that missed delta
+    narrowly: it keeps the parent's plan, or nearly so, and is only fine-tuned further.
 
     Args:
         space: The space around the exploration's best trials.
         seed: The study's seed.
         delta: The tolerance, in points.
-        parents: The exploration's trials that may be parents, as `(label, plan, drop, cost)`.
+        parents: The exploration's trials that may be parents.
         rounds: The band halves from round to round.
         trials: Number of trials of the whole annealing.
     """
@@ -185,7 +216,7 @@ class AnnealingSampler(PlanSampler):
         seed: int,
         *,
         delta: float,
-        parents: Sequence[tuple[str, Plan, float, float]],
+        parents: Sequence[Parent],
         rounds: int = 3,
         trials: int = 15,
     ) -> None:
@@ -205,7 +236,7 @@ class AnnealingSampler(PlanSampler):
             if other.state in FINISHED and other.number != trial.number
         ]
         pool = self._parents + [
-            (
+            Parent(
                 f"annealing/{t.number}",
                 Plan.from_json(t.user_attrs["plan"]),
                 t.values[0],
@@ -214,41 +245,71 @@ class AnnealingSampler(PlanSampler):
             for t in finished
             if t.state == TrialState.COMPLETE
         ]
-        label, plan, _, _ = self._choose(pool, rng)
+        parent = self._unfinished(pool) if rng.random() < 0.5 else None
+        ripening = parent is not None
+        parent = parent or self._choose(pool, rng)
         turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
         band = 0.5 / 2**turn
-        near = self._space.narrow([plan], band)
-        parent_cost = near.cost(near.pick(plan))
-        step = self._step(finished) * math.exp(rng.normal(0.0, 0.08))
+        near = self._space.narrow([parent.plan], band)
+        parent_cost = near.cost(near.pick(parent.plan))
+        step = 1.0 if ripening else self._step(finished) * math.exp(rng.normal(0.0, 0.08))
         knobs = Knobs(
-            budget=parent_cost / near.baseline_cost * min(0.97, max(0.4, step)),
+            budget=parent_cost
+            / near.baseline_cost
+            * (step if ripening else np.clip(step, 0.4, 0.97)),
             rule=str(rng.choice(RULES[:2], p=[0.8, 0.2])),
             sharpness=float(rng.uniform(1.2, 2.5)),
             stages=tuple(rng.normal(0.0, 0.5 / 2**turn, STAGES)),
             methods={method: float(rng.normal(0.0, 0.2)) for method in near.methods},
         )
         storage, trial_id = study._storage, trial._trial_id
-        storage.set_trial_user_attr(trial_id, PARENT, label)
-        storage.set_trial_system_attr(trial_id, KNOBS, {"step": step, "band": band})
-        return allocate(near, knobs)
+        storage.set_trial_user_attr(trial_id, PARENT, parent.label)
+        record = {"step": step, "band": band, "ripening": ripening}
+        storage.set_trial_system_attr(trial_id, KNOBS, record)
+        return near.pick(parent.plan) if ripening else allocate(near, knobs)
 
-    def _choose(
-        self, pool: Sequence[tuple[str, Plan, float, float]], rng: np.random.Generator
-    ) -> tuple[str, Plan, float, float]:
+    def _choose(self, pool: Sequence[Parent], rng: np.random.Generator) -> Parent:
         """The cheapest trial within delta, at times the second or third; else the nearest."""
-        within = sorted((p for p in pool if p[2] <= self._delta), key=lambda p: p[3])
+        within = sorted((p for p in pool if p.drop <= self._delta), key=lambda p: p.cost)
         if not within:
-            return min(pool, key=lambda p: p[2])
+            return min(pool, key=lambda p: p.drop)
         odds = np.array([0.6, 0.25, 0.15])[: len(within)]
         return within[int(rng.choice(len(odds), p=odds / odds.sum()))]
+
+    def _unfinished(self, pool: Sequence[Parent]) -> Parent | None:
+        """The trial beyond delta, but not far, that more fine-tuning may make the cheapest one."""
+        least = min((p.cost for p in pool if p.drop <= self._delta), default=math.inf)
+        near = [
+            p
+            for p in pool
+            if self._delta < p.drop <= NEARLY * self._delta and p.cost < 0.97 * least
+        ]
+        return min(near, key=lambda p: p.drop, default=None)
 
     def _step(self, finished: Sequence[FrozenTrial]) -> float:
         """Share of its parent's cost that the next child may have."""
         step = 0.75
         for other in sorted(finished, key=lambda t: t.number):
+            if other.system_attrs.get(KNOBS, {}).get("ripening"):
+                continue
             met = other.state == TrialState.COMPLETE and other.values[0] <= self._delta
             step = max(0.55, step**1.15) if met else min(0.95, step**0.75)
         return step
+
+
+def _budgets(trials: Sequence[FrozenTrial]) -> list[tuple[float, bool]]:
+    """Budget of each finished trial and whether it stayed within delta."""
+    return [
+        (t.system_attrs[KNOBS]["budget"], all(v <= 0 for v in t.constraints.values()))
+        for t in trials
+        if t.state in FINISHED and t.constraints and t.system_attrs.get(KNOBS)
+    ]
+
+
+def _is_plain_seed(trial: FrozenTrial) -> bool:
+    knobs = trial.system_attrs.get(KNOBS, {})
+    steered = any(knobs.get(f"stage_{stage}") != 0.0 for stage in range(STAGES))
+    return knobs.get("rule") == "knapsack" and knobs["sharpness"] == 2.0 and not steered
 
 
 def make_sampler(

@@ -249,16 +249,34 @@ class Knobs:
         return params
 
 
-def budget_line(space: SearchSpace, count: int) -> list[Knobs]:
-    """Plain knobs along the line of budgets: first the middle, then ever finer, rules in turn."""
-    low = math.log(max(1.02 * space.least_cost / space.baseline_cost, 1 / 40))
-    high = math.log(0.75)
-    places = [0.5, 0.75, 0.25, 0.62, 0.38, 0.88, 0.12, 0.55, 0.45, 0.7, 0.3, 1.0, 0.0]
-    rules = ["knapsack", "knapsack", "knapsack", "minmax", "minmax", "uniform"]
-    return [
-        Knobs(math.exp(high + place * (low - high)), rules[index % len(rules)])
-        for index, place in enumerate(places[:count])
-    ]
+def budget_range(space: SearchSpace) -> tuple[float, float]:
+    """The least and the largest budget worth a trial, as shares of the baseline's cost."""
+    least = 1.02 * space.least_cost / space.baseline_cost
+    return min(max(least, 1 / 40), 0.85), 0.9
+
+
+def next_seed(
+    space: SearchSpace, index: int, count: int, tried: Sequence[tuple[float, bool]]
+) -> Knobs:
+    """The next seed along the budget line: bisection for the least budget within delta.
+
+    The last three of four or more seeds share the least budget found so far out in other ways.
+
+    Args:
+        space: The search space.
+        index: Which seed, from 0.
+        count: Number of seeds.
+        tried: Budget and whether it stayed within delta, of the knapsack's seeds so far.
+    """
+    low, high = budget_range(space)
+    least = min((budget for budget, within in tried if within), default=high)
+    variants = [Knobs(least, "minmax"), Knobs(least, sharpness=1.0), Knobs(least, "uniform")]
+    if count >= 4 and index >= count - len(variants):
+        return variants[index - (count - len(variants))]
+    if not tried:
+        return Knobs(min(max(0.25, low), high))
+    most = max((budget for budget, within in tried if not within and budget < least), default=low)
+    return Knobs(math.sqrt(least * most))
 
 
 def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:

@@ -12,12 +12,14 @@ from autocompress.samplers import (
     SEED_INDEX,
     AnnealingSampler,
     KnobSampler,
+    Parent,
     make_sampler,
     trial_seed,
 )
-from autocompress.space import SearchSpace
+from autocompress.space import Knobs, SearchSpace, allocate
 
 SPACE = make_space()
+DEEP = make_space((1.0, 4.0, 0.3, 2.0, 0.5, 1.5, 0.2, 3.0, 0.7, 1.0))
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -140,21 +142,21 @@ def test_trial_seeds_differ_and_are_stable() -> None:
 
 
 def test_annealing_improves_on_its_parents() -> None:
-    exploration = make_study(KnobSampler(SPACE, 0))
-    values = run(exploration, SPACE, 10)
-    number = min((i for i, v in enumerate(values) if v[0] <= 1.0), key=lambda i: values[i][1])
+    exploration = make_study(KnobSampler(DEEP, 0))
+    values = run(exploration, DEEP, 10, 4.0)
+    number = min((i for i, v in enumerate(values) if v[0] <= 4.0), key=lambda i: values[i][1])
     plan = Plan.from_json(exploration.trials[number].user_attrs["plan"])
-    narrowed = SPACE.narrow([plan], 0.5)
+    narrowed = DEEP.narrow([plan], 0.5)
     sampler = AnnealingSampler(
         narrowed,
         0,
-        delta=1.0,
-        parents=[(f"exploration/{number}", plan, *values[number])],
+        delta=4.0,
+        parents=[Parent(f"exploration/{number}", plan, *values[number])],
         trials=12,
     )
     annealing = make_study(sampler)
-    found = run(annealing, narrowed, 12)
-    assert best(found) < values[number][1]
+    found = run(annealing, narrowed, 12, 4.0)
+    assert best(found, 4.0) < values[number][1]
     parents = {trial.user_attrs[PARENT] for trial in annealing.trials}
     assert f"exploration/{number}" in parents
     assert any(parent.startswith("annealing/") for parent in parents)
@@ -163,8 +165,45 @@ def test_annealing_improves_on_its_parents() -> None:
 def test_annealing_starts_from_the_nearest_where_nothing_is_within_delta() -> None:
     plan = SPACE.plan(SPACE.pick(Plan({})))
     sampler = AnnealingSampler(
-        SPACE, 0, delta=0.0, parents=[("exploration/3", plan, 5.0, 100.0)], trials=3
+        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan, 5.0, 100.0)], trials=3
     )
     study = make_study(sampler)
     run(study, SPACE, 1, delta=0.0)
     assert study.trials[0].user_attrs[PARENT] == "exploration/3"
+
+
+def test_a_near_miss_is_fine_tuned_further() -> None:
+    narrow_miss, plan = (
+        SPACE.plan(allocate(SPACE, Knobs(0.2))),
+        SPACE.plan(allocate(SPACE, Knobs(0.5))),
+    )
+    sampler = AnnealingSampler(
+        SPACE,
+        0,
+        delta=1.0,
+        parents=[
+            Parent("exploration/1", plan, 0.5, 500.0),
+            Parent("exploration/2", narrow_miss, 1.8, 200.0),
+            Parent("exploration/3", plan, 9.0, 100.0),
+        ],
+        trials=8,
+    )
+    study = make_study(sampler)
+    for _ in range(8):
+        trial = study.ask()
+        SPACE.suggest(trial)
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    parents = [trial.user_attrs[PARENT] for trial in study.trials]
+    assert {"exploration/1", "exploration/2"} == set(parents)
+    ripe = study.trials[parents.index("exploration/2")]
+    assert SPACE.plan(SPACE.nearest(ripe.params)) == narrow_miss
+
+
+def test_seeds_bisect_for_the_least_budget_within_delta() -> None:
+    study = make_study(KnobSampler(DEEP, 0, seed_count=8))
+    run(study, DEEP, 8)
+    seeds = [t for t in study.trials if t.system_attrs[KNOBS].get("stage_0") == 0.0]
+    within = {t.system_attrs[KNOBS]["budget"]: t.values[0] <= 1.0 for t in seeds}
+    least = min(budget for budget, ok in within.items() if ok)
+    most = max(budget for budget, ok in within.items() if not ok)
+    assert len(seeds) >= 5 and most < least < 1.3 * most

@@ -11,7 +11,7 @@ from autocompress.space import (
     Knobs,
     SearchSpace,
     allocate,
-    budget_line,
+    next_seed,
 )
 from autocompress.transforms import SVD, SpatialSVD
 
@@ -136,7 +136,16 @@ def test_knobs_round_trip(space: SearchSpace) -> None:
     assert Knobs.from_params(params) == knobs
 
 
-def test_the_budget_line_is_spread_and_starts_in_the_middle(space: SearchSpace) -> None:
-    budgets = [knobs.budget for knobs in budget_line(space, 8)]
-    assert len(set(budgets)) == 8 and all(0 < budget < 1 for budget in budgets)
-    assert min(budgets) < budgets[0] < max(budgets)
+def test_seeds_halve_the_gap_between_too_much_and_too_little(space: SearchSpace) -> None:
+    first = next_seed(space, 0, 8, [])
+    assert first.budget == pytest.approx(0.25)
+    assert next_seed(space, 1, 8, [(0.25, True)]).budget < 0.25
+    assert next_seed(space, 1, 8, [(0.25, False)]).budget > 0.25
+    third = next_seed(space, 2, 8, [(0.25, False), (0.5, True)])
+    assert third.budget == pytest.approx((0.25 * 0.5) ** 0.5)
+
+
+def test_the_last_seeds_try_the_other_rules(space: SearchSpace) -> None:
+    tried = [(0.25, False), (0.5, True)]
+    rules = [next_seed(space, index, 8, tried).rule for index in range(5, 8)]
+    assert rules == ["minmax", "knapsack", "uniform"]
