@@ -16,7 +16,7 @@ from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, load_config, parse_config
 from autocompress.data import load_data, split_loader, unaugmented
 from autocompress.errors import ConfigError
-from autocompress.models import build_model
+from autocompress.models import build_model, check_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.store import state_digest
 from autocompress.task import Loader, Task
@@ -47,9 +47,13 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
     Args:
         config: The study.
         folder: The study file's folder, where its Python modules are looked for too.
+
+    Raises:
+        ConfigError: If there is no such network, data or device, or they don't fit each other.
     """
     device = pick_device(config.run.device)
-    data = load_data(config.data, config.seed, device)
+    check_model(config.model.source, folder)
+    data = load_data(config.data, config.seed, device, folder)
     torch.manual_seed(config.seed)
     model = build_model(config.model.source, config.model.arguments, config.model.weights, folder)
     return Task(

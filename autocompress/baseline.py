@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.config import BaselineConfig
-from autocompress.evaluation import Evaluation, evaluate
+from autocompress.config import BaselineConfig, cache_folder
+from autocompress.evaluation import Evaluation
 from autocompress.profiler import Profile
 from autocompress.progress import Display
 from autocompress.store import portable_state, state_digest, write_weights
@@ -36,12 +34,6 @@ class Baseline:
     val: Evaluation
     profile: Profile
     digest: str
-
-
-def cache_folder() -> Path:
-    """Where trained baselines are kept: `$AUTOCOMPRESS_HOME`, else `~/.cache/autocompress`."""
-    home = os.environ.get("AUTOCOMPRESS_HOME")
-    return Path(home) if home else Path.home() / ".cache" / "autocompress"
 
 
 def train_baseline(
@@ -92,8 +84,3 @@ def train_baseline(
     if task.fingerprint:
         write_weights(path, portable_state(task.model))
     return time.perf_counter() - start
-
-
-def evaluate_baseline(task: Task) -> Evaluation:
-    """The baseline's scores on the validation data."""
-    return evaluate(task.model, task, task.val)

@@ -1,4 +1,4 @@
-"""The whole study: baseline, layer table, exploration, annealing, the final choice, the report.
+"""The whole study in order: baseline, layer table, exploration, annealing, selection, report.
 
 Everything that is worth keeping is written the moment it exists, so the same call goes on where an
 interrupted one ended.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +27,11 @@ from autocompress.baseline import Baseline
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError
-from autocompress.evaluation import Evaluation, evaluate, paired_drop
-from autocompress.export import save_model
+from autocompress.evaluation import evaluate
 from autocompress.layers import LayerSpec, inspect_layers
-from autocompress.objective import Bench, find_trial, load_trial_model, run_trial
+from autocompress.objective import Bench, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
-from autocompress.profiler import Profile, compare_latency, profile_model
+from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import (
@@ -46,6 +41,7 @@ from autocompress.samplers import (
     make_sampler,
     reads_rejected_as_complete,
 )
+from autocompress.selection import conclude, timed
 from autocompress.sensitivity import LayerTable, build_table, collect_patches
 from autocompress.space import SearchSpace
 from autocompress.store import (
@@ -55,16 +51,14 @@ from autocompress.store import (
     load_study,
     open_storage,
     open_study,
-    portable_state,
     state_digest,
     study_name,
     trials_spent,
     write_text,
-    write_weights,
 )
 from autocompress.surgery import FactorCache, build_plan
 from autocompress.task import Task, check_outputs
-from autocompress.training import fastest_precision, fit
+from autocompress.training import fastest_precision
 
 COST_NAMES = {
     "params": "parameters",
@@ -117,7 +111,6 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     with folder.lock(), _log_to(folder.log):
-        write_text(folder.config, config.model_dump_json(indent=1))
         return _run(config, task, display, folder, command)
 
 
@@ -126,16 +119,21 @@ def _run(
 ) -> Outcome:
     seconds: dict[str, float] = {}
     storage = open_storage(folder.storage_url(config.run.storage))
-    bound = {**bound_settings(config), "data fingerprint": task.fingerprint}
+    bound = {
+        **bound_settings(config),
+        "data fingerprint": task.fingerprint,
+        "weights fingerprint": state_digest(task.model.state_dict()),
+    }
     earlier = load_study(storage, config.name, "exploration")
     if earlier is not None and "config" in earlier.user_attrs:
         check_same(config.name, earlier.user_attrs["config"], bound)
 
     task.model.to(task.device)
     check_outputs(task)
-    with _timed(seconds, "baseline"):
+    write_text(folder.config, config.model_dump_json(indent=1))
+    with timed(seconds, "baseline"):
         baseline, example = _prepare(config, task, display, earlier)
-    with _timed(seconds, "table"):
+    with timed(seconds, "table"):
         bench, table, left_alone = _analyse(config, task, baseline, example, folder, display)
     space = SearchSpace.from_table(table, config.objective, _total(config, baseline))
     if not space.options:
@@ -173,7 +171,7 @@ def _run(
         annealing = _anneal(bench, config, space, bound, storage, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
-    summary = _finish(config, bench, folder, display, seconds, command)
+    summary = conclude(config, bench, folder, display, seconds, command)
     for study in bench.studies.values():
         annotate(study)
     write_report(summary, exploration, annealing, folder.report)
@@ -335,7 +333,7 @@ def _anneal(
 def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
     """Where annealing starts: the cheapest Pareto trials within delta, and cheaper ones that
     missed it narrowly; where nothing came near, the one that lost least."""
-    usable = [t for t in study.get_trials(deepcopy=False) if _usable(t)]
+    usable = [t for t in study.get_trials(deepcopy=False) if has_weights(t)]
     front = [t for t in usable if not any(_dominates(other, t) for other in usable)]
     front.sort(key=lambda t: t.values[1])
     within = [t for t in front if t.values[0] <= bench.delta]
@@ -344,280 +342,9 @@ def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
     return chosen or sorted(usable, key=lambda t: t.values[0])[:1]
 
 
-def _usable(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.COMPLETE and "weights" in trial.user_attrs
-
-
 def _dominates(one: FrozenTrial, other: FrozenTrial) -> bool:
     better = all(a <= b for a, b in zip(one.values, other.values, strict=True))
     return better and one.values != other.values
-
-
-def _finish(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    display: Display,
-    seconds: dict[str, float],
-    command: str,
-) -> dict[str, Any]:
-    """Choose on validation data, fine-tune the winner at length, read test data, export."""
-    labelled = {
-        f"{stage}/{trial.number}": trial
-        for stage, study in bench.studies.items()
-        for trial in study.get_trials(deepcopy=False)
-        if _usable(trial)
-    }
-    previous = _previous_result(folder, labelled)
-    if previous is not None:
-        display.say("Nothing to do: the study is finished.")
-        return previous
-    base_profile = bench.baseline.profile
-    summary: dict[str, Any] = {
-        "study": config.name,
-        "delta": config.delta,
-        "objective": config.objective,
-        "met": False,
-        "stage_best": {},
-        "baseline": {
-            "profile": base_profile.to_dict(),
-            "val_accuracy": bench.baseline.val.accuracy,
-        },
-        "best": None,
-        "second": None,
-        "nearest": None,
-        "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
-        "candidates": sorted(labelled),
-        "final_epochs": config.finetune.final_epochs,
-        "seconds": seconds,
-        "versions": versions(),
-        "device": str(bench.task.device),
-        "precision": str(bench.task.amp_dtype or torch.float32).removeprefix("torch."),
-        "seed": config.seed,
-        "config": config.model_dump(mode="json"),
-        "command": command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    within = sorted(
-        (t for t in labelled.items() if t[1].values[0] <= config.delta),
-        key=lambda item: item[1].values[1],
-    )
-    for stage in bench.studies:
-        own = [item for item in within if item[0].startswith(stage)]
-        if own:
-            label, trial = own[0]
-            summary["stage_best"][stage] = {
-                "trial": int(label.split("/")[1]),
-                "metrics": trial.user_attrs["metrics"],
-            }
-    with _timed(seconds, "final"):
-        winners = _finalists(config, bench, folder, labelled, within, display)
-    if winners:
-        summary["met"] = True
-        best = _describe_finalist(bench, winners[0], config)
-        with _timed(seconds, "test"):
-            best |= _test(bench, winners[0], display)
-        summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
-        summary["best"] = best
-        if len(winners) > 1:
-            summary["second"] = _describe_finalist(bench, winners[1], config)
-        with _timed(seconds, "export"):
-            for target, found, place in (
-                ("best", summary["best"], folder.best),
-                ("second", summary["second"], folder.second),
-            ):
-                if found is not None:
-                    finalist = winners[0 if target == "best" else 1]
-                    _export(bench, finalist, found, place, display)
-    elif labelled:
-        label, trial = min(labelled.items(), key=lambda item: item[1].values[0])
-        stage, number = label.split("/")
-        summary["nearest"] = {
-            "stage": stage,
-            "trial": int(number),
-            "val_accuracy": trial.user_attrs["metrics"]["accuracy"],
-            "val_drop": trial.values[0],
-            "metrics": trial.user_attrs["metrics"],
-            "plan": json.loads(trial.user_attrs["plan"]),
-        }
-        display.say(
-            f"No trial kept the drop within {config.delta:g} points; the nearest is {label} with "
-            f"{trial.values[0]:.2f}."
-        )
-    write_text(folder.result, json.dumps(summary, indent=1))
-    return summary
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A network that may be handed out.
-
-    Attributes:
-        label: The trial that it came from.
-        model: The network with its final weights.
-        plan: What was done to it.
-        val: Its scores on the validation data.
-        epochs: Length of the final fine-tuning that its weights had.
-    """
-
-    label: str
-    model: nn.Module
-    plan: Plan
-    val: Evaluation
-    epochs: float
-
-
-def _finalists(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    labelled: Mapping[str, FrozenTrial],
-    within: Sequence[tuple[str, FrozenTrial]],
-    display: Display,
-) -> list[Finalist]:
-    """The best network within delta, fine-tuned at length, and the second best.
-
-    A long fine-tuning wins back more than a trial's short one. So the cheapest trial that missed
-    delta by no more than delta itself is tried first; if it still misses, the cheapest trial
-    within delta is the winner, whose weights from before are kept where they are better.
-    """
-    epochs = config.finetune.final_epochs
-    limit = within[0][1].values[1] if within else math.inf
-    daring = sorted(
-        (
-            item
-            for item in labelled.items()
-            if config.delta < item[1].values[0] <= 2 * config.delta
-            and item[1].values[1] < 0.97 * limit
-        ),
-        key=lambda item: item[1].values[0],
-    )[:1]
-    found: list[Finalist] = []
-    for label, _ in [*(daring if epochs > 0 else []), *within[:2]]:
-        if len(found) == 2:
-            break
-        long = epochs if not found else 0.0
-        finalist = _final_fit(config, bench, folder, label, long, display)
-        drop = bench.baseline.val.accuracy - finalist.val.accuracy
-        if drop <= config.delta:
-            found.append(finalist)
-    return found
-
-
-def _final_fit(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    label: str,
-    epochs: float,
-    display: Display,
-) -> Finalist:
-    """Fine-tune a trial's network at length; keep the weights that are better on validation."""
-    task = bench.task
-    model, plan = load_trial_model(bench, label)
-    before = evaluate(model, task, task.val)
-    if epochs <= 0:
-        return Finalist(label, model, plan, before, 0.0)
-    path = folder.finals / f"{label.replace('/', '-')}-{epochs:g}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-    else:
-        display.stage("final", 1)
-
-        def on_step(done: float, total: float, loss: float) -> None:
-            display.step("fine-tune", done, total, f"loss {loss:.3f}")
-
-        fit(
-            model,
-            task,
-            epochs=epochs,
-            learning_rate=config.finetune.learning_rate,
-            seed=config.seed,
-            teacher=bench.baseline.model,
-            distillation=config.finetune.distillation,
-            on_step=on_step,
-        )
-        write_weights(path, portable_state(model))
-    after = evaluate(model, task, task.val)
-    display.say(
-        f"Fine-tuned {label} for {epochs:g} epochs: {before.accuracy:.2f} % -> "
-        f"{after.accuracy:.2f} % on validation data."
-    )
-    if after.accuracy < before.accuracy:
-        model, _ = load_trial_model(bench, label)
-        return Finalist(label, model, plan, before, 0.0)
-    return Finalist(label, model, plan, after, epochs)
-
-
-def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:
-    stage, number = finalist.label.split("/")
-    profile = profile_model(finalist.model, bench.example, latency=False)
-    before, after = compare_latency(bench.baseline.model, finalist.model, bench.example)
-    profile = replace(profile, latency=after, accuracy=finalist.val.accuracy)
-    drop = bench.baseline.val.accuracy - finalist.val.accuracy
-    return {
-        "stage": stage,
-        "trial": int(number),
-        "plan": json.loads(finalist.plan.to_json()),
-        "profile": profile.to_dict(),
-        "baseline_latency": asdict(before),
-        "val_accuracy": finalist.val.accuracy,
-        "val_drop": drop,
-        "tolerance_unused": config.delta - drop,
-        "final_epochs": finalist.epochs,
-    }
-
-
-def _test(bench: Bench, finalist: Finalist, display: Display) -> dict[str, Any]:
-    """Read the test data, once, for the baseline and the winner together."""
-    task = bench.task
-    before = evaluate(bench.baseline.model, task, task.test)
-    after = evaluate(finalist.model, task, task.test)
-    drop, low, high = paired_drop(before, after)
-    display.say(
-        f"Test data: {before.accuracy:.2f} % -> {after.accuracy:.2f} %, drop {drop:.2f} points "
-        f"(95 % interval {low:.2f} to {high:.2f}, {len(before.scores)} images)."
-    )
-    return {
-        "baseline_test_accuracy": before.accuracy,
-        "test_accuracy": after.accuracy,
-        "test_drop": drop,
-        "test_drop_interval": [low, high],
-        "test_images": len(before.scores),
-    }
-
-
-def _export(
-    bench: Bench, finalist: Finalist, found: dict[str, Any], place: Path, display: Display
-) -> None:
-    task = bench.task
-    export = save_model(
-        place,
-        finalist.model,
-        finalist.plan,
-        task.origin,
-        bench.example,
-        Profile.from_dict(found["profile"]),
-        images=task.images(64),
-        classes=task.classes,
-        normalization=task.normalization,
-    )
-    for name, reason in export.skipped.items():
-        display.say(f"{place.name}/{name} was not written: {reason}")
-    found["files"] = dict(export.files)
-    found["export_differences"] = dict(export.checks)
-
-
-def _previous_result(
-    folder: StudyFolder, labelled: Mapping[str, FrozenTrial]
-) -> dict[str, Any] | None:
-    """The result of an earlier run over the same trials, so that test data isn't read again."""
-    if not folder.result.exists():
-        return None
-    stored: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
-    same = stored["candidates"] == sorted(labelled)
-    complete = not stored["met"] or (folder.best / "plan.json").exists()
-    return stored if same and complete else None
 
 
 def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> Outcome:
@@ -691,21 +418,3 @@ def _log_to(path: Path) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = round(time.perf_counter() - start, 2)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a result depends on."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("autocompress", "torch", "torchvision", "optuna", "tensorly", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -6,6 +6,7 @@ is wrong with it, one line an error. Nothing here imports torch, so that `--help
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -178,6 +179,8 @@ _UNBOUND = {
     "search.annealing_trials",
     "search.stage",
     "finetune.final_epochs",
+    "model.weights",
+    "data.root",
 }
 
 _UNITS = {
@@ -260,6 +263,15 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError("\n".join(lines.values())) from None
 
 
+def cache_folder() -> Path:
+    """Where trained baselines and decoded images are kept, whatever the study.
+
+    It is `$AUTOCOMPRESS_HOME`, else `~/.cache/autocompress`.
+    """
+    home = os.environ.get("AUTOCOMPRESS_HOME")
+    return Path(home) if home else Path.home() / ".cache" / "autocompress"
+
+
 def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables as one table with dotted keys; empty tables are left out."""
     return dict(_walk(nested, ""))
@@ -267,6 +279,8 @@ def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 def bound_settings(config: StudyConfig) -> dict[str, Any]:
     """What a stored study can't be continued without: everything but budgets and places.
+
+    Files of weights and folders of data may move; their contents are bound by digests instead.
 
     Returns:
         JSON values by dotted key.

@@ -35,7 +35,7 @@ from torch.utils.data import (
     Subset,
 )
 
-from autocompress.config import DataConfig
+from autocompress.config import DataConfig, cache_folder
 from autocompress.errors import ConfigError, did_you_mean
 from autocompress.models import load_function
 
@@ -389,12 +389,6 @@ def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels
     chosen = rng.permutation(np.concatenate(parts)).astype(np.int64)
     rest = np.setdiff1d(np.arange(len(labels), dtype=np.int64), chosen)
     return rest, chosen
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept: `$AUTOCOMPRESS_HOME`, else `~/.cache/autocompress`."""
-    home = os.environ.get("AUTOCOMPRESS_HOME")
-    return Path(home) if home else Path.home() / ".cache" / "autocompress"
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ from autocompress import __version__
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.models import build_model
 from autocompress.plan import Plan
-from autocompress.profiler import Example, Profile, size_bytes, tensors_in
+from autocompress.profiler import Example, Profile, size_bytes
 from autocompress.surgery import build_plan
+from autocompress.task import tensors_in
 
 SCHEMA_VERSION = 1
 TOLERANCE = 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from autocompress.baseline import Baseline
 from autocompress.config import FinetuneConfig
-from autocompress.errors import AutocompressError
 from autocompress.evaluation import evaluate, recalibrate
 from autocompress.inheritance import inherit
 from autocompress.plan import Plan
@@ -31,8 +31,10 @@ from autocompress.store import (
     set_constraint,
 )
 from autocompress.surgery import FactorCache, apply_plan, build_plan
-from autocompress.task import Task
+from autocompress.task import Task, samples_in
 from autocompress.training import fit
+
+logger = logging.getLogger("autocompress")
 
 GATE_IMAGES = 1000
 """About how many validation images the gate looks at."""
@@ -56,6 +58,7 @@ class Bench:
         seed: The study's seed.
         store: Optuna's artifact store.
         display: Told about the progress.
+        rejected_as_complete: Whether trials that the gate stops are told as complete.
         studies: The Optuna studies by stage; a child finds its parent there.
     """
 
@@ -109,8 +112,10 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace) -> FrozenTrial:
     except KeyboardInterrupt:
         mark_interrupted(study, trial._trial_id, trial.number)
         raise
-    except (AutocompressError, RuntimeError, ValueError, ArithmeticError) as error:
+    except Exception as error:
+        # The user's own functions may raise anything; the study's log has the whole story.
         state, reason = TrialState.FAIL, f"{type(error).__name__}: {error}"
+        logger.warning("%s %d failed", stage, trial.number, exc_info=error)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
     if reason is not None:
@@ -216,6 +221,11 @@ def _nearest_parent(bench: Bench, plan: Plan) -> str | None:
     return None if best is None else best[1]
 
 
+def has_weights(trial: FrozenTrial) -> bool:
+    """Whether a trial was carried out to its end, so that its network can be had."""
+    return trial.state == TrialState.COMPLETE and "weights" in trial.user_attrs
+
+
 def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:
     """The trial of a label such as "exploration/12"."""
     stage, number = label.split("/")
@@ -244,9 +254,8 @@ def cost_of(objective: str, profile: Profile, latency_ms: float) -> float:
 
 def gate_batches(task: Task) -> int:
     """How many validation batches make about `GATE_IMAGES`."""
-    batch = next(iter(task.val))
-    size = len(batch[0]) if isinstance(batch, (tuple, list)) else len(batch)
-    return max(1, min(len(task.val), -(-GATE_IMAGES // max(size, 1))))
+    size = max(1, samples_in(next(iter(task.val))))
+    return max(1, min(len(task.val), -(-GATE_IMAGES // size)))
 
 
 def bench_accuracy(bench: Bench, count: int) -> float:

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.errors import ConfigError
+from autocompress.task import tensors_in
 
 Example = tuple[Tensor, ...]
 """The network's inputs, batch first, as `model(*example)` takes them."""
@@ -259,18 +260,6 @@ def comparison(before: Profile, after: Profile) -> list[Row]:
         Row("memory", "MB", before.memory_bytes / 1e6, after.memory_bytes / 1e6),
         Row("latency", "ms", _median(before), _median(after)),
     ]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a tensor, or in (nested) sequences and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            yield from tensors_in(part)
 
 
 def _median(profile: Profile) -> float | None:

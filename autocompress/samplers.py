@@ -51,7 +51,7 @@ class PlanSampler(BaseSampler):
     """A sampler that proposes whole plans and answers with the parameters of every layer.
 
     A subclass implements `propose`. Where the study has the plan already, another is proposed; if
-    that is known too, layers drawn by lot are changed until the plan is new.
+    that is known too, layers drawn by lot move to a neighbouring rank until the plan is new.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
@@ -86,9 +86,7 @@ class PlanSampler(BaseSampler):
             if attempt < 4:
                 picked = self.propose(study, trial, rng)
             else:
-                name = str(rng.choice(list(picked)))
-                own = self._space.options[name]
-                picked = {**picked, name: own[int(rng.integers(len(own)))]}
+                picked = self._space.neighbour(picked, rng)
                 study._storage.set_trial_system_attr(trial._trial_id, KNOBS, {})
             if self._space.plan(picked).digest not in seen:
                 break

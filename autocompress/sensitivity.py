@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autocompress.layers import LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
 from autocompress.surgery import ErrorMeter, FactorCache
-from autocompress.task import Task, batches
+from autocompress.task import Task, batches, samples_in
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
@@ -113,8 +113,7 @@ def collect_patches(
     """
     loader = task.calibration or task.train
     generator = torch.Generator().manual_seed(seed)
-    first = next(iter(loader))
-    per_batch = max(1, len(first[0]) if isinstance(first, (tuple, list)) else len(first))
+    per_batch = max(1, samples_in(next(iter(loader))))
     batch_count = max(1, min(len(loader), -(-images // per_batch)))
     share = -(-patches // batch_count)
     found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
@@ -122,10 +121,11 @@ def collect_patches(
     modules = dict(model.named_modules())
 
     def listen(layer: LayerSpec) -> None:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[layer.name].append(_sample(module, layer, inputs[0], share, generator).cpu())
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            found[layer.name].append(_sample(module, layer, x, share, generator).cpu())
 
-        hooks.append(modules[layer.name].register_forward_pre_hook(hook))
+        hooks.append(modules[layer.name].register_forward_pre_hook(hook, with_kwargs=True))
 
     for layer in layers:
         listen(layer)

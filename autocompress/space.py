@@ -149,6 +149,15 @@ class SearchSpace:
             picked[name] = (exact or same[-1:] or own[:1])[0]
         return picked
 
+    def neighbour(
+        self, picked: Mapping[str, Option], rng: np.random.Generator
+    ) -> dict[str, Option]:
+        """`picked` with one layer moved to the option that costs a little less or more."""
+        name = str(rng.choice(list(picked)))
+        own = sorted(self.options[name], key=lambda option: option.cost)
+        place = own.index(picked[name]) + (1 if rng.random() < 0.5 else -1)
+        return {**picked, name: own[min(max(place, 0), len(own) - 1)]}
+
     def cost(self, picked: Mapping[str, Option]) -> int:
         """Cost of the whole network."""
         return self.fixed_cost + sum(option.cost for option in picked.values())

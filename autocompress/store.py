@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
 from optuna.samplers import BaseSampler
@@ -269,7 +270,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         value = state[key].detach().cpu().contiguous()
         digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(-1).numpy().tobytes())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

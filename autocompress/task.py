@@ -208,6 +208,23 @@ def first_samples(batch: Batch, count: int) -> Batch:
     return batch[:count]
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a tensor, or in (nested) sequences and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples in a batch: the length of the first tensor in it."""
+    return len(next(tensors_in(batch)))
+
+
 def batches(loader: Iterable[Batch], device: torch.device, count: int | None) -> Iterator[Batch]:
     """The first `count` batches of `loader` (all for None), on `device`."""
     for batch in islice(loader, count):
@@ -229,10 +246,10 @@ def check_outputs(task: Task) -> None:
         with torch.inference_mode():
             output = task.forward(task.model.eval(), to_device(first_samples(batch, 2), device))
     except RuntimeError as error:
-        shape = tuple(batch[0].shape[1:]) if isinstance(batch[0], Tensor) else "?"
+        shapes = ", ".join(str(tuple(value.shape[1:])) for value in tensors_in(batch))
         raise ConfigError(
-            f"The network can't take a batch of this data (images of shape {shape}): {error}. "
-            "Check model.arguments (in_channels) and data.image_size."
+            f"The network can't take this data, whose samples have shapes {shapes}: {error}. "
+            "Check model.arguments (in_channels), data.image_size and the forward pass."
         ) from error
     finally:
         task.model.train(was_training)

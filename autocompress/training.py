@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from autocompress.errors import TrainingDiverged
-from autocompress.task import Batch, Loader, Task, to_device
+from autocompress.task import Loader, Task, samples_in, to_device
 
 MAX_GRADIENT_NORM = 5.0
 """A freshly factored layer can send one huge gradient; longer ones are scaled to this length."""
@@ -126,7 +126,8 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
     if task.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return None
 
-    def seconds(dtype: torch.dtype | None) -> float:
+    def seconds(dtype: torch.dtype | None, limit: float = float("inf")) -> float:
+        """Of the fastest step; a step beyond the limit is the last one."""
         trial = deepcopy(task.model).to(task.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         amp, task.amp_dtype = task.amp_dtype, dtype
         best = float("inf")
@@ -139,21 +140,18 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
                 loss.backward()  # type: ignore[no-untyped-call]
                 if task.device.type == "cuda":
                     torch.cuda.synchronize()
-                best = min(best, time.perf_counter() - start)
+                elapsed = time.perf_counter() - start
+                best = min(best, elapsed)
+                if elapsed > limit:
+                    break
         finally:
             task.amp_dtype = amp
         return best
 
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.9 * seconds(None) else None
-
-
-def samples_in(batch: Batch) -> int:
-    """Number of samples in a batch: the length of the first tensor in it."""
-    if isinstance(batch, torch.Tensor):
-        return len(batch)
-    if isinstance(batch, dict):
-        return samples_in(next(iter(batch.values())))
-    return samples_in(batch[0])
+    plain = seconds(None)
+    # Processors without bfloat16 emulate it, ten times slower; one such step tells enough.
+    half = seconds(torch.bfloat16, limit=3 * plain + 1.0)
+    return torch.bfloat16 if half < 0.9 * plain else None
 
 
 def _epochs(loader: Loader, seed: int) -> Any:

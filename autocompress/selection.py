@@ -1,0 +1,351 @@
+"""The end of a study: choose on validation data, fine-tune at length, read test data, hand out."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial
+from safetensors.torch import load_file
+from torch import nn
+
+from autocompress.config import StudyConfig
+from autocompress.evaluation import Evaluation, evaluate, paired_drop
+from autocompress.export import save_model
+from autocompress.objective import Bench, has_weights, load_trial_model
+from autocompress.plan import Plan
+from autocompress.profiler import Profile, compare_latency, profile_model
+from autocompress.progress import Display
+from autocompress.store import StudyFolder, portable_state, trials_spent, write_text, write_weights
+from autocompress.training import fit
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A network that may be handed out.
+
+    Attributes:
+        label: The trial that it came from.
+        model: The network with its final weights.
+        plan: What was done to it.
+        val: Its scores on the validation data.
+        epochs: Length of the final fine-tuning that its weights had.
+    """
+
+    label: str
+    model: nn.Module
+    plan: Plan
+    val: Evaluation
+    epochs: float
+
+
+def conclude(
+    config: StudyConfig,
+    bench: Bench,
+    folder: StudyFolder,
+    display: Display,
+    seconds: dict[str, float],
+    command: str,
+) -> dict[str, Any]:
+    """Choose on validation data, fine-tune the winner at length, read test data, export.
+
+    Where an earlier run concluded over the same trials, its result stands and nothing is done.
+
+    Args:
+        config: The study file.
+        bench: The baseline, and the studies of all stages.
+        folder: Where the result, `best/` and `second/` are written.
+        display: Told about the progress.
+        seconds: Seconds by phase; this one's phases are added.
+        command: How the study was called.
+
+    Returns:
+        The content of `result.json`.
+    """
+    labelled = {
+        f"{stage}/{trial.number}": trial
+        for stage, study in bench.studies.items()
+        for trial in study.get_trials(deepcopy=False)
+        if has_weights(trial)
+    }
+    previous = _previous_result(folder)
+    if previous is not None and _still_stands(previous, config, labelled, folder):
+        display.say("Nothing to do: the study is finished.")
+        return previous
+    within = sorted(
+        (item for item in labelled.items() if item[1].values[0] <= config.delta),
+        key=lambda item: item[1].values[1],
+    )
+    summary = _facts(config, bench, labelled, seconds, command)
+    summary["stage_best"] = _stage_best(bench, within)
+    summary["test_reads"] = 0 if previous is None else previous["test_reads"]
+    with timed(seconds, "final"):
+        winners = _finalists(config, bench, folder, labelled, within, display)
+    if winners:
+        summary["met"] = True
+        summary["best"] = best = _describe_finalist(bench, winners[0], config)
+        with timed(seconds, "test"):
+            best |= _test(bench, winners[0], display)
+        summary["test_reads"] += 1
+        summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
+        with timed(seconds, "export"):
+            _export(bench, winners[0], best, folder.best, display)
+            for second in winners[1:]:
+                summary["second"] = _describe_finalist(bench, second, config)
+                _export(bench, second, summary["second"], folder.second, display)
+    elif labelled:
+        summary["nearest"] = nearest = _nearest(labelled)
+        display.say(
+            f"No trial kept the drop within {config.delta:g} points; the nearest is "
+            f"{nearest['stage']}/{nearest['trial']} with {nearest['val_drop']:.2f}."
+        )
+    write_text(folder.result, json.dumps(summary, indent=1))
+    return summary
+
+
+def _previous_result(folder: StudyFolder) -> dict[str, Any] | None:
+    if not folder.result.exists():
+        return None
+    stored: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
+    return stored
+
+
+def _still_stands(
+    result: Mapping[str, Any],
+    config: StudyConfig,
+    labelled: Mapping[str, FrozenTrial],
+    folder: StudyFolder,
+) -> bool:
+    """Whether a result was chosen from the same trials in the same way, and is complete."""
+    return (
+        result["candidates"] == sorted(labelled)
+        and result["final_epochs"] == config.finetune.final_epochs
+        and (not result["met"] or (folder.best / "plan.json").exists())
+    )
+
+
+def _facts(
+    config: StudyConfig,
+    bench: Bench,
+    labelled: Mapping[str, FrozenTrial],
+    seconds: Mapping[str, float],
+    command: str,
+) -> dict[str, Any]:
+    """What is known before anything is chosen."""
+    return {
+        "study": config.name,
+        "delta": config.delta,
+        "objective": config.objective,
+        "met": False,
+        "baseline": {
+            "profile": bench.baseline.profile.to_dict(),
+            "val_accuracy": bench.baseline.val.accuracy,
+        },
+        "best": None,
+        "second": None,
+        "nearest": None,
+        "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
+        "candidates": sorted(labelled),
+        "final_epochs": config.finetune.final_epochs,
+        "seconds": seconds,
+        "versions": versions(),
+        "device": str(bench.task.device),
+        "precision": str(bench.task.amp_dtype or torch.float32).removeprefix("torch."),
+        "seed": config.seed,
+        "config": config.model_dump(mode="json"),
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _stage_best(bench: Bench, within: Sequence[tuple[str, FrozenTrial]]) -> dict[str, Any]:
+    """The cheapest trial within delta of each stage that has one."""
+    found: dict[str, Any] = {}
+    for stage in bench.studies:
+        own = [trial for label, trial in within if label.startswith(f"{stage}/")]
+        if own:
+            found[stage] = {"trial": own[0].number, "metrics": own[0].user_attrs["metrics"]}
+    return found
+
+
+def _nearest(labelled: Mapping[str, FrozenTrial]) -> dict[str, Any]:
+    """The trial that lost least, where all lost too much."""
+    label, trial = min(labelled.items(), key=lambda item: item[1].values[0])
+    return {
+        "stage": label.partition("/")[0],
+        "trial": trial.number,
+        "val_accuracy": trial.user_attrs["metrics"]["accuracy"],
+        "val_drop": trial.values[0],
+        "metrics": trial.user_attrs["metrics"],
+        "plan": json.loads(trial.user_attrs["plan"]),
+    }
+
+
+def _finalists(
+    config: StudyConfig,
+    bench: Bench,
+    folder: StudyFolder,
+    labelled: Mapping[str, FrozenTrial],
+    within: Sequence[tuple[str, FrozenTrial]],
+    display: Display,
+) -> list[Finalist]:
+    """The best network within delta, fine-tuned at length, and the second best.
+
+    A long fine-tuning wins back more than a trial's short one. So the cheapest trial that missed
+    delta by no more than delta itself is tried first; if it still misses, the cheapest trial
+    within delta is the winner, whose weights from before are kept where they are better.
+    """
+    epochs = config.finetune.final_epochs
+    limit = within[0][1].values[1] if within else math.inf
+    daring = sorted(
+        (
+            item
+            for item in labelled.items()
+            if config.delta < item[1].values[0] <= 2 * config.delta
+            and item[1].values[1] < 0.97 * limit
+        ),
+        key=lambda item: item[1].values[0],
+    )[:1]
+    found: list[Finalist] = []
+    for label, _ in [*(daring if epochs > 0 else []), *within[:2]]:
+        if len(found) == 2:
+            break
+        long = epochs if not found else 0.0
+        finalist = _final_fit(config, bench, folder, label, long, display)
+        drop = bench.baseline.val.accuracy - finalist.val.accuracy
+        if drop <= config.delta:
+            found.append(finalist)
+    return found
+
+
+def _final_fit(
+    config: StudyConfig,
+    bench: Bench,
+    folder: StudyFolder,
+    label: str,
+    epochs: float,
+    display: Display,
+) -> Finalist:
+    """Fine-tune a trial's network at length; keep the weights that are better on validation."""
+    task = bench.task
+    model, plan = load_trial_model(bench, label)
+    before = evaluate(model, task, task.val)
+    if epochs <= 0:
+        return Finalist(label, model, plan, before, 0.0)
+    path = folder.finals / f"{label.replace('/', '-')}-{epochs:g}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+    else:
+        display.stage("final", 1)
+
+        def on_step(done: float, total: float, loss: float) -> None:
+            display.step("fine-tune", done, total, f"loss {loss:.3f}")
+
+        fit(
+            model,
+            task,
+            epochs=epochs,
+            learning_rate=config.finetune.learning_rate,
+            seed=config.seed,
+            teacher=bench.baseline.model,
+            distillation=config.finetune.distillation,
+            on_step=on_step,
+        )
+        write_weights(path, portable_state(model))
+    after = evaluate(model, task, task.val)
+    display.say(
+        f"Fine-tuned {label} for {epochs:g} epochs: {before.accuracy:.2f} % -> "
+        f"{after.accuracy:.2f} % on validation data."
+    )
+    if after.accuracy < before.accuracy:
+        model, _ = load_trial_model(bench, label)
+        return Finalist(label, model, plan, before, 0.0)
+    return Finalist(label, model, plan, after, epochs)
+
+
+def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:
+    stage, number = finalist.label.split("/")
+    profile = profile_model(finalist.model, bench.example, latency=False)
+    before, after = compare_latency(bench.baseline.model, finalist.model, bench.example)
+    profile = replace(profile, latency=after, accuracy=finalist.val.accuracy)
+    drop = bench.baseline.val.accuracy - finalist.val.accuracy
+    return {
+        "stage": stage,
+        "trial": int(number),
+        "plan": json.loads(finalist.plan.to_json()),
+        "profile": profile.to_dict(),
+        "baseline_latency": asdict(before),
+        "val_accuracy": finalist.val.accuracy,
+        "val_drop": drop,
+        "tolerance_unused": config.delta - drop,
+        "final_epochs": finalist.epochs,
+    }
+
+
+def _test(bench: Bench, finalist: Finalist, display: Display) -> dict[str, Any]:
+    """Read the test data, once, for the baseline and the winner together."""
+    task = bench.task
+    before = evaluate(bench.baseline.model, task, task.test)
+    after = evaluate(finalist.model, task, task.test)
+    drop, low, high = paired_drop(before, after)
+    display.say(
+        f"Test data: {before.accuracy:.2f} % -> {after.accuracy:.2f} %, drop {drop:.2f} points "
+        f"(95 % interval {low:.2f} to {high:.2f}, {len(before.scores)} images)."
+    )
+    return {
+        "baseline_test_accuracy": before.accuracy,
+        "test_accuracy": after.accuracy,
+        "test_drop": drop,
+        "test_drop_interval": [low, high],
+        "test_images": len(before.scores),
+    }
+
+
+def _export(
+    bench: Bench, finalist: Finalist, found: dict[str, Any], place: Path, display: Display
+) -> None:
+    task = bench.task
+    export = save_model(
+        place,
+        finalist.model,
+        finalist.plan,
+        task.origin,
+        bench.example,
+        Profile.from_dict(found["profile"]),
+        images=task.images(64),
+        classes=task.classes,
+        normalization=task.normalization,
+    )
+    for name, reason in export.skipped.items():
+        display.say(f"{place.name}/{name} was not written: {reason}")
+    found["files"] = dict(export.files)
+    found["export_differences"] = dict(export.checks)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note how long the block takes, in seconds."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = round(time.perf_counter() - start, 2)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("autocompress", "torch", "torchvision", "optuna", "tensorly", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
