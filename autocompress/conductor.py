@@ -108,6 +108,8 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
         StudyMismatch: If the stored study was made with other settings.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    task.model.to(task.device)
+    check_outputs(task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     with folder.lock(), _log_to(folder.log):
@@ -128,8 +130,6 @@ def _run(
     if earlier is not None and "config" in earlier.user_attrs:
         check_same(config.name, earlier.user_attrs["config"], bound)
 
-    task.model.to(task.device)
-    check_outputs(task)
     write_text(folder.config, config.model_dump_json(indent=1))
     with timed(seconds, "baseline"):
         baseline, example = _prepare(config, task, display, earlier)

@@ -156,6 +156,7 @@ def status(
 
     config = _config(study, {"run.storage": storage, "run.out": out})
     studies = _studies(config)
+    finished = True
     table = Table("stage", "trials", "stopped", "failed", "running", "within delta", "best")
     totals = {
         "exploration": config.search.trials,
@@ -179,6 +180,7 @@ def status(
                 f"{full / best.values[1]:.2f}x {config.objective}, drop {best.values[0]:.2f} "
                 f"(trial {best.number})"
             )
+        finished = finished and len(spent) >= totals[stage]
         running = one.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         table.add_row(
             stage,
@@ -191,7 +193,8 @@ def status(
         )
     _print(table)
     folder = _folder(config)
-    _print(f"{'Finished' if folder.result.exists() else 'Not finished'}: {folder.path}")
+    finished = finished and folder.result.exists()
+    _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
 
 
 @app.command()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress.task import Task
+from autocompress.config import StudyConfig, parse_config
+from autocompress.task import Loader, Task
 
 CLASSES = 4
 
@@ -48,6 +51,42 @@ def make_loader(count: int, seed: int, shuffle: bool = False) -> DataLoader[tupl
     return DataLoader(dataset, batch_size=32, shuffle=shuffle, generator=generator)
 
 
+def tiny_config(out: Path, **settings: Any) -> StudyConfig:
+    """A study of `TinyNet` that takes seconds; `trials=` or any dotted name replace a setting."""
+    short = {"trials": "search.trials", "annealing_trials": "search.annealing_trials"}
+    return parse_config(
+        {
+            "name": "tiny",
+            "delta": 5.0,
+            "model.source": "python:TinyNet",
+            "data.source": "python:loaders",
+            "baseline.epochs": 0.0,
+            "search.trials": 6,
+            "search.annealing_trials": 3,
+            "finetune.epochs": 1.0,
+            "finetune.final_epochs": 1.0,
+            "finetune.gate": 100.0,
+            "run.out": str(out),
+            **{short.get(key, key): value for key, value in settings.items()},
+        }
+    )
+
+
+def count_reads(loader: Loader) -> tuple[Loader, list[str]]:
+    """The loader, and a list that gets one entry whenever it is read from the start."""
+    reads: list[str] = []
+
+    class Counted:
+        def __iter__(self) -> Iterator[Any]:
+            reads.append("start")
+            return iter(loader)
+
+        def __len__(self) -> int:
+            return len(loader)
+
+    return Counted(), reads
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves anything in the user's cache."""
@@ -63,8 +102,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def tiny_task(state: dict[str, Tensor]) -> Task:
+    """A task of `TinyNet` with these weights."""
+    model = TinyNet()
+    model.load_state_dict(state)
+    return Task(
+        model.eval(),
+        make_loader(512, 1, shuffle=True),
+        make_loader(256, 2),
+        make_loader(256, 3),
+        classes=tuple("abcd"),
+        fingerprint="tiny",
+    )
+
+
 @pytest.fixture(scope="session")
-def _trained_state() -> dict[str, Tensor]:
+def trained_state() -> dict[str, Tensor]:
+    """Weights of a `TinyNet` that knows the tiny data."""
     from autocompress.training import fit
 
     torch.manual_seed(0)
@@ -74,15 +128,6 @@ def _trained_state() -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def task(_trained_state: dict[str, Tensor]) -> Task:
+def task(trained_state: dict[str, Tensor]) -> Task:
     """A task whose network is trained."""
-    model = TinyNet()
-    model.load_state_dict(_trained_state)
-    return Task(
-        model.eval(),
-        make_loader(512, 1, shuffle=True),
-        make_loader(256, 2),
-        make_loader(256, 3),
-        classes=tuple("abcd"),
-        fingerprint="tiny",
-    )
+    return tiny_task(trained_state)

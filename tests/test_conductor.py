@@ -1,0 +1,313 @@
+"""The whole study on the tiny network: what is written, how it goes on, and what stops it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from conftest import TinyNet, count_reads, tiny_config, tiny_task
+from optuna.trial import TrialState
+
+import autocompress
+from autocompress import selection
+from autocompress.conductor import Outcome, run_study
+from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.export import save_model
+from autocompress.profiler import compare_latency
+from autocompress.progress import NullDisplay
+from autocompress.samplers import INTERRUPTED, PARENT
+from autocompress.store import load_study, open_storage, trials_spent
+from autocompress.task import Task, correct, cross_entropy
+
+
+class Recorder(NullDisplay):
+    """Keeps what the study says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def studies_of(folder: Path) -> dict[str, Any]:
+    storage = open_storage(f"sqlite:///{folder / 'study.db'}")
+    found = {s: load_study(storage, "tiny", s) for s in ("exploration", "annealing")}
+    return {stage: study for stage, study in found.items() if study is not None}
+
+
+def ended(folder: Path) -> dict[str, int]:
+    return {stage: len(trials_spent(study)) for stage, study in studies_of(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, Any]) -> Outcome:
+    """A whole study that was run once and is only looked at."""
+    out = tmp_path_factory.mktemp("out")
+    return run_study(tiny_config(out), tiny_task(trained_state), NullDisplay(), "the command")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hand out weights and plan only, and time the networks briefly."""
+    monkeypatch.setattr(selection, "save_model", partial(save_model, formats=()))
+    monkeypatch.setattr(selection, "compare_latency", partial(compare_latency, seconds=0.02))
+
+
+def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
+    folder = finished.folder
+    for name in ("best", "second"):
+        found = {path.name for path in (folder / name).iterdir()}
+        wanted = {"model.safetensors", "plan.json", "model.onnx", "model.pt2", "profile.json"}
+        assert wanted <= found
+    assert (folder / "report.html").stat().st_size > 10_000
+
+    summary = json.loads((folder / "result.json").read_text())
+    best, before = summary["best"], summary["baseline"]
+    assert summary["trials"] == {"exploration": 6, "annealing": 3} == ended(folder)
+    assert best["val_drop"] <= summary["delta"]
+    assert best["profile"]["params"] < before["profile"]["params"]
+    low, high = best["test_drop_interval"]
+    assert low <= best["test_drop"] <= high
+    assert best["test_drop"] == pytest.approx(before["test_accuracy"] - best["test_accuracy"])
+    assert summary["command"] == "the command" and summary["test_reads"] == 1
+
+
+def test_the_networks_handed_out_are_one(finished: Outcome, task: Task) -> None:
+    """What `load` builds, what the Python API returns and the ONNX file give the same outputs."""
+    best = finished.folder / "best"
+    loaded = autocompress.load(best, model=TinyNet())
+    (images,) = task.images(16)
+    assert finished.model is not None
+    with torch.inference_mode():
+        expected = finished.model(images)
+        torch.testing.assert_close(loaded(images), expected)
+    session = onnxruntime.InferenceSession(str(best / "model.onnx"))
+    (found,) = session.run(None, {"input": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_trial_carries_its_whole_story(finished: Outcome) -> None:
+    for stage, study in studies_of(finished.folder).items():
+        for trial in study.trials:
+            attrs = trial.user_attrs
+            assert autocompress.Plan.from_json(attrs["plan"]).digest == attrs["plan_digest"]
+            assert {"seed", "weights", "layer_errors", PARENT} <= set(attrs)
+            assert {"build", "recalibrate", "gate", "finetune"} <= set(attrs["seconds"])
+            drop, cost = trial.values
+            metrics = attrs["metrics"]
+            assert metrics["drop"] == drop and metrics["params"] == cost
+            assert {"accuracy", "macs", "size_bytes", "memory_bytes", "latency_ms"} < set(metrics)
+            assert trial.system_attrs["constraints"] == [pytest.approx(drop - 5.0)]
+            kinds = {key.rpartition(".")[2] for key in trial.params}
+            assert kinds == {"transform", "rank_fraction"}
+            assert (attrs[PARENT] is None) == (stage == "exploration")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finished_study_does_nothing_more(task: Task, tmp_path: Path) -> None:
+    first = run_study(tiny_config(tmp_path), task, NullDisplay())
+    task.test, reads = count_reads(task.test)
+    display = Recorder()
+    again = run_study(tiny_config(tmp_path), task, display)
+    assert reads == [] and any("Nothing to do" in line for line in display.lines)
+    assert again.summary == first.summary
+
+
+@pytest.mark.usefixtures("quick")
+def test_more_trials_are_added_to_the_old_ones(task: Task, tmp_path: Path) -> None:
+    run_study(tiny_config(tmp_path, annealing_trials=0, trials=3), task, NullDisplay())
+    assert ended(tmp_path / "tiny") == {"exploration": 3}
+    more = run_study(tiny_config(tmp_path, annealing_trials=2, trials=5), task, NullDisplay())
+    assert ended(tmp_path / "tiny") == {"exploration": 5, "annealing": 2}
+    assert more.summary["test_reads"] == 2
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [("delta", "delta: 5.0 -> 4.0"), ("search.transforms", "search.transforms")],
+)
+def test_other_settings_under_an_old_name_are_refused(
+    task: Task, tmp_path: Path, setting: str, text: str
+) -> None:
+    config = tiny_config(tmp_path, trials=1, annealing_trials=0)
+    run_study(config, task, NullDisplay())
+    other = {"delta": 4.0, "search.transforms": ["svd"]}[setting]
+    changed = tiny_config(tmp_path, trials=2, annealing_trials=0, **{setting: other})
+    stored = (tmp_path / "tiny" / "study.json").read_text()
+    with pytest.raises(StudyMismatch, match=text):
+        run_study(changed, task, NullDisplay())
+    assert (tmp_path / "tiny" / "study.json").read_text() == stored
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_weights_under_an_old_name_are_refused(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trials=1, annealing_trials=0)
+    run_study(config, task, NullDisplay())
+    with torch.no_grad():
+        task.model.get_parameter("fc.bias").add_(1.0)
+    with pytest.raises(StudyMismatch, match="weights fingerprint"):
+        run_study(config, task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_within_delta_gives_the_nearest(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, trials=3, annealing_trials=1, delta=0.0, **{"finetune.epochs": 0.0}
+    )
+    task.metric = lambda output, batch: _spoilt(task, output, batch)
+    display = Recorder()
+    outcome = run_study(config, task, display)
+    assert outcome.model is None and not outcome.met
+    nearest = outcome.summary["nearest"]
+    assert nearest["val_drop"] > 0 and nearest["plan"]["layers"]
+    assert "test_accuracy" not in outcome.summary["baseline"]
+    assert outcome.summary["test_reads"] == 0
+    assert any("No trial kept the drop within 0 points" in line for line in display.lines)
+    assert not (outcome.folder / "best").exists()
+
+
+def _spoilt(task: Task, output: torch.Tensor, batch: Any) -> torch.Tensor:
+    """The baseline scores 1 everywhere, any other network 0 on the first image."""
+    with torch.inference_mode():
+        same = torch.equal(task.model(batch[0]), output)
+    scores = torch.ones(len(output))
+    if not same:
+        scores[0] = 0.0
+    return scores
+
+
+class Interruption:
+    """A loss that is interrupted, as by Ctrl-C, at its n-th call."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __call__(self, output: torch.Tensor, batch: Any) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return cross_entropy(output, batch)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("at", [12, 45, 100, 130])
+def test_an_interrupted_study_goes_on_to_the_same_total(
+    task: Task, tmp_path: Path, at: int
+) -> None:
+    task.loss = Interruption(at)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tiny_config(tmp_path), task, NullDisplay())
+    kept = ended(tmp_path / "tiny")
+    assert sum(kept.values()) < 9
+    outcome = run_study(tiny_config(tmp_path), task, NullDisplay())
+    assert ended(tmp_path / "tiny") == {"exploration": 6, "annealing": 3}
+    assert outcome.met
+    for study in studies_of(tmp_path / "tiny").values():
+        lost = [t for t in study.trials if INTERRUPTED in t.user_attrs]
+        assert all(t.state == TrialState.FAIL for t in lost) and len(lost) <= 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failing_trial_is_recorded_and_the_study_goes_on(task: Task, tmp_path: Path) -> None:
+    calls: Iterator[int] = iter(range(10**6))
+
+    def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
+        if next(calls) == 30:
+            raise LookupError("a bad batch")
+        return cross_entropy(output, batch)
+
+    task.loss = loss
+    run_study(tiny_config(tmp_path), task, NullDisplay())
+    trials = studies_of(tmp_path / "tiny")["exploration"].trials
+    failed = [t for t in trials if t.state == TrialState.FAIL]
+    assert [t.user_attrs["reason"] for t in failed] == ["LookupError: a bad batch"]
+    assert len(trials) == 6
+    assert "a bad batch" in (tmp_path / "tiny" / "study.log").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_study_whose_trials_all_fail_stops_and_says_why(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trials=9, **{"finetune.learning_rate": 1e30})
+    with pytest.raises(AutocompressError, match="5 trials .* lower the learning rate"):
+        run_study(config, task, NullDisplay())
+    assert ended(tmp_path / "tiny") == {"exploration": 5}
+
+
+@pytest.mark.usefixtures("quick")
+def test_hopeless_trials_stop_at_the_gate(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trials=4, annealing_trials=2, **{"finetune.gate": 0.0})
+    run_study(config, task, NullDisplay())
+    trials = studies_of(tmp_path / "tiny")["exploration"].trials
+    stopped = [t for t in trials if t.state == TrialState.PRUNED]
+    assert stopped
+    for trial in stopped:
+        assert "gate" in trial.user_attrs["reason"] and "weights" not in trial.user_attrs
+        assert trial.system_attrs["constraints"][0] > -5.0
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_processes_can_not_run_one_study(task: Task, tmp_path: Path) -> None:
+    from autocompress.store import StudyFolder
+
+    folder = StudyFolder(tmp_path / "tiny")
+    folder.create()
+    with folder.lock(), pytest.raises(ConfigError, match="another process"):
+        run_study(tiny_config(tmp_path), task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, **{"search.include": ["nothing*"]})
+    with pytest.raises(ConfigError, match="search.include does not name it"):
+        run_study(config, task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("objective", ["size", "macs", "latency"])
+def test_every_objective_is_the_second_value(task: Task, tmp_path: Path, objective: str) -> None:
+    config = tiny_config(tmp_path, trials=2, annealing_trials=1, objective=objective)
+    run_study(config, task, NullDisplay())
+    key = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms"}[objective]
+    for study in studies_of(tmp_path / "tiny").values():
+        assert all(t.values[1] == t.user_attrs["metrics"][key] for t in study.trials)
+
+
+@pytest.mark.usefixtures("quick")
+def test_batches_may_be_dictionaries(task: Task, tmp_path: Path) -> None:
+    def as_dicts(loader: Any) -> list[dict[str, torch.Tensor]]:
+        return [{"label": y, "image": x} for x, y in loader]
+
+    task.train, task.val, task.test = map(as_dicts, (task.train, task.val, task.test))
+    task.forward = lambda model, batch: model(batch["image"])
+    task.loss = lambda output, batch: cross_entropy(output, (None, batch["label"]))
+    task.metric = lambda output, batch: correct(output, (None, batch["label"]))
+    outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=1), task, NullDisplay())
+    assert outcome.met
+
+
+@pytest.mark.usefixtures("quick")
+def test_test_data_is_read_once_for_both_networks(task: Task, tmp_path: Path) -> None:
+    task.test, reads = count_reads(task.test)
+    run_study(tiny_config(tmp_path), task, NullDisplay())
+    assert reads == ["start", "start"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_table_is_built_once(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study(tiny_config(tmp_path, trials=1, annealing_trials=0), task, NullDisplay())
+
+    def build(*args: Any) -> None:
+        raise AssertionError("the table was built again")
+
+    monkeypatch.setattr("autocompress.conductor.build_table", build)
+    run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, NullDisplay())

@@ -1,0 +1,237 @@
+"""The command line, from its help to the networks that it hands out."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import autocompress
+from autocompress.study import app, main
+
+STUDY = """
+name = "small"
+delta = 40.0
+[model]
+source = "zoo:resnet_small"
+arguments = { num_classes = 10, in_channels = 1, width = 8 }
+[data]
+source = "digits"
+[baseline]
+epochs = 3
+[search]
+transforms = ["svd", "tucker2"]
+trials = 3
+annealing_trials = 1
+[finetune]
+epochs = 1
+final_epochs = 0
+gate = 100.0
+"""
+
+
+def call(*arguments: str) -> Result:
+    """The command line in this process; its errors are raised."""
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The command line as a shell calls it: the line that it ends with, and exit code 2."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["autocompress", *arguments])
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return said.err
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study file of a study that has been run."""
+    file = tmp_path_factory.mktemp("small") / "small.toml"
+    file.write_text(STUDY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTOCOMPRESS_HOME", str(file.parent / "home"))
+        ended = call("run", str(file), "--out", str(file.parent))
+    assert ended.exit_code == 0, ended.output
+    return file
+
+
+def at(file: Path) -> list[str]:
+    return [str(file), "--out", str(file.parent)]
+
+
+def test_a_run_shows_before_and_after(small: Path) -> None:
+    again = call("run", *at(small))
+    assert again.exit_code == 0
+    assert "Nothing to do" in again.output
+    rows = {line.split()[0] for line in again.output.splitlines() if line.strip()}
+    assert {"accuracy", "params", "size", "MACs", "memory", "latency"} <= rows
+
+
+def test_run_is_the_default_command(small: Path) -> None:
+    assert "Nothing to do" in call(*at(small)).output
+
+
+def test_status_says_how_far_it_is(small: Path) -> None:
+    said = call("status", *at(small)).output
+    assert re.search(r"exploration.*3/3", said) and re.search(r"annealing.*1/1", said)
+    assert "Finished" in said and "x params, drop" in said
+    more = small.with_name("more.toml")
+    more.write_text(STUDY.replace("trials = 3", "trials = 5"))
+    said = call("status", *at(more)).output
+    assert re.search(r"exploration.*3/5", said) and "Not finished" in said
+
+
+def test_a_studys_folder_stands_for_its_file(small: Path) -> None:
+    assert "3/3" in call("status", str(small.parent / "small")).output
+
+
+def test_profile_needs_no_training(small: Path) -> None:
+    said = call("profile", str(small)).output
+    assert "conv1" in said and "MACs" in said and "interquartile" in said
+    assert re.search(r"params 0\.\d+ M", said)
+
+
+def test_report_is_written_again(small: Path) -> None:
+    path = small.parent / "small" / "report.html"
+    path.unlink()
+    assert call("report", *at(small)).exit_code == 0
+    assert "<html" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("trial", ["best", "exploration/0"])
+def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> None:
+    done = call("export", *at(small), "--trial", trial, "--to", str(tmp_path / "it"))
+    assert done.exit_code == 0
+    names = {path.name for path in (tmp_path / "it").iterdir()}
+    assert {"model.safetensors", "plan.json", "model.onnx", "model.pt2"} <= names
+    model = autocompress.load(tmp_path / "it")
+    assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_models_are_listed() -> None:
+    said = call("models", "resnet20").output
+    assert "resnet20" in said and "mobilenet" not in said
+
+
+def test_help_teaches_by_examples() -> None:
+    said = call("--help").output
+    for word in (
+        "run",
+        "status",
+        "profile",
+        "report",
+        "export",
+        "dashboard",
+        "models",
+        "Exit codes",
+    ):
+        assert word in said
+    for command in ("run", "status", "profile", "report", "export", "dashboard", "models"):
+        assert "python -m autocompress.study" in call(command, "--help").output
+
+
+def test_exit_code_3_where_nothing_met_delta(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
+    file = tmp_path / "strict.toml"
+    text = STUDY.replace("epochs = 1\n", "epochs = 0\n").replace("delta = 40.0", "delta = 0.0")
+    file.write_text(text.replace("[search]", '[search]\nexclude = ["fc", "*conv2"]'))
+    ended = call(str(file), "--out", str(tmp_path), "--trials", "1")
+    summary = json.loads((tmp_path / "small" / "result.json").read_text())
+    assert ended.exit_code == 3, summary
+    assert "The nearest lost" in ended.output and summary["nearest"]["val_drop"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (("[search]", "[search]\ntrails = 3"), "Did you mean 'trials'?"),
+        (("delta = 40.0", "delta = -1.0"), "delta = -1.0 must be >= 0 (points of accuracy)"),
+        (("trials = 3", 'trials = "many"'), "search.trials: expected a whole number"),
+        (('"tucker2"', '"tuker2"'), "Did you mean 'tucker2'?"),
+        (("zoo:resnet_small", "zoo:resnet_smal"), "Did you mean 'resnet_small'?"),
+        (("zoo:resnet_small", "torchvision:resnet5"), "no such network"),
+        (("num_classes = 10", "num_classes = 7"), "10 classes, the network has 7 outputs"),
+        (("num_classes = 10", "classes = 10"), "unexpected keyword argument 'classes'"),
+        (("in_channels = 1", "in_channels = 3"), "The network can't take this data"),
+        (('"digits"', '"folder:nowhere"'), "no such folder"),
+        (('"digits"', '"array:nowhere.npz"'), "no such file"),
+        (('"digits"', '"torchvision:CIFAR11"'), "Did you mean 'CIFAR1"),
+        (("[data]", 'weights = "nowhere.pt"\n[data]'), "no such file"),
+        (('name = "small"', 'name = "a/b"'), "letters, digits"),
+        (("[search]", "[search"), "is not valid TOML"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, change: tuple[str, str], wanted: str
+) -> None:
+    assert change[0] in STUDY
+    file = tmp_path / "wrong.toml"
+    file.write_text(STUDY.replace(*change, 1))
+    said = fail(capsys, str(file), "--out", str(tmp_path))
+    assert wanted in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "small" / "study.db").exists()
+
+
+def test_every_error_has_its_own_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text(STUDY.replace("delta = 40.0", "delta = -1").replace("trials = 3", "trials = 0"))
+    assert len(fail(capsys, str(file)).strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["nowhere.toml"], "There is no study file 'nowhere.toml'"),
+        (["quickstart", "--delta", "-1"], "delta = -1.0 must be >= 0"),
+        (["quickstart", "--device", "cuda:99"], "can't be used here"),
+        (["quickstart", "--storage", "nonsense"], "is no database URL"),
+        (["status", "quickstart"], "has not begun"),
+        (["report", "quickstart"], "no result"),
+        (["export", "quickstart"], "has not begun"),
+        (["dashboard", "quickstart"], "has not begun"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert wanted in fail(capsys, *arguments)
+
+
+def test_a_trial_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], small: Path
+) -> None:
+    said = fail(capsys, "export", *at(small), "--trial", "exploration/99")
+    assert "There is no trial 'exploration/99'. Known: best, exploration/0 to 2" in said
+
+
+def test_an_interrupted_run_says_what_it_kept(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autocompress.api.run", interrupted)
+    ended = call(*at(small))
+    assert ended.exit_code == 130
+    assert "3 of exploration, 1 of annealing" in ended.output
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, autocompress.study; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
