@@ -20,6 +20,7 @@ from autocompress.errors import AutocompressError, ConfigError
 
 if TYPE_CHECKING:
     from optuna.study import Study
+    from optuna.trial import FrozenTrial
 
     from autocompress.config import StudyConfig
     from autocompress.store import StudyFolder
@@ -53,6 +54,7 @@ Make a trained convolutional network small and fast, within an accuracy toleranc
 
 - `python -m autocompress.study` runs the quickstart: digits, a small residual network, minutes.
 - `python -m autocompress.study my.toml --delta 0.5` runs a study file; again: goes on with it.
+- `python -m autocompress.study run --help` shows what else can be set.
 - `python -m autocompress.study status my.toml` says how far a study is.
 - `python -m autocompress.study dashboard my.toml` opens its Pareto fronts in optuna-dashboard.
 - `python -m autocompress.study export my.toml --trial annealing/7 --to small/` hands out a trial.
@@ -77,6 +79,20 @@ StorageOption = Annotated[
     str | None,
     typer.Option(help="Database URL (SQLAlchemy); SQLite by default.", show_default=False),
 ]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Options of the whole command line; its help is that of `app`."""
+    if version:
+        from autocompress import __version__
+
+        _print(f"autocompress {__version__}")
+        raise typer.Exit()
 
 
 @app.command()
@@ -156,42 +172,33 @@ def status(
 
     config = _config(study, {"run.storage": storage, "run.out": out})
     studies = _studies(config)
-    finished = True
-    table = Table("stage", "trials", "stopped", "failed", "running", "within delta", "best")
     totals = {
         "exploration": config.search.trials,
         "annealing": config.search.annealing_trials,
     }
+    table = Table("stage", "trials", "stopped", "failed", "running", "within delta", box=None)
+    finished = True
     for stage, one in studies.items():
         spent = trials_spent(one)
-        complete = [t for t in spent if t.state == TrialState.COMPLETE]
-        within = [t for t in complete if t.values[0] <= config.delta]
-        best = min(within, key=lambda t: t.values[1], default=None)
-        baseline = one.user_attrs["baseline"]
-        full = {
-            "params": baseline["params"],
-            "size": baseline["size_bytes"],
-            "macs": baseline["macs"],
-            "latency": (baseline.get("latency") or {}).get("median_ms", 0.0),
-        }[config.objective]
-        shown = "-"
-        if best is not None:
-            shown = (
-                f"{full / best.values[1]:.2f}x {config.objective}, drop {best.values[0]:.2f} "
-                f"(trial {best.number})"
-            )
-        finished = finished and len(spent) >= totals[stage]
         running = one.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        finished = finished and len(spent) >= totals[stage]
         table.add_row(
             stage,
             f"{len(spent)}/{totals[stage]}",
             str(sum(t.state == TrialState.PRUNED for t in spent)),
             str(sum(t.state == TrialState.FAIL for t in spent)),
             str(len(running)),
-            str(len(within)),
-            shown,
+            str(len(_within(one, config.delta))),
         )
     _print(table)
+    for stage, one in studies.items():
+        best = min(_within(one, config.delta), key=lambda t: t.values[1], default=None)
+        if best is not None:
+            ratio = _baseline_cost(one, config.objective) / best.values[1]
+            _print(
+                f"best of {stage}: {ratio:.2f}x {config.objective}, drop {best.values[0]:.2f} "
+                f"points (trial {best.number})"
+            )
     folder = _folder(config)
     finished = finished and folder.result.exists()
     _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
@@ -380,6 +387,22 @@ def _studies(config: StudyConfig) -> dict[str, Study]:
     if not present:
         raise ConfigError(f"Study '{config.name}' has not begun; run it first.")
     return present
+
+
+def _within(study: Study, delta: float) -> list[FrozenTrial]:
+    from optuna.trial import TrialState
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [trial for trial in complete if trial.values[0] <= delta]
+
+
+def _baseline_cost(study: Study, objective: str) -> float:
+    from autocompress.objective import cost_of
+    from autocompress.profiler import Profile
+
+    baseline = Profile.from_dict(study.user_attrs["baseline"])
+    latency = baseline.latency
+    return cost_of(objective, baseline, 0.0 if latency is None else latency.median_ms)
 
 
 def _rows(summary: Any) -> Any:

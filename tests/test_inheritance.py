@@ -1,0 +1,72 @@
+"""A child that starts from its parent's weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CLASSES, TinyNet
+from torch import nn
+
+from autocompress.inheritance import inherit, multiply_out
+from autocompress.plan import Plan
+from autocompress.surgery import apply_plan
+from autocompress.task import Task
+from autocompress.training import fit
+from autocompress.transforms import CP, SVD, SpatialSVD, TensorTrain, Transform, Tucker2
+
+CHOICES: dict[str, Transform] = {
+    "svd": SVD(6),
+    "spatial_svd": SpatialSVD(8),
+    "tucker2": Tucker2(5, 7),
+    "cp": CP(9),
+    "tt": TensorTrain((5, 6, 7)),
+}
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def trained_further(task: Task, plan: Plan) -> nn.Module:
+    """The network of `plan`, fine-tuned so that its weights are its own."""
+    model = apply_plan(task.model, plan)
+    fit(model, task, epochs=1, learning_rate=0.05, seed=0)
+    return model
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_multiplied_out_it_is_the_same_network(task: Task, images: torch.Tensor, name: str) -> None:
+    plan = Plan({"conv": CHOICES[name], "fc": SVD(3)})
+    parent = trained_further(task, plan)
+    dense = multiply_out(parent, plan, task.model)
+    assert isinstance(dense, TinyNet) and dense.fc.weight.shape == (CLASSES, 32)
+    torch.testing.assert_close(dense(images), parent(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_with_its_parents_plan_it_is_its_parent(
+    task: Task, images: torch.Tensor, name: str
+) -> None:
+    plan = Plan({"conv": CHOICES[name]})
+    parent = trained_further(task, plan)
+    child = inherit(parent, plan, plan, task.model, None)
+    own, theirs = child.state_dict(), parent.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in theirs.items())
+    torch.testing.assert_close(child(images), parent(images))
+
+
+def test_a_changed_layer_is_cut_from_the_parents_weights(task: Task, images: torch.Tensor) -> None:
+    """At full rank, a child with another transform still computes what its parent does."""
+    plan = Plan({"conv": SVD(12)})
+    parent = trained_further(task, plan)
+    child = inherit(parent, plan, Plan({"conv": Tucker2(16, 32)}), task.model, None)
+    torch.testing.assert_close(child(images), parent(images), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(child(images), task.model(images), atol=1e-2)
+
+
+def test_the_baseline_stays_as_it_is(task: Task) -> None:
+    plan = Plan({"conv": SVD(6)})
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    inherit(trained_further(task, plan), plan, Plan({"fc": SVD(2)}), task.model, None)
+    assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())

@@ -1,0 +1,178 @@
+"""What outlives the process: folder, database, artifacts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from conftest import TinyNet
+from optuna.trial import TrialState
+
+from autocompress.errors import ConfigError, StudyMismatch
+from autocompress.samplers import INTERRUPTED
+from autocompress.store import (
+    StudyFolder,
+    bury_interrupted,
+    check_same,
+    fetch_weights,
+    hide_password,
+    load_study,
+    mark_interrupted,
+    open_storage,
+    open_study,
+    portable_state,
+    save_weights,
+    set_constraint,
+    state_digest,
+    trials_spent,
+    write_text,
+    write_weights,
+)
+
+BOUND = {"delta": 1.0, "search.transforms": ["svd"]}
+
+
+def opened(tmp_path: Path, bound: dict[str, object] | None = None) -> optuna.Study:
+    return open_study(
+        open_storage(f"sqlite:///{tmp_path / 'study.db'}"),
+        "one",
+        "exploration",
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        bound=bound or BOUND,
+        cost_name="parameters",
+    )
+
+
+def test_a_study_is_bound_to_its_settings(tmp_path: Path) -> None:
+    assert opened(tmp_path).user_attrs["config"] == BOUND
+    opened(tmp_path, {"search.transforms": ("svd",), "delta": 1.0})
+    with pytest.raises(StudyMismatch, match="delta: 1.0 -> 2.0.*new name"):
+        opened(tmp_path, {**BOUND, "delta": 2.0})
+    with pytest.raises(StudyMismatch, match="objective: not set -> 'macs'"):
+        check_same("one", BOUND, {**BOUND, "objective": "macs"})
+
+
+def test_a_study_that_is_not_there_is_none(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    assert load_study(storage, "one", "exploration") is None
+
+
+def test_sqlite_lets_readers_in_while_it_writes(tmp_path: Path) -> None:
+    import sqlite3
+
+    opened(tmp_path)
+    connection = sqlite3.connect(tmp_path / "study.db")
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()
+
+
+def test_only_trials_that_ended_by_themselves_count(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    study.tell(study.ask(), [1.0, 2.0])
+    study.tell(study.ask(), state=TrialState.FAIL)
+    running, interrupted = study.ask(), study.ask()
+    mark_interrupted(study, interrupted._trial_id, interrupted.number)
+    assert [trial.number for trial in trials_spent(study)] == [0, 1]
+    assert bury_interrupted(study) == 1
+    assert study.trials[running.number].state == TrialState.FAIL
+    assert study.trials[running.number].user_attrs == {INTERRUPTED: True, "reason": "interrupted"}
+    assert len(trials_spent(study)) == 2
+
+
+def test_the_constraint_is_read_by_optuna_and_by_the_dashboard(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    trial = study.ask()
+    set_constraint(trial, 0.25)
+    frozen = study.tell(trial, [1.25, 2.0])
+    # What the samplers read, and the key that optuna-dashboard 0.21 looks for.
+    assert list(frozen.constraints.values()) == [0.25]
+    assert frozen.system_attrs["constraints"] == [0.25]
+    assert study.best_trials == []
+
+
+def test_weights_go_to_the_artifact_store_and_back(tmp_path: Path) -> None:
+    study, model = opened(tmp_path), TinyNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folder = StudyFolder(tmp_path)
+    trial = study.ask()
+    artifact = save_weights(model, trial, folder.artifact_store())
+    state = fetch_weights(artifact, folder.artifact_store())
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_the_digest_follows_the_weights() -> None:
+    state = portable_state(TinyNet())
+    other = {**state, "fc.bias": state["fc.bias"] + 1e-3}
+    half = {key: value.to(torch.bfloat16) for key, value in state.items()}
+    assert state_digest(state) == state_digest(dict(reversed(state.items())))
+    assert len({state_digest(one) for one in (state, other, half)}) == 3
+
+
+def test_half_a_file_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a" / "result.json"
+    write_text(path, "old")
+
+    def cut_off(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_weights_are_written_in_one_step(tmp_path: Path) -> None:
+    state = portable_state(TinyNet())
+    write_weights(tmp_path / "b" / "w.safetensors", state)
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["w.safetensors"]
+
+
+def test_the_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "one")
+    folder.create()
+    code = (
+        "import os, signal; from pathlib import Path; from autocompress.store import StudyFolder;"
+        f"lock = StudyFolder(Path({str(folder.path)!r})).lock(); print('held', flush=True);"
+        "signal.pause()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match="being run by another process"):
+            folder.lock()
+        holder.kill()
+    with folder.lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("url", "wanted"),
+    [
+        ("nonsense", "is no database URL"),
+        ("nosuchdb://u:secret@host/x", "is no database URL"),
+        ("postgresql://user:secret@127.0.0.1:1/x", "can't be opened"),
+        ("sqlite:////proc/nowhere/study.db", "can't be opened"),
+    ],
+)
+def test_a_database_that_can_not_be_opened_is_named_without_its_password(
+    url: str, wanted: str
+) -> None:
+    with pytest.raises(ConfigError, match=wanted) as found:
+        open_storage(url)
+    assert "secret" not in str(found.value)
+
+
+def test_passwords_are_hidden() -> None:
+    assert hide_password("postgresql://u:secret@h/d") == "postgresql://u:***@h/d"
+    assert "secret" not in hide_password("::u:secret@h")
+
+
+def test_a_folder_that_can_not_be_made_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"run.out: can't make the folder /proc/x"):
+        StudyFolder(Path("/proc/x")).create()
