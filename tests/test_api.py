@@ -1,0 +1,187 @@
+"""The same study from Python, for a network and loaders in hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TinyNet, make_images, make_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autocompress
+from autocompress import selection
+from autocompress.api import pick_device, task_from_config
+from autocompress.config import parse_config
+from autocompress.errors import ConfigError, StudyMismatch
+from autocompress.export import save_model
+
+QUICK: dict[str, Any] = {
+    "trials": 2,
+    "annealing_trials": 1,
+    "delta": 30.0,
+    "display": False,
+    "settings": {"finetune.epochs": 0.5, "finetune.final_epochs": 0.0, "finetune.gate": 100.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(*args: Any, **kwargs: Any) -> Any:
+        return save_model(*args, **{**kwargs, "formats": ()})
+
+    monkeypatch.setattr(selection, "save_model", save)
+
+
+@pytest.fixture
+def model(trained_state: dict[str, Tensor]) -> nn.Module:
+    network = TinyNet()
+    network.load_state_dict(trained_state)
+    return network
+
+
+def test_a_network_becomes_smaller_and_stays_itself(model: nn.Module, tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train, test = make_loader(512, 1, shuffle=True), make_loader(256, 3)
+    outcome = autocompress.compress(model, train, test, out=tmp_path, **QUICK)
+    assert outcome.met and outcome.model is not None
+    count = sum(p.numel() for p in outcome.model.parameters())
+    assert count == outcome.summary["best"]["profile"]["params"]
+    assert count < sum(p.numel() for p in model.parameters())
+    assert model.training  # as it came
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    # A tenth of the training images was cut off to choose on.
+    assert outcome.summary["best"]["test_images"] == 256
+    loaded = autocompress.load(outcome.folder / "best", model=TinyNet())
+    images = make_images(4, 9)[0]
+    torch.testing.assert_close(loaded(images), outcome.model(images))
+
+
+def test_calling_it_again_goes_on(model: nn.Module, tmp_path: Path) -> None:
+    def run(**changes: Any) -> autocompress.Outcome:
+        train, test = make_loader(256, 1), make_loader(64, 3)
+        return autocompress.compress(model, train, test, out=tmp_path, **(QUICK | changes))
+
+    assert run().summary["trials"] == {"exploration": 2, "annealing": 1}
+    assert run(trials=3).summary["trials"] == {"exploration": 3, "annealing": 1}
+    with pytest.raises(StudyMismatch, match="delta: 30.0 -> 20.0"):
+        run(delta=20.0)
+    with torch.no_grad():
+        model.get_parameter("fc.bias").add_(0.1)
+    with pytest.raises(StudyMismatch, match="fingerprint"):
+        run()
+
+
+def test_everything_the_user_owns_can_be_replaced(model: nn.Module, tmp_path: Path) -> None:
+    """Batches that are no pairs, a metric of one's own, another optimizer and no schedule."""
+    called: set[str] = set()
+
+    def collate(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        pixels, labels = zip(*rows, strict=True)
+        return {"label": torch.stack(labels), "pixels": torch.stack(pixels)}
+
+    def loader(count: int, seed: int) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(*make_images(count, seed)), 32, collate_fn=collate)
+
+    def forward(network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        called.add("forward")
+        return network(batch["pixels"])  # type: ignore[no-any-return]
+
+    def loss(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        called.add("loss")
+        return nn.functional.cross_entropy(output, batch["label"])
+
+    def metric(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        called.add("metric")
+        return output.softmax(1).gather(1, batch["label"][:, None])[:, 0]
+
+    def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+        called.add("distillation")
+        return (student - teacher).square().mean()
+
+    def optimizer(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+        called.add("optimizer")
+        return torch.optim.AdamW(network.parameters(), lr=learning_rate)
+
+    def scheduler(
+        one: torch.optim.Optimizer, learning_rate: float, steps: int
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        called.add("scheduler")
+        return torch.optim.lr_scheduler.ConstantLR(one, factor=1.0)
+
+    outcome = autocompress.compress(
+        model,
+        loader(256, 1),
+        loader(64, 3),
+        val=loader(64, 2),
+        out=tmp_path,
+        forward=forward,
+        loss=loss,
+        metric=metric,
+        distillation=distillation,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        **QUICK,
+    )
+    assert called == {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
+    accuracy = outcome.summary["baseline"]["val_accuracy"]
+    with torch.no_grad():
+        batch = next(iter(loader(64, 2)))
+        expected = 100 * metric(model.eval()(batch["pixels"]), batch).mean()
+    assert accuracy == pytest.approx(float(expected), abs=5.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"delta": -1.0}, "delta = -1.0 must be >= 0"),
+        ({"settings": {"finetune.epoch": 2}}, "Did you mean 'epochs'"),
+        ({"augment": "flip"}, "takes no 'augment'. Known: distillation, forward"),
+        ({"name": "a b"}, "letters, digits"),
+        ({"settings": {"run.device": "tpu:7"}}, "can't be used here"),
+    ],
+)
+def test_wrong_arguments_are_named_before_any_work(
+    model: nn.Module, tmp_path: Path, changes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        autocompress.compress(
+            model, make_loader(64, 1), make_loader(64, 3), out=tmp_path, **(QUICK | changes)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert pick_device("auto").type == wanted
+
+
+def test_functions_are_found_beside_the_study_file(tmp_path: Path) -> None:
+    (tmp_path / "my_things.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def net(width):\n"
+        "    return nn.Sequential(nn.Conv2d(1, width, 3), nn.Flatten(), nn.Linear(4 * width, 2))\n"
+        "def loaders(batch_size, seed):\n"
+        "    def one(count):\n"
+        "        data = torch.utils.data.TensorDataset(\n"
+        "            torch.randn(count, 1, 4, 4), torch.arange(count) % 2)\n"
+        "        return torch.utils.data.DataLoader(data, batch_size)\n"
+        "    return one(40), one(20)\n"
+    )
+    config = parse_config(
+        {
+            "name": "own",
+            "model.source": "my_things:net",
+            "model.arguments": {"width": 6},
+            "data.source": "my_things:loaders",
+            "data.batch_size": 10,
+            "run.device": "cpu",
+        }
+    )
+    task = task_from_config(config, tmp_path)
+    assert task.model.get_submodule("0").out_channels == 6
+    assert len(next(iter(task.train))[0]) == 10
+    assert task.example()[0].shape == (1, 1, 4, 4)

@@ -1,0 +1,196 @@
+"""One trial: what it records, and how each way to end is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from conftest import tiny_config
+from optuna.trial import TrialState
+
+from autocompress.baseline import Baseline
+from autocompress.evaluation import evaluate
+from autocompress.layers import inspect_layers
+from autocompress.objective import (
+    Bench,
+    cost_of,
+    find_trial,
+    gate_batches,
+    load_trial_model,
+    run_trial,
+)
+from autocompress.profiler import Profile, profile_model
+from autocompress.progress import NullDisplay
+from autocompress.samplers import INTERRUPTED, KnobSampler
+from autocompress.sensitivity import build_table, collect_patches
+from autocompress.space import SearchSpace
+from autocompress.store import StudyFolder
+from autocompress.surgery import FactorCache
+from autocompress.task import Task, cross_entropy
+
+
+class Ends(NullDisplay):
+    """Keeps how the trials ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[Any, ...]] = []
+
+    def trial_finished(self, *how: Any) -> None:
+        self.ends.append(how)
+
+
+@pytest.fixture
+def bench(task: Task, tmp_path: Path) -> Bench:
+    return make_bench(task, tmp_path)
+
+
+def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
+    config = tiny_config(tmp_path, **settings)
+    example = task.example()
+    baseline = Baseline(
+        task.model,
+        evaluate(task.model, task, task.val),
+        profile_model(task.model, example, latency=False),
+        "digest",
+    )
+    layers, _ = inspect_layers(task.model, example)
+    patches = collect_patches(task.model, task, layers, images=64, patches=128)
+    cache = FactorCache(task.model, patches)
+    table = build_table(task.model, layers, cache, patches, ("svd", "tucker2"))
+    space = SearchSpace.from_table(table, "params", baseline.profile.params)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
+    return Bench(
+        task=task,
+        baseline=baseline,
+        example=example,
+        cache=cache,
+        patches=patches,
+        errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
+        finetune=config.finetune,
+        delta=config.delta,
+        objective="params",
+        seed=0,
+        store=StudyFolder(tmp_path).artifact_store(),
+        display=Ends(),
+        studies={"exploration": study},
+    )
+
+
+def space_of(bench: Bench) -> SearchSpace:
+    sampler = bench.studies["exploration"].sampler
+    assert isinstance(sampler, KnobSampler)
+    return sampler._space
+
+
+def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
+    """Its weights, put into the plan's network, score what the trial said."""
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    model, plan = load_trial_model(bench, "exploration/0")
+    found = evaluate(model, bench.task, bench.task.val)
+    assert found.accuracy == pytest.approx(frozen.user_attrs["metrics"]["accuracy"], abs=1e-6)
+    assert plan.digest == frozen.user_attrs["plan_digest"]
+    drop = bench.baseline.val.accuracy - found.accuracy
+    assert frozen.values == [pytest.approx(drop), sum(p.numel() for p in model.parameters())]
+
+
+def test_the_same_seed_gives_the_same_trial(task: Task, tmp_path: Path) -> None:
+    ends = []
+    for place in ("a", "b"):
+        bench = make_bench(task, tmp_path / place)
+        # The tiny data's loader shuffles by a generator of its own.
+        bench.task.train.generator.manual_seed(0)  # type: ignore[attr-defined]
+        ends.append(run_trial(bench, "exploration", space_of(bench)))
+    assert ends[0].values == ends[1].values
+    assert ends[0].params == ends[1].params
+
+
+def test_a_trial_stopped_at_the_gate_is_pruned_with_its_constraint(
+    task: Task, tmp_path: Path
+) -> None:
+    bench = make_bench(task, tmp_path, **{"finetune.gate": 0.0})
+    task.metric = lambda output, batch: torch.zeros(len(output))  # after the baseline's score
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    assert frozen.state == TrialState.PRUNED
+    drop = bench.baseline.val.accuracy
+    assert list(frozen.constraints.values()) == [pytest.approx(drop - bench.delta)]
+    assert "lost before fine-tuning > gate 0" in frozen.user_attrs["reason"]
+    assert frozen.user_attrs["metrics"]["drop"] == pytest.approx(drop)
+    assert "finetune" not in frozen.user_attrs["seconds"]
+
+
+def test_for_some_samplers_it_is_complete(task: Task, tmp_path: Path) -> None:
+    bench = make_bench(task, tmp_path, **{"finetune.gate": 0.0})
+    bench.rejected_as_complete = True
+    task.metric = lambda output, batch: torch.zeros(len(output))
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    assert frozen.state == TrialState.COMPLETE
+    assert next(iter(frozen.constraints.values())) > 0
+    assert "weights" not in frozen.user_attrs
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("odd labels"), "ValueError: odd labels"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (KeyError("label"), "KeyError: 'label'"),
+    ],
+)
+def test_a_trial_that_fails_says_why(bench: Bench, error: Exception, reason: str) -> None:
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        raise error
+
+    bench.task.loss = loss
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    assert frozen.state == TrialState.FAIL
+    assert frozen.user_attrs["reason"] == reason
+    assert bench.display.ends[0][-2:] == ("FAIL", reason)  # type: ignore[attr-defined]
+    bench.task.loss = cross_entropy
+    assert run_trial(bench, "exploration", space_of(bench)).state == TrialState.COMPLETE
+
+
+def test_a_loss_that_is_no_number_is_a_failure(bench: Bench) -> None:
+    bench.task.loss = lambda output, batch: output.sum() * float("nan")
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    assert frozen.state == TrialState.FAIL and frozen.values is None
+    assert frozen.user_attrs["reason"].startswith("TrainingDiverged: The loss became nan")
+
+
+def test_an_interruption_is_recorded_and_goes_on(bench: Bench) -> None:
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    bench.task.loss = loss
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(bench, "exploration", space_of(bench))
+    (trial,) = bench.studies["exploration"].trials
+    assert trial.state == TrialState.FAIL and trial.user_attrs[INTERRUPTED]
+
+
+def test_a_trial_has_the_seconds_of_its_phases(bench: Bench) -> None:
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    seconds = frozen.user_attrs["seconds"]
+    assert frozen.duration is not None
+    assert sum(seconds.values()) == pytest.approx(frozen.duration.total_seconds(), abs=0.5)
+
+
+def test_the_gate_looks_at_about_a_thousand_images(task: Task) -> None:
+    assert gate_batches(task) == len(task.val) == 8
+    task.val = [(torch.zeros(100, 1), torch.zeros(100))] * 50  # type: ignore[assignment]
+    assert gate_batches(task) == 10
+
+
+def test_costs_are_in_their_own_units() -> None:
+    profile = Profile(params=10, size_bytes=48, macs=500, memory_bytes=100)
+    costs = [cost_of(name, profile, 2.5) for name in ("params", "size", "macs", "latency")]
+    assert costs == [10.0, 48.0, 500.0, 2.5]
+
+
+def test_a_trial_is_found_by_its_label(bench: Bench) -> None:
+    run_trial(bench, "exploration", space_of(bench))
+    assert find_trial(bench.studies, "exploration/0").number == 0
+    with pytest.raises(IndexError):
+        find_trial(bench.studies, "exploration/1")
