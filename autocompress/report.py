@@ -459,10 +459,14 @@ def _headline(view: _View) -> dict[str, Any]:
     where = f"{chosen.get('stage', '')} trial {chosen.get('trial', '')}".strip()
     met = bool(view.result.get("met"))
     if met:
-        verdict = (
-            f"Accuracy on validation data drops by {quantity(drop, 'drop')} "
-            f"of the allowed {view.delta:.2f} points ({where})."
-        )
+        if drop is not None and drop < 0:
+            change = f"rises by {quantity(-drop, 'drop')} points; a drop of {view.delta:.2f} was"
+            verdict = f"Accuracy on validation data {change} allowed ({where})."
+        else:
+            verdict = (
+                f"Accuracy on validation data drops by {quantity(drop, 'drop')} "
+                f"of the allowed {view.delta:.2f} points ({where})."
+            )
     else:
         verdict = (
             f"No plan kept the accuracy drop within {view.delta:.2f} points. "
@@ -490,7 +494,9 @@ def _test_sentence(view: _View, chosen: Mapping[str, Any]) -> str:
     if before is None or after is None:
         return ""
     drop = chosen.get("test_drop", before - after)
-    text = f"On test data, read once at the end: {before:.2f} % → {after:.2f} %, "
+    reads = view.result.get("test_reads", 1)
+    when = "read once at the end" if reads == 1 else f"read {reads} times as trials were added"
+    text = f"On test data, {when}: {before:.2f} % → {after:.2f} %, "
     text += f"a drop of {drop:.2f} points"
     interval = chosen.get("test_drop_interval")
     if interval is None:

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -149,7 +150,8 @@ def run(
         except KeyboardInterrupt:
             _say_kept(config, folder)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    _print(comparison_table(_rows(outcome.summary)))
+    if outcome.met:
+        _print(comparison_table(_rows(outcome.summary)))
     _print(f"Everything is in {outcome.folder}")
     if not outcome.met:
         nearest = outcome.summary["nearest"]
@@ -406,13 +408,16 @@ def _baseline_cost(study: Study, objective: str) -> float:
 
 
 def _rows(summary: Any) -> Any:
-    """Before and after, from a study's result."""
-    from autocompress.profiler import Profile, comparison
+    """Before and after, from the result of a study that met delta."""
+    from autocompress.profiler import Latency, Profile, comparison
 
-    before = Profile.from_dict(summary["baseline"]["profile"])
-    if not summary["met"]:
-        return comparison(before, before)
-    return comparison(before, Profile.from_dict(summary["best"]["profile"]))
+    best = summary["best"]
+    before = replace(
+        Profile.from_dict(summary["baseline"]["profile"]),
+        # The one that was measured turn by turn with the winner's.
+        latency=Latency(**best["baseline_latency"]),
+    )
+    return comparison(before, Profile.from_dict(best["profile"]))
 
 
 def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:

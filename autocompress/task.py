@@ -40,8 +40,12 @@ MakeScheduler = Callable[[Optimizer, float, int], LRScheduler]
 
 
 def call_on_images(model: nn.Module, batch: Batch) -> Any:
-    """The default forward pass: the batch is `(images, labels)`."""
-    return model(batch[0])
+    """The default forward pass: the batch is `(images, labels)`.
+
+    Of outputs that have more parts in training (GoogLeNet, Inception) the logits.
+    """
+    output = model(batch[0])
+    return getattr(output, "logits", output)
 
 
 def cross_entropy(output: Any, batch: Batch) -> Tensor:

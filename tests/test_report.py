@@ -258,6 +258,15 @@ def test_headline_says_ratio_drop_and_interval(met: tuple[str, Outline]) -> None
     assert "The interval reaches beyond the allowed 1.00." in outline.text
 
 
+def test_a_rise_is_no_negative_drop(tmp_path: Path) -> None:
+    better = result()
+    better["best"]["val_drop"] = -0.2
+    better["test_reads"] = 2
+    _, outline = read(write_report(better, *studies(), tmp_path / "report.html"))
+    assert "rises by 0.20 points; a drop of 1.00 was allowed" in outline.text
+    assert "On test data, read 2 times as trials were added" in outline.text
+
+
 def test_page_fetches_nothing(met: tuple[str, Outline]) -> None:
     page, outline = met
     assert outline.fetched == []

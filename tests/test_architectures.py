@@ -1,0 +1,74 @@
+"""Published architectures, each compressed by half: costs as predicted, trainable, exportable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autocompress.export import check_onnx, export_onnx
+from autocompress.layers import inspect_layers
+from autocompress.models import build_model
+from autocompress.profiler import profile_model
+from autocompress.sensitivity import build_table, collect_patches
+from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.surgery import FactorCache, apply_plan
+from autocompress.task import Task
+from autocompress.training import fit
+from autocompress.transforms import TRANSFORMS
+
+FAST = {"zoo:resnet20": 32, "torchvision:shufflenet_v2_x0_5": 64}
+SLOW = {
+    "zoo:resnet18": 32,
+    "torchvision:resnet18": 64,
+    "torchvision:resnet50": 64,
+    "torchvision:vgg11_bn": 64,
+    "torchvision:alexnet": 96,
+    "torchvision:densenet121": 64,
+    "torchvision:googlenet": 64,
+    "torchvision:inception_v3": 139,
+    "torchvision:mobilenet_v2": 64,
+    "torchvision:mobilenet_v3_small": 64,
+    "torchvision:mnasnet0_5": 64,
+    "torchvision:squeezenet1_1": 64,
+    "torchvision:efficientnet_b0": 64,
+    "torchvision:regnet_y_400mf": 64,
+    "torchvision:resnext50_32x4d": 64,
+    "torchvision:convnext_tiny": 64,
+    "torchvision:vit_b_16": 224,
+    "timm:efficientnet_lite0": 64,
+    "timm:ghostnet_100": 64,
+    "timm:resnest14d": 64,
+}
+CASES = [
+    *FAST.items(),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.items()),
+]
+
+
+@pytest.mark.parametrize(("source", "size"), CASES)
+def test_it_is_compressed_by_half(
+    source: str, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(source, {"num_classes": 10}, None)
+    images = torch.randn(8, 3, size, size)
+    loader = [(images, torch.arange(8) % 10)] * 2
+    task = Task(model, loader, loader, loader)  # type: ignore[arg-type]
+    example = task.example()
+    layers, _ = inspect_layers(model, example)
+    patches = collect_patches(model, task, layers, patches=64)
+    cache = FactorCache(model, patches)
+    table = build_table(model, layers, cache, patches, tuple(TRANSFORMS))
+    before = profile_model(model, example, latency=False)
+    for objective, budget in (("params", 0.5), ("macs", 0.7)):
+        space = SearchSpace.from_table(table, objective, getattr(before, objective))
+        picked = allocate(space, Knobs(budget))
+        small = apply_plan(model, space.plan(picked), cache)
+        after = profile_model(small, example, latency=False)
+        assert getattr(after, objective) == space.cost(picked)
+        assert getattr(after, objective) <= budget * getattr(before, objective)
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(small, example, path)
+    check_onnx(path, small, images)
+    result = fit(small, task, epochs=1, learning_rate=1e-4, seed=0, teacher=model, distillation=0.5)
+    assert result.steps == 2
