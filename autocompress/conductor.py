@@ -48,6 +48,7 @@ from autocompress.store import (
     StudyFolder,
     bury_interrupted,
     check_same,
+    hide_password,
     load_study,
     open_storage,
     open_study,
@@ -113,14 +114,25 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     with folder.lock(), _log_to(folder.log):
-        return _run(config, task, display, folder, command)
+        url = config.run.storage
+        storage = open_storage(folder.storage_url(url))
+        if url is not None:
+            # From here on the settings are written to files.
+            run = config.run.model_copy(update={"storage": hide_password(url)})
+            config = config.model_copy(update={"run": run})
+            command = command.replace(url, hide_password(url))
+        return _run(config, task, display, folder, storage, command)
 
 
 def _run(
-    config: StudyConfig, task: Task, display: Display, folder: StudyFolder, command: str
+    config: StudyConfig,
+    task: Task,
+    display: Display,
+    folder: StudyFolder,
+    storage: optuna.storages.RDBStorage,
+    command: str,
 ) -> Outcome:
     seconds: dict[str, float] = {}
-    storage = open_storage(folder.storage_url(config.run.storage))
     bound = {
         **bound_settings(config),
         "data fingerprint": task.fingerprint,

@@ -307,7 +307,7 @@ def _budgets(trials: Sequence[FrozenTrial]) -> list[tuple[float, bool]]:
 def _is_plain_seed(trial: FrozenTrial) -> bool:
     knobs = trial.system_attrs.get(KNOBS, {})
     steered = any(knobs.get(f"stage_{stage}") != 0.0 for stage in range(STAGES))
-    return knobs.get("rule") == "knapsack" and knobs["sharpness"] == 2.0 and not steered
+    return knobs.get("rule") == "knapsack" and not steered
 
 
 def make_sampler(

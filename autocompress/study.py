@@ -363,7 +363,13 @@ def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
             raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
         fields = flatten(json.loads(stored.read_text(encoding="utf-8")))
         fields["run.out"] = str(Path(study).resolve().parent)
-        return parse_config(fields | {k: v for k, v in overrides.items() if v is not None})
+        fields |= {k: v for k, v in overrides.items() if v is not None}
+        if ":***@" in str(fields.get("run.storage")):
+            raise ConfigError(
+                f"The study in {study} is in the database {fields['run.storage']}, whose password "
+                "is not kept in files; give --storage with the whole URL."
+            )
+        return parse_config(fields)
     return load_config(_study_file(study), overrides)
 
 

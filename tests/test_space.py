@@ -145,7 +145,9 @@ def test_seeds_halve_the_gap_between_too_much_and_too_little(space: SearchSpace)
     assert third.budget == pytest.approx((0.25 * 0.5) ** 0.5)
 
 
-def test_the_last_seeds_try_the_other_rules(space: SearchSpace) -> None:
+def test_the_last_seeds_share_the_least_budget_out_in_other_ways(space: SearchSpace) -> None:
     tried = [(0.25, False), (0.5, True)]
-    rules = [next_seed(space, index, 8, tried).rule for index in range(5, 8)]
-    assert rules == ["minmax", "knapsack", "uniform"]
+    last = [next_seed(space, index, 8, tried) for index in range(5, 8)]
+    assert [knobs.rule for knobs in last] == ["minmax", "knapsack", "knapsack"]
+    assert last[1].stages == last[2].stages[::-1] and last[1].stages != last[2].stages
+    assert {knobs.budget for knobs in last} == {0.5}

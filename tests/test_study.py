@@ -222,6 +222,34 @@ def test_a_trial_that_is_not_there_is_named(
     assert "There is no trial 'exploration/99'. Known: best, exploration/0 to 2" in said
 
 
+def test_no_password_reaches_a_file(
+    capsys: pytest.CaptureFixture[str], small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autocompress import conductor
+
+    real = conductor.open_storage
+    database = small.parent / "elsewhere.db"
+    url = "postgresql://me:s3cret@host/studies"
+    opened: list[str] = []
+
+    def open_storage(given: str) -> Any:
+        opened.append(given)
+        return real(f"sqlite:///{database}")
+
+    monkeypatch.setattr(conductor, "open_storage", open_storage)
+    monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
+    monkeypatch.setattr(sys, "argv", ["study", str(small), "--storage", url])
+    out = small.parent / "hidden"
+    ended = call("run", str(small), "--storage", url, "--out", str(out), "--trials", "1")
+    assert ended.exit_code == 0 and opened == [url]
+    written = [path for path in out.rglob("*") if path.suffix in (".json", ".html", ".log")]
+    assert len(written) > 5
+    for path in written:
+        assert "s3cret" not in path.read_text(encoding="utf-8"), path
+    assert "me:***@host" in (out / "small" / "report.html").read_text(encoding="utf-8")
+    assert "give --storage" in fail(capsys, "status", str(out / "small"))
+
+
 def test_an_interrupted_run_says_what_it_kept(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
