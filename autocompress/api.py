@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, load_config, parse_config
-from autocompress.data import load_data, split_loader, unaugmented
+from autocompress.data import load_data
 from autocompress.errors import ConfigError
+from autocompress.loaders import cut_validation, unaugmented
 from autocompress.models import build_model, check_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.store import state_digest
@@ -66,6 +68,7 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         origin={"source": config.model.source, "arguments": dict(config.model.arguments)},
         fingerprint=data.fingerprint,
         normalization=data.normalization,
+        val_seen=data.val_from == "train" and config.model.weights is not None,
         device=device,
     )
 
@@ -95,7 +98,9 @@ def compress(
         train: Training batches, `(images, labels)` unless `forward`, `loss` and `metric` say else.
         test: Test batches, read once at the end.
         val: Validation batches, on which all choices are made; None cuts a tenth of `train` off
-            (seeded, stratified by label where labels can be read).
+            (seeded, stratified by label where labels can be read). Better give some that the
+            network was not trained on, or cut them from `test` by
+            `settings={"data.val_from": "test"}`: the drop on images that it knows is larger.
         delta: Largest accepted drop, in points of the metric.
         name: The study's name, and that of its folder.
         out: Where the study's folder is made.
@@ -137,17 +142,23 @@ def compress(
     }
     config = parse_config(fields)
     device = pick_device(config.run.device)
-    calibration = unaugmented(train)
+    val_seen = val is None and config.data.val_from == "train"
     if val is None:
-        train, val = split_loader(train, config.data.val_fraction, seed)
-        calibration = unaugmented(train)
-    own = _copy(model)
+        train, val, test = cut_validation(
+            train,
+            test,
+            fraction=config.data.val_fraction,
+            source=config.data.val_from,
+            seed=seed,
+        )
+    own = deepcopy(model).cpu()
     task = Task(
         model=own,
         train=train,
         val=val,
         test=test,
-        calibration=calibration,
+        calibration=unaugmented(train),
+        val_seen=val_seen,
         fingerprint=_fingerprint(own, train, val, functions),
         device=device,
     )
@@ -164,12 +175,6 @@ def run(
     config = load_config(path, overrides)
     folder = Path(path).resolve().parent if path is not None else None
     return run_study(config, task_from_config(config, folder), display, command)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    from copy import deepcopy
-
-    return deepcopy(model).cpu()
 
 
 def _fingerprint(model: nn.Module, train: Loader, val: Loader, functions: Mapping[str, Any]) -> str:

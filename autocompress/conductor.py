@@ -212,6 +212,12 @@ def _prepare(
         f"Baseline: {val.accuracy:.2f} % on validation data, {profile.params / 1e6:.3f} M params, "
         f"{profile.macs / 1e6:.1f} M MACs."
     )
+    if task.val_seen:
+        display.say(
+            "The validation images were cut from the training data, which the network's weights "
+            "have probably seen: the drop on them is larger than on new images. Give validation "
+            "data, or set data.val_from = 'test'."
+        )
     digest = state_digest(task.model.state_dict())
     return Baseline(task.model, val, profile, digest), example
 

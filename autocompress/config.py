@@ -72,7 +72,11 @@ class DataConfig(_Section):
         default=0.1,
         gt=0,
         lt=1,
-        description="Share of the training data to choose on, where no validation data is given.",
+        description="Share of the images to choose on, where no validation data is given.",
+    )
+    val_from: Literal["train", "test"] = Field(
+        default="train",
+        description="Where those are cut from; 'test' where the weights have seen all of train.",
     )
     batch_size: int = Field(default=128, ge=1, description="Images in a batch.")
 
@@ -191,7 +195,7 @@ _UNITS = {
     "baseline.epochs": "passes over the training data",
     "data.batch_size": "images",
     "data.image_size": "pixels",
-    "data.val_fraction": "share of the training data",
+    "data.val_fraction": "share of the images",
     "finetune.distillation": "share of the loss",
 }
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,22 +28,27 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     Subset,
 )
 
 from autocompress.config import DataConfig, cache_folder
 from autocompress.errors import ConfigError, did_you_mean
+from autocompress.loaders import (
+    ArrayLoader,
+    Labels,
+    LazyImages,
+    cut_validation,
+    labels_of,
+    like,
+    stratified_split,
+    unaugmented,
+)
 from autocompress.models import load_function
 
 if TYPE_CHECKING:
     from autocompress.task import Loader
 
 Pixels = NDArray[np.uint8]
-Labels = NDArray[np.int64]
 
 MEMORY_LIMIT = 4 * 2**30
 """Decoded images up to this many bytes are held in memory."""
@@ -58,7 +63,6 @@ _LAZY_SIZE = 224
 
 _STATISTICS_IMAGES = 5_000
 _FINGERPRINT_IMAGES = 64
-_READ_THROUGH = 5_000
 
 _IDX_NAMES = frozenset({"MNIST", "FashionMNIST", "KMNIST"})
 # Debian's package dataset-fashion-mnist.
@@ -80,6 +84,8 @@ class Data:
         input_shape: Channels, height and width of an image.
         normalization: `{"mean": [...], "std": [...]}` per channel, of pixels scaled to 0..1; None
             for loaders of the user's.
+        val_from: "train" or "test" where the validation data was cut from those, "" where it was
+            given.
     """
 
     train: Loader
@@ -89,173 +95,7 @@ class Data:
     fingerprint: str
     input_shape: tuple[int, int, int]
     normalization: Mapping[str, Any] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; 0 if unknown."""
-        return len(self.classes)
-
-
-class ArrayLoader:
-    """Batches from images in memory: normalized, augmented and shuffled as they are served.
-
-    It can be iterated any number of times; every pass has another order and other augmentation,
-    which follow from the seed and the number of the pass alone.
-
-    Args:
-        images: `n x c x h x w`, uint8.
-        labels: `n`, whole numbers.
-        batch_size: Images in a batch.
-        mean: Per channel, of pixels scaled to 0..1.
-        std: Likewise.
-        augment: "none", "flip", "crop" (by up to an eighth of the size, with black borders) or
-            "crop-flip".
-        shuffle: Whether the order changes from pass to pass; an incomplete last batch is then left
-            out (its images come earlier in other passes).
-        seed: Fixes order and augmentation.
-        device: Where batches are made.
-        indices: Which images, in which order; None for all.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augment: str = "none",
-        shuffle: bool = False,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        indices: Tensor | None = None,
-    ) -> None:
-        self.device = torch.device(device)
-        self._images = images.to(self.device)
-        self._labels = labels.long().to(self.device)
-        self._indices = torch.arange(len(images)) if indices is None else indices.cpu()
-        self.batch_size = batch_size
-        self.mean, self.std = list(mean), list(std)
-        self.augment, self.shuffle = augment, shuffle
-        self.reseed(seed)
-        shape = (1, len(self.std), 1, 1)
-        scale = torch.tensor(self.std, dtype=torch.float32, device=self.device).view(shape)
-        self._scale = 1 / (255 * scale)
-        self._shift = -torch.tensor(self.mean, device=self.device).view(shape) / scale
-
-    @property
-    def images(self) -> Tensor:
-        """The images, `n x c x h x w`, uint8 (a copy)."""
-        return self._images[self._indices.to(self.device)]
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels, `n` (a copy)."""
-        return self._labels[self._indices.to(self.device)]
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self._indices), self.batch_size)
-        return full + (1 if rest and not (self.shuffle and full) else 0)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._passes)
-        self._passes += 1
-        return self._serve(generator)
-
-    def reseed(self, seed: int) -> None:
-        """Start anew: the next pass is the first one of `seed`."""
-        self.seed = seed
-        self._passes = 0
-
-    def subset(
-        self, indices: Tensor, shuffle: bool | None = None, augment: str | None = None
-    ) -> ArrayLoader:
-        """A loader of the images at `indices` (positions in this loader); memory is shared."""
-        return ArrayLoader(
-            self._images,
-            self._labels,
-            self.batch_size,
-            self.mean,
-            self.std,
-            augment=self.augment if augment is None else augment,
-            shuffle=self.shuffle if shuffle is None else shuffle,
-            seed=self.seed,
-            device=self.device,
-            indices=self._indices[indices.cpu()],
-        )
-
-    def _serve(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._indices
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=generator)]
-        for index in range(len(self)):
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
-            chosen = chosen.to(self.device)
-            images = self._changed(self._images.index_select(0, chosen), generator)
-            images = images.float().mul_(self._scale).add_(self._shift)
-            yield images.contiguous(memory_format=torch.channels_last), self._labels[chosen]
-
-    def _changed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Randomly cropped and flipped copies of `n x c x h x w` images."""
-        count, _, height, width = images.shape
-        if "crop" in self.augment:
-            pad = max(1, height // 8)
-            windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
-            corner = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
-            y, x = corner.to(self.device)
-            images = windows[torch.arange(count, device=self.device), :, y, x]
-        if "flip" in self.augment:
-            flipped = (torch.rand(count, generator=generator) < 0.5).to(self.device)
-            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
-        return images
-
-
-class LazyImages(Dataset[tuple[Tensor, int]]):
-    """Images that are read and decoded when they are asked for.
-
-    Args:
-        read: Gives the image at a position.
-        labels: All labels.
-        size: Height and width of the result.
-        augment: As for `ArrayLoader`; "crop" cuts a random part and scales it to `size`.
-        normalization: Mean and standard deviation per channel, of pixels scaled to 0..1.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[int], Image.Image],
-        labels: Labels,
-        size: int,
-        augment: str,
-        normalization: Mapping[str, Any],
-    ) -> None:
-        from torchvision.transforms import v2
-
-        self.read, self.targets, self.size = read, labels, size
-        self.augment, self.normalization = augment, normalization
-        steps: list[Any] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
-        if "crop" in augment:
-            steps = [v2.RandomResizedCrop(size, antialias=True)]
-        if "flip" in augment:
-            steps.append(v2.RandomHorizontalFlip())
-        self.transform = v2.Compose(
-            [
-                v2.ToImage(),
-                *steps,
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(normalization["mean"], normalization["std"]),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.read(index).convert("RGB")), int(self.targets[index])
-
-    def unaugmented(self) -> LazyImages:
-        """The same images, unchanged by chance."""
-        return LazyImages(self.read, self.targets, self.size, "none", self.normalization)
+    val_from: str = ""
 
 
 def load_data(
@@ -288,107 +128,6 @@ def load_data(
     if isinstance(found, _Lazy):
         return _lazy_data(found, config, seed, torch.device(device))
     return _array_data(found, config, seed, torch.device(device))
-
-
-def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Loader]:
-    """Cut validation data off a loader of training data.
-
-    The split is stratified by label where labels can be read, else random. Validation batches are
-    not shuffled. They are not augmented either if the loader is ours; the augmentation of another
-    loader's data set can't be told from its other transforms and stays.
-
-    Args:
-        loader: An `ArrayLoader` or a `torch.utils.data.DataLoader`.
-        fraction: Share of the images to cut off, 0 to 1.
-        seed: Fixes the split.
-
-    Returns:
-        Loaders of training and of validation data.
-
-    Raises:
-        ConfigError: If the loader is of another kind.
-    """
-    if isinstance(loader, ArrayLoader):
-        rest, chosen = stratified_split(loader.labels.cpu().numpy(), fraction, seed)
-        train = loader.subset(torch.from_numpy(rest))
-        return train, loader.subset(torch.from_numpy(chosen), shuffle=False, augment="none")
-    if not isinstance(loader, DataLoader):
-        raise ConfigError(
-            f"Validation data can't be cut off a {type(loader).__name__}; give val yourself, or "
-            "give train as a torch.utils.data.DataLoader."
-        )
-    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler))
-    if isinstance(loader.dataset, IterableDataset) or not plain or loader.batch_size is None:
-        raise ConfigError(
-            "Validation data can't be cut off a DataLoader with an iterable data set or a sampler "
-            "of its own; give val yourself."
-        )
-    dataset = loader.dataset
-    labels = _labels_of(dataset)
-    if labels is None:
-        labels = np.zeros(len(cast(Any, dataset)), np.int64)
-    rest, chosen = stratified_split(labels, fraction, seed)
-    quiet = dataset.unaugmented() if isinstance(dataset, LazyImages) else dataset
-    shuffled = isinstance(loader.sampler, RandomSampler)
-    train_loader = _like(loader, Subset(dataset, rest.tolist()), shuffled, loader.drop_last)
-    return train_loader, _like(loader, Subset(quiet, chosen.tolist()), False, False)
-
-
-def unaugmented(loader: Loader) -> Loader:
-    """The same samples in a fixed mixed order, unchanged by chance, where the loader is ours.
-
-    Any other loader is returned as it is.
-    """
-    if isinstance(loader, ArrayLoader):
-        # Mixed, for the first batches must hold all classes.
-        order = torch.randperm(
-            len(loader.labels), generator=torch.Generator().manual_seed(loader.seed)
-        )
-        return loader.subset(order, shuffle=False, augment="none")
-    if isinstance(loader, DataLoader):
-        dataset = loader.dataset
-        if isinstance(dataset, LazyImages):
-            return _like(loader, dataset.unaugmented(), True, True)
-        if isinstance(dataset, Subset) and isinstance(dataset.dataset, LazyImages):
-            quiet = Subset(dataset.dataset.unaugmented(), dataset.indices)
-            return _like(loader, quiet, True, True)
-    return loader
-
-
-def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels, Labels]:
-    """Split positions so that every class has its share in both parts.
-
-    Args:
-        labels: `n` labels.
-        fraction: Share of the second part.
-        seed: Fixes the choice.
-
-    Returns:
-        Sorted positions of the first part, mixed positions of the second.
-
-    Raises:
-        ConfigError: If one of the parts would be empty.
-    """
-    total = round(fraction * len(labels))
-    if not 0 < total < len(labels):
-        raise ConfigError(
-            f"data.val_fraction = {fraction:g} of {len(labels)} images leaves no image for "
-            "training or for validation; give another fraction or more data."
-        )
-    rng = np.random.default_rng(seed)
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    exact = fraction * counts
-    taken = np.floor(exact).astype(np.int64)
-    # What rounding down left over goes to the classes that lost most by it.
-    for index in np.argsort(taken - exact, kind="stable")[: total - int(taken.sum())]:
-        taken[index] += 1
-    parts = [
-        rng.permutation(np.flatnonzero(inverse == index))[:count]
-        for index, count in enumerate(taken)
-    ]
-    chosen = rng.permutation(np.concatenate(parts)).astype(np.int64)
-    rest = np.setdiff1d(np.arange(len(labels), dtype=np.int64), chosen)
-    return rest, chosen
 
 
 @dataclass(frozen=True)
@@ -439,7 +178,7 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
         )
     assert train is not None and test is not None
     rest = None
-    if val is None:
+    if val is None and config.val_from == "train":
         # The split below is the same; the statistics must not see validation images.
         rest, _ = stratified_split(train.labels, config.val_fraction, seed)
     normalization = _statistics(train.pixels, rest)
@@ -458,8 +197,9 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
         )
 
     learned: Loader = loader(train, True)
+    unread: Loader = loader(test, False)
     if val is None:
-        learned, chosen = split_loader(learned, config.val_fraction, seed)
+        learned, chosen, unread = _cut(learned, unread, config, seed)
     else:
         # Mixed, for a part of the validation data must be like the whole.
         chosen = unaugmented(loader(val, False))
@@ -473,11 +213,12 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
     return Data(
         train=learned,
         val=chosen,
-        test=loader(test, False),
+        test=unread,
         classes=found.classes,
         fingerprint=digest.hexdigest()[:16],
         input_shape=(channels, height, width),
         normalization=normalization,
+        val_from=config.val_from if val is None else "",
     )
 
 
@@ -498,12 +239,13 @@ def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device
         )
 
     train: Loader = loader(found.train, True)
+    test: Loader = loader(found.test, False)
     if found.val is None:
-        train, val = split_loader(train, config.val_fraction, seed)
+        train, val, test = _cut(train, test, config, seed)
     else:
         whole = loader(found.val, False)
         order = np.random.default_rng(seed).permutation(len(found.val.labels))
-        val = _like(whole, Subset(whole.dataset, order.tolist()), False, False)
+        val = like(whole, Subset(whole.dataset, order.tolist()), False, False)
     digest = hashlib.sha256(_settings(found.name, config, seed, found.val is None))
     for part in (found.train, found.val, found.test):
         if part is not None:
@@ -511,11 +253,20 @@ def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device
     return Data(
         train=train,
         val=val,
-        test=loader(found.test, False),
+        test=test,
         classes=found.classes,
         fingerprint=digest.hexdigest()[:16],
         input_shape=(3, size, size),
         normalization=_IMAGENET,
+        val_from=config.val_from if found.val is None else "",
+    )
+
+
+def _cut(
+    train: Loader, test: Loader, config: DataConfig, seed: int
+) -> tuple[Loader, Loader, Loader]:
+    return cut_validation(
+        train, test, fraction=config.val_fraction, source=config.val_from, seed=seed
     )
 
 
@@ -526,7 +277,9 @@ def _workers() -> int:
 
 def _settings(name: str, config: DataConfig, seed: int, split: bool) -> bytes:
     """What decides, besides the images, what a network is trained on."""
-    cut = [config.val_fraction, seed] if split else None
+    cut: list[Any] | None = [config.val_fraction, seed] if split else None
+    if cut is not None and config.val_from == "test":
+        cut.append(config.val_from)
     return json.dumps([name, config.image_size, config.augment, config.batch_size, cut]).encode()
 
 
@@ -613,7 +366,7 @@ def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | 
         if dataset is None:
             parts.append(None)
             continue
-        labels = _labels_of(dataset)
+        labels = labels_of(dataset)
         if labels is None:
             labels = _read_labels(dataset, name)
         listing = f"{name} {root.resolve()} {split} {len(dataset)}"
@@ -696,7 +449,7 @@ def _open(make: Callable[..., Any], name: str, root: Path, **choice: Any) -> Any
 
 def _dataset_arrays(dataset: Any) -> _Split:
     pixels = _as_nchw(np.asarray(dataset.data), "data")
-    labels = _labels_of(dataset)
+    labels = labels_of(dataset)
     if labels is None:
         raise ConfigError(f"{type(dataset).__name__} has no labels to learn.")
     return _Split(pixels, labels)
@@ -993,7 +746,7 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
         )
     train, val, test = given["train"], given.get("val"), given["test"]
     if val is None:
-        train, val = split_loader(train, config.val_fraction, seed)
+        train, val, test = _cut(train, test, config, seed)
     digest = hashlib.sha256(_settings(config.source, config, seed, "val" not in given))
     shape: tuple[int, int, int] = (0, 0, 0)
     for loader in (val, test):
@@ -1014,55 +767,5 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
         fingerprint=digest.hexdigest()[:16],
         input_shape=shape,
         normalization=given.get("normalization"),
-    )
-
-
-def _labels_of(dataset: Any) -> Labels | None:
-    """All labels of a map-style data set, or None where they can't be had cheaply."""
-    if isinstance(dataset, Subset):
-        inner = _labels_of(dataset.dataset)
-        return None if inner is None else inner[np.asarray(dataset.indices, np.int64)]
-    found = None
-    for name in ("targets", "labels", "_labels"):
-        found = getattr(dataset, name, None)
-        if found is not None:
-            break
-    if found is None:
-        tensors: Sequence[Tensor] = getattr(dataset, "tensors", ())
-        found = tensors[1] if len(tensors) > 1 else None
-    if found is None:
-        # Data sets of files keep pairs of a path and a label.
-        samples = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
-        found = None if samples is None else [sample[1] for sample in samples]
-    if found is None and len(dataset) <= _READ_THROUGH:
-        try:
-            found = [int(dataset[index][1]) for index in range(len(dataset))]
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
-            return None
-    if found is None:
-        return None
-    labels = np.asarray(found)
-    if labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iu":
-        return None
-    return labels.astype(np.int64)
-
-
-def _like(
-    loader: DataLoader[Any], dataset: Dataset[Any], shuffle: bool, drop_last: bool
-) -> DataLoader[Any]:
-    """A loader of `dataset` with the settings of `loader`."""
-    return DataLoader(
-        dataset,
-        batch_size=loader.batch_size,
-        shuffle=shuffle,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
+        val_from=config.val_from if given.get("val") is None else "",
     )

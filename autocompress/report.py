@@ -480,6 +480,11 @@ def _headline(view: _View) -> dict[str, Any]:
         if _divide(before.get(k), after.get(k)) is not None
     ]
     title = f"{_ratio(ratio)} {words}" if ratio else "Compressed model"
+    if view.result.get("val_seen"):
+        verdict += (
+            " The baseline has probably been trained on the validation images, so that the drop "
+            "on them is larger than on new ones."
+        )
     return {
         "title": title if met else "Not within the allowed drop",
         "met": met,

@@ -151,6 +151,7 @@ def _facts(
             "profile": bench.baseline.profile.to_dict(),
             "val_accuracy": bench.baseline.val.accuracy,
         },
+        "val_seen": bench.task.val_seen,
         "best": None,
         "second": None,
         "nearest": None,

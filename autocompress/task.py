@@ -112,6 +112,7 @@ class Task:
             again; None for a network that came from Python.
         fingerprint: Identifies the data.
         normalization: `{"mean": [...], "std": [...]}` that the loaders apply, as far as known.
+        val_seen: Whether the network has probably been trained on the validation images.
         forward: `forward(model, batch)` gives the network's output.
         loss: `loss(output, batch)` gives a scalar.
         metric: `metric(output, batch)` gives one score in [0, 1] for each sample; accuracy is
@@ -132,6 +133,7 @@ class Task:
     origin: Mapping[str, Any] | None = None
     fingerprint: str = ""
     normalization: Mapping[str, Any] | None = None
+    val_seen: bool = False
     forward: Forward = call_on_images
     loss: Loss = cross_entropy
     metric: Metric = correct

@@ -87,6 +87,14 @@ def count_reads(loader: Loader) -> tuple[Loader, list[str]]:
     return Counted(), reads
 
 
+def all_images(loader: Any) -> Tensor:
+    return torch.cat([images for images, _ in loader])
+
+
+def all_labels(loader: Any) -> Tensor:
+    return torch.cat([labels for _, labels in loader])
+
+
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves anything in the user's cache."""

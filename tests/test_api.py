@@ -133,6 +133,22 @@ def test_everything_the_user_owns_can_be_replaced(model: nn.Module, tmp_path: Pa
     assert accuracy == pytest.approx(float(expected), abs=5.0)
 
 
+def test_images_that_the_network_knows_are_pointed_out(model: nn.Module, tmp_path: Path) -> None:
+    train, test = make_loader(256, 1), make_loader(128, 3)
+
+    def run(name: str, **settings: Any) -> Any:
+        options = QUICK | {"settings": QUICK["settings"] | settings}
+        return autocompress.compress(model, train, test, out=tmp_path, name=name, **options)
+
+    known = run("known")
+    assert known.summary["val_seen"] and known.summary["best"]["test_images"] == 128
+    report = (known.folder / "report.html").read_text(encoding="utf-8")
+    assert "been trained on the validation images" in report
+    assert "data.val_from = 'test'" in (known.folder / "study.log").read_text()
+    new = run("new", **{"data.val_from": "test", "data.val_fraction": 0.5})
+    assert not new.summary["val_seen"] and new.summary["best"]["test_images"] == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

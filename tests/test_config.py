@@ -91,7 +91,7 @@ def test_there_are_five_ready_studies() -> None:
         ({"delta": -1}, "delta = -1 must be >= 0 (points of accuracy)"),
         ({"delta": math.nan}, "delta: expected a finite number, got nan"),
         ({"data.batch_size": 1.5}, "data.batch_size: expected a whole number, got 1.5"),
-        ({"data.val_fraction": 1.0}, "data.val_fraction = 1.0 must be < 1 (share of the train"),
+        ({"data.val_fraction": 1.0}, "data.val_fraction = 1.0 must be < 1 (share of the imag"),
         ({"search.trials": 0}, "search.trials = 0 must be >= 1"),
         ({"search.transforms": ["tuker2"]}, "search.transforms: unknown value 'tuker2'. Did you"),
         ({"search.transforms": "svd"}, "search.transforms: expected a list, got 'svd'"),

@@ -3,47 +3,27 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_images, make_loader
+from conftest import all_images, all_labels
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader
 
 from autocompress import data as data_module
 from autocompress.config import DataConfig
-from autocompress.data import (
+from autocompress.data import load_data
+from autocompress.errors import ConfigError
+from autocompress.loaders import (
     ArrayLoader,
     LazyImages,
-    load_data,
-    split_loader,
-    stratified_split,
     unaugmented,
 )
-from autocompress.errors import ConfigError
 
 RNG = np.random.default_rng(0)
-
-
-def array_loader(count: int = 64, size: int = 8, **options: Any) -> ArrayLoader:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-    settings: dict[str, Any] = {"batch_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, **options}
-    return ArrayLoader(images, torch.arange(count) % 4, **settings)
-
-
-def all_images(loader: Any) -> Tensor:
-    return torch.cat([images for images, _ in loader])
-
-
-def all_labels(loader: Any) -> Tensor:
-    return torch.cat([labels for _, labels in loader])
 
 
 def write_folder(
@@ -62,184 +42,9 @@ def write_folder(
                 image.save(place / f"{index}.png")
 
 
-# The loader of images in memory
-
-
-def test_batches_are_normalized_and_channels_last() -> None:
-    loader = array_loader()
-    images, labels = next(iter(loader))
-    assert images.shape == (16, 3, 8, 8) and images.dtype == torch.float32
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    expected = (loader.images[:16].float() / 255 - 0.5) / 0.25
-    torch.testing.assert_close(images.contiguous(), expected)
-    assert labels.dtype == torch.int64 and torch.equal(labels, loader.labels[:16])
-
-
-def test_the_order_changes_from_pass_to_pass_and_follows_from_the_seed() -> None:
-    first, second = array_loader(shuffle=True), array_loader(shuffle=True)
-    passes = [all_images(first), all_images(first)]
-    assert not torch.equal(*passes)
-    assert torch.equal(passes[0], all_images(second)) and torch.equal(passes[1], all_images(second))
-    assert not torch.equal(passes[0], all_images(array_loader(shuffle=True, seed=1)))
-
-
-def test_reseeding_starts_anew() -> None:
-    loader = array_loader(shuffle=True, augment="crop-flip")
-    before = all_images(loader)
-    all_images(loader)
-    loader.reseed(0)
-    assert torch.equal(before, all_images(loader))
-
-
-def test_an_incomplete_batch_is_left_out_only_where_others_come_next_time() -> None:
-    assert len(array_loader(40)) == 3 and len(all_labels(array_loader(40))) == 40
-    assert len(array_loader(40, shuffle=True)) == 2
-    assert len(all_labels(array_loader(40, shuffle=True))) == 32
-    assert len(array_loader(8, shuffle=True)) == 1 and len(all_labels(array_loader(8))) == 8
-
-
-def test_a_flip_mirrors_about_half_of_the_images() -> None:
-    loader = array_loader(256, augment="flip", mean=[0.0] * 3, std=[1 / 255] * 3)
-    images, plain = all_images(loader), loader.images.float()
-    same = (images == plain).flatten(1).all(1)
-    mirrored = (images == plain.flip(-1)).flatten(1).all(1)
-    assert torch.equal(same, ~mirrored)
-    assert 90 < int(mirrored.sum()) < 166
-
-
-def test_a_crop_shifts_by_at_most_an_eighth() -> None:
-    loader = array_loader(256, size=16, augment="crop", mean=[0.0] * 3, std=[1 / 255] * 3)
-    padded = torch.nn.functional.pad(loader.images.float(), (2, 2, 2, 2))
-    images = all_images(loader)
-    found = torch.zeros(256, 25, dtype=torch.bool)
-    for shift in range(25):
-        y, x = divmod(shift, 5)
-        window = padded[:, :, y : y + 16, x : x + 16]
-        found[:, shift] = (images == window).flatten(1).all(1)
-    assert bool(found.any(1).all())
-    assert bool(found.any(0).all())
-
-
-def test_a_subset_is_of_its_loader() -> None:
-    loader = array_loader(64, shuffle=True, augment="flip")
-    inner = loader.subset(torch.tensor([5, 6, 7])).subset(torch.tensor([2, 0]), shuffle=False)
-    assert torch.equal(inner.images, loader.images[[7, 5]])
-    assert inner.augment == "flip" and not inner.shuffle
-
-
-def test_unaugmented_gives_the_same_images_mixed_and_unchanged() -> None:
-    loader = array_loader(64, shuffle=True, augment="crop-flip")
-    quiet = unaugmented(loader)
-    assert isinstance(quiet, ArrayLoader)
-    assert torch.equal(all_images(quiet), all_images(quiet))
-    assert not torch.equal(quiet.images, loader.images)
-    key = loader.images.flatten(1).double().sum(1)
-    assert torch.equal(quiet.images.flatten(1).double().sum(1).sort()[0], key.sort()[0])
-    theirs = make_loader(32, 0)
-    assert unaugmented(theirs) is theirs
-
-
-def test_serving_is_fast() -> None:
-    loader = array_loader(4096, size=32, batch_size=128, shuffle=True, augment="crop-flip")
-    all_labels(loader)
-    best = 0.0
-    for _ in range(3):
-        start = time.perf_counter()
-        for _ in loader:
-            pass
-        best = max(best, 4096 / (time.perf_counter() - start))
-    # About 50,000 on one idle core; the machine may be busy.
-    assert best > 5_000
-
-
-# Splits
-
-
-def test_a_stratified_split_keeps_the_shares() -> None:
-    labels = np.repeat(np.arange(3), [100, 50, 7]).astype(np.int64)
-    rest, chosen = stratified_split(labels, 0.1, 0)
-    assert np.array_equal(np.sort(np.concatenate([rest, chosen])), np.arange(157))
-    assert np.bincount(labels[chosen]).tolist() == [10, 5, 1]
-    again = stratified_split(labels, 0.1, 0)[1]
-    assert np.array_equal(chosen, again)
-    assert not np.array_equal(chosen, stratified_split(labels, 0.1, 1)[1])
-
-
-def test_a_split_that_leaves_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data.val_fraction = 0.01 of 10 images"):
-        stratified_split(np.zeros(10, np.int64), 0.01, 0)
-
-
-def test_validation_data_of_an_array_loader_is_not_augmented() -> None:
-    train, val = split_loader(array_loader(64, shuffle=True, augment="crop"), 0.25, 0)
-    assert isinstance(train, ArrayLoader) and isinstance(val, ArrayLoader)
-    assert (len(train.labels), len(val.labels)) == (48, 16)
-    assert train.augment == "crop" and train.shuffle
-    assert val.augment == "none" and not val.shuffle
-    assert torch.bincount(val.labels).tolist() == [4] * 4
-
-
-def test_a_dataloader_keeps_its_settings() -> None:
-    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        return {
-            "x": torch.stack([s[0] for s in samples]),
-            "y": torch.stack([s[1] for s in samples]),
-        }
-
-    dataset = TensorDataset(*make_images(80, 0))
-    loader = DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=collate, drop_last=True)
-    train, val = split_loader(loader, 0.25, 0)  # type: ignore[arg-type]
-    assert isinstance(train, DataLoader) and isinstance(val, DataLoader)
-    assert len(train.dataset) == 60 and len(val.dataset) == 20  # type: ignore[arg-type]
-    assert train.batch_size == 8 and train.drop_last and not val.drop_last
-    first, second = ([batch["y"].tolist() for batch in loader] for loader in (val, val))
-    assert first == second
-    assert np.bincount(sum(first, [])).tolist() == [5] * 4
-    firsts = {tuple(next(iter(train))["y"].tolist()) for _ in range(4)}
-    assert len(firsts) > 1
-
-
-def test_labels_are_read_through_where_there_is_no_list_of_them() -> None:
-    images, labels = make_images(40, 0)
-    pairs = list(zip(images, labels.tolist(), strict=True))
-    _, val = split_loader(DataLoader(pairs, batch_size=8), 0.2, 0)  # type: ignore[arg-type]
-    assert torch.bincount(all_labels(val)).tolist() == [2] * 4
-
-
-def test_a_split_without_labels_is_random() -> None:
-    loader = DataLoader([{"x": torch.zeros(1)} for _ in range(20)], batch_size=4)  # type: ignore[arg-type,var-annotated]
-    train, val = split_loader(loader, 0.2, 0)
-    assert (len(train), len(val)) == (4, 1)
-
-
-class Stream(IterableDataset[Tensor]):
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter([torch.zeros(1)])
-
-
-@pytest.mark.parametrize(
-    "loader",
-    [
-        [(torch.zeros(1, 1, 8, 8), torch.zeros(1))],
-        DataLoader(Stream()),
-        DataLoader(
-            TensorDataset(torch.zeros(4, 1)),
-            sampler=WeightedRandomSampler([1.0] * 4, 4),
-        ),
-    ],
-    ids=["list", "iterable", "sampler"],
-)
-def test_loaders_that_can_not_be_split_ask_for_val(loader: Any) -> None:
-    with pytest.raises(ConfigError, match="give val yourself"):
-        split_loader(loader, 0.1, 0)
-
-
-# Sources
-
-
 def test_digits() -> None:
     found = load_data(DataConfig(source="digits", val_fraction=0.2, augment="crop"), 0)
-    assert found.input_shape == (1, 8, 8) and found.num_classes == 10
+    assert found.input_shape == (1, 8, 8) and len(found.classes) == 10
     assert isinstance(found.train, ArrayLoader) and isinstance(found.val, ArrayLoader)
     assert isinstance(found.test, ArrayLoader)
     sizes = [len(part.labels) for part in (found.train, found.val, found.test)]
@@ -253,6 +58,19 @@ def test_digits() -> None:
     assert torch.equal(other.test.images, found.test.images)
     again = load_data(DataConfig(source="digits", val_fraction=0.2, augment="crop"), 0)
     assert again.fingerprint == found.fingerprint
+
+
+def test_validation_data_may_be_cut_from_the_test_data() -> None:
+    whole = load_data(DataConfig(source="digits", val_fraction=0.2), 0)
+    found = load_data(DataConfig(source="digits", val_fraction=0.5, val_from="test"), 0)
+    assert isinstance(found.train, ArrayLoader) and isinstance(whole.test, ArrayLoader)
+    assert isinstance(found.val, ArrayLoader) and isinstance(found.test, ArrayLoader)
+    assert len(found.train.labels) == 1438
+    assert len(found.val.labels) + len(found.test.labels) == len(whole.test.labels) == 359
+    both = torch.cat([found.val.images, found.test.images]).flatten(1)
+    assert torch.equal(both.sort(0).values, whole.test.images.flatten(1).sort(0).values)
+    assert not found.test.shuffle and found.fingerprint != whole.fingerprint
+    assert (whole.val_from, found.val_from) == ("train", "test")
 
 
 def test_images_are_resized() -> None:
@@ -472,7 +290,7 @@ def test_a_torchvision_data_set_of_files_with_three_splits(
     found = load_data(config, 0)
     parts = (found.train, found.val, found.test)
     assert [len(part.labels) for part in parts if isinstance(part, ArrayLoader)] == [12, 6, 9]
-    assert found.num_classes == 3
+    assert len(found.classes) == 3
 
 
 def test_a_failed_download_names_the_folder(
@@ -523,7 +341,7 @@ def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
         config = DataConfig(source="my_data_1:two", batch_size=5, val_fraction=0.25)
         found = load_data(config, 0, folder=tmp_path)
         assert (len(found.train), len(found.val), len(found.test)) == (6, 2, 2)
-        assert found.input_shape == (1, 8, 8) and found.num_classes == 0
+        assert found.input_shape == (1, 8, 8) and len(found.classes) == 0
         assert found.fingerprint == load_data(config, 0, folder=tmp_path).fingerprint
         found = load_data(DataConfig(source="my_data_1:named"), 0, folder=tmp_path)
         assert found.classes == ("a", "b") and len(found.val) == 1
