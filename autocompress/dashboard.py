@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
+import optuna_dashboard
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -44,11 +44,7 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
 
     Returns:
         Number of notes written.
-
-    Raises:
-        ConfigError: optuna-dashboard is not installed.
     """
-    notes = _need_dashboard()
     attributes = study.user_attrs
     delta = float(attributes.get("delta", 0.0))
     metric = OBJECTIVES[str(attributes.get("objective", "params"))][0]
@@ -58,7 +54,7 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
             # Marked experimental since 3.2; without it the axes of the plots have no names.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(names)
-    written = _save_once(notes, study, _study_note(study))
+    written = _save_once(study, _study_note(study))
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     nearest = sorted(trials, key=lambda trial: trial.values[0])[:1]
     for trial in pareto_trials(trials, delta) or nearest:
@@ -68,7 +64,7 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
             metas = get_all_artifact_meta(trial, storage=study._storage)
             files = [meta.filename for meta in metas]
         note = _trial_note(trial, attributes.get("baseline") or {}, delta, files)
-        written += _save_once(notes, _TrialHandle(study, trial), note)
+        written += _save_once(_TrialHandle(study, trial), note)
     return written
 
 
@@ -84,14 +80,13 @@ def build_server(
         port: None takes a free one.
 
     Raises:
-        ConfigError: Package, database or port is missing.
+        ConfigError: Database or port is missing.
     """
-    dashboard = _need_dashboard()
     _check_database(storage)
     store = None
     if artifact_dir is not None and artifact_dir.is_dir():
         store = FileSystemArtifactStore(artifact_dir)
-    app = dashboard.wsgi(RDBStorage(storage), artifact_store=store)
+    app = optuna_dashboard.wsgi(RDBStorage(storage), artifact_store=store)
     try:
         return make_server(host, port or 0, app, _ThreadedServer, _QuietHandler)
     except OSError as error:
@@ -161,10 +156,10 @@ class _TrialHandle:
         self._trial_id = trial._trial_id
 
 
-def _save_once(notes: Any, target: Any, body: str) -> int:
-    if notes.get_note(target):
+def _save_once(target: Any, body: str) -> int:
+    if optuna_dashboard.get_note(target):
         return 0
-    notes.save_note(target, body)
+    optuna_dashboard.save_note(target, body)
     return 1
 
 
@@ -276,13 +271,3 @@ def _check_database(storage: str) -> None:
 
 def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
-
-
-def _need_dashboard() -> Any:
-    try:
-        return importlib.import_module("optuna_dashboard")
-    except ImportError as error:
-        raise ConfigError(
-            "The dashboard needs optuna-dashboard, which is not installed. "
-            "Install it with: pip install 'autocompress[dashboard]'"
-        ) from error

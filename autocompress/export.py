@@ -15,7 +15,6 @@ The folder appears in one step: everything is written beside it first.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import os
@@ -47,7 +46,6 @@ TOLERANCE = 1e-4
 """Largest difference of an exported file's outputs, relative to the largest output."""
 
 FORMATS = ("onnx", "pt2")
-ONNX_MODULES = ("onnx", "onnxruntime", "onnxscript")
 ONNX_SINGLE_FILE_BYTES = 1_800_000_000
 """Above this the weights lie beside the ONNX file: protobuf can't hold 2 GB."""
 
@@ -222,9 +220,8 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> None:
         path: The file to write.
 
     Raises:
-        AutocompressError: If the extra is missing or the network can't be exported.
+        AutocompressError: If the network can't be exported.
     """
-    _need_onnx()
     own = _portable(model)
     _write_onnx(_trace(own, example), own, example, Path(path))
 
@@ -249,10 +246,8 @@ def check_onnx(path: str | Path, model: nn.Module, images: Tensor | Example) -> 
         The largest absolute difference between the outputs.
 
     Raises:
-        AutocompressError: If the difference is above `TOLERANCE` relative to the largest output,
-            or the extra is missing.
+        AutocompressError: If the difference is above `TOLERANCE` relative to the largest output.
     """
-    _need_onnx()
     import onnx
     import onnxruntime
 
@@ -296,7 +291,6 @@ def _write_formats(
         return traced[0]
 
     def onnx(path: Path) -> float:
-        _need_onnx()
         _write_onnx(program(), own, example, path)
         return check_onnx(path, own, images)
 
@@ -405,14 +399,6 @@ def _difference(
                 )
             largest = max(largest, difference)
     return largest
-
-
-def _need_onnx() -> None:
-    missing = [name for name in ONNX_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise AutocompressError(
-            f"{', '.join(missing)} not installed; run: pip install 'autocompress[onnx]'"
-        )
 
 
 def _portable(model: nn.Module) -> nn.Module:

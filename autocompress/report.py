@@ -1,13 +1,11 @@
 """One HTML file about one study: what came out, at what price, and what happened to each layer.
 
 The report reads `result.json` and the two Optuna studies; it measures nothing and needs no GPU.
-plotly and jinja2 are imported only here, when a report is written.
 """
 
 from __future__ import annotations
 
 import html
-import importlib
 import json
 import math
 import os
@@ -18,10 +16,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
+import markupsafe
 import optuna
+import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
-
-from autocompress.errors import ConfigError
 
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
 
@@ -130,12 +129,7 @@ def write_report(
         exploration: The study of stage 1, if it was run.
         annealing: The study of stage 2, if it was run.
         path: Of the HTML file. The commands in the report name `best/` beside it.
-
-    Raises:
-        ConfigError: plotly or jinja2 is not installed.
     """
-    jinja2 = _need("jinja2")
-    markupsafe = _need("markupsafe")
     studies = {
         stage: study
         for stage, study in (("exploration", exploration), ("annealing", annealing))
@@ -252,7 +246,6 @@ def pareto_figure(
         objective: Key of `OBJECTIVES`.
         baseline_cost: In the unit of the objective.
     """
-    go = _need("plotly.graph_objects", package="plotly")
     metric, title, _ = OBJECTIVES[objective]
     drawn = [t for t in trials if t.drop is not None and t.cost is not None and t.cost > 0]
     figure = go.Figure()
@@ -804,13 +797,3 @@ def _plain(value: Any) -> str:
 
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _need(module: str, package: str | None = None) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"The report needs {package or module}, which is not installed. "
-            "Install it with: pip install 'autocompress[report]'"
-        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -160,9 +159,3 @@ def test_errors_name_the_cure(run: tuple[str, Path, optuna.Study], tmp_path: Pat
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}.*another port"):
             dashboard.build_server(run[0], None, port=port)
-
-
-def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
-    with pytest.raises(ConfigError, match=r"pip install 'autocompress\[dashboard\]'"):
-        dashboard.annotate(optuna.create_study(directions=["minimize", "minimize"]))

@@ -282,15 +282,6 @@ def test_network_that_cannot_be_traced_keeps_its_weights(tmp_path: Path) -> None
     assert isinstance(load(tmp_path / "best", Branching()), Branching)
 
 
-def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxscript", None)
-    report = save(tmp_path / "best", nn.Linear(4, 3), example=EXAMPLE, formats=("onnx",))
-    reason = "onnxscript not installed; run: pip install 'autocompress[onnx]'"
-    assert report.skipped == {"model.onnx": reason}
-    with pytest.raises(AutocompressError, match="autocompress.onnx"):
-        export_onnx(nn.Linear(4, 3), (torch.zeros(1, 4),), tmp_path / "model.onnx")
-
-
 def test_unknown_format_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'onnx'"):
         save(tmp_path / "best", TinyNet(), formats=("onx",))

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autocompress.errors import ConfigError
 from autocompress.report import (
     outcome,
     pareto_trials,
@@ -351,12 +349,6 @@ def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
     only = {**result(), "stage_best": {}, "objective": "macs"}
     _, outline = read(write_report(only, studies()[0], None, tmp_path / "one.html"))
     assert "fewer MACs" in outline.text
-
-
-def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ConfigError, match=r"needs jinja2.*pip install 'autocompress\[report\]'"):
-        write_report(result(), None, None, tmp_path / "report.html")
 
 
 def test_pareto_trials_are_feasible_and_not_beaten() -> None:
