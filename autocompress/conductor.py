@@ -29,7 +29,7 @@ from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
 from autocompress.layers import LayerSpec, inspect_layers
-from autocompress.objective import Bench, find_trial, has_weights, run_trial
+from autocompress.objective import Bench, best_so_far, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
@@ -175,7 +175,8 @@ def _run(
     bench.studies["exploration"] = exploration
     _bury(exploration, "exploration", display)
     if config.search.stage != "annealing":
-        _run_stage(bench, "exploration", space, config.search.trials, display)
+        later = 0 if config.search.stage == "exploration" else config.search.annealing_trials
+        _run_stage(bench, "exploration", space, config, display, later)
     annealing = load_study(storage, config.name, "annealing")
     if annealing is not None:
         bench.studies["annealing"] = annealing
@@ -283,11 +284,31 @@ def _stored_table(folder: StudyFolder, key: str, layers: Sequence[LayerSpec]) ->
     return table if table.layers == tuple(layers) else None
 
 
-def _run_stage(bench: Bench, stage: str, space: SearchSpace, total: int, display: Display) -> None:
-    """Run trials until exactly `total` of them have ended by themselves."""
+def _run_stage(
+    bench: Bench,
+    stage: str,
+    space: SearchSpace,
+    config: StudyConfig,
+    display: Display,
+    later: float = 0.0,
+) -> None:
+    """Run trials until exactly as many as planned have ended by themselves."""
     study = bench.studies[stage]
+    planned = {
+        "exploration": config.search.trials,
+        "annealing": config.search.annealing_trials,
+    }
+    total = planned[stage]
+    # The winner's fine-tuning counts as the trials that would take as long.
+    later += config.finetune.final_epochs / max(config.finetune.epochs, 0.1)
     display.stage(
-        stage, total, len(trials_spent(study)), delta=bench.delta, objective=bench.objective
+        stage,
+        total,
+        len(trials_spent(study)),
+        delta=bench.delta,
+        objective=bench.objective,
+        best=best_so_far(bench),
+        later=later,
     )
     failures = 0
     while len(trials_spent(study)) < total:
@@ -344,7 +365,7 @@ def _anneal(
             annealing.set_user_attr(key, value)
     bench.studies["annealing"] = annealing
     _bury(annealing, "annealing", display)
-    _run_stage(bench, "annealing", narrowed, config.search.annealing_trials, display)
+    _run_stage(bench, "annealing", narrowed, config, display)
     return annealing
 
 

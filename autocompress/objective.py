@@ -226,6 +226,14 @@ def has_weights(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and "weights" in trial.user_attrs
 
 
+def best_so_far(bench: Bench) -> tuple[float, float] | None:
+    """Compression ratio and drop of the cheapest trial within delta, of all stages."""
+    trials = [t for study in bench.studies.values() for t in study.get_trials(deepcopy=False)]
+    within = [t for t in trials if has_weights(t) and t.values[0] <= bench.delta]
+    best = min(within, key=lambda t: t.values[1], default=None)
+    return None if best is None else (_ratio(bench, best.values[1]), best.values[0])
+
+
 def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:
     """The trial of a label such as "exploration/12"."""
     stage, number = label.split("/")

@@ -46,6 +46,7 @@ class Display(Protocol):
         delta: float | None = None,
         objective: str = "params",
         best: tuple[float, float] | None = None,
+        later: float = 0.0,
     ) -> None:
         """Begin a stage: "baseline", "exploration", "annealing", "final".
 
@@ -56,6 +57,7 @@ class Display(Protocol):
             delta: Allowed accuracy drop in points.
             objective: The cost whose ratio is shown.
             best: Compression ratio and drop of the best trial of earlier runs, if there is one.
+            later: What comes after this stage, in trials of the same length.
         """
         ...
 
@@ -110,6 +112,7 @@ class _Tally:
     name: str = ""
     total: int = 0
     done: int = 0
+    later: float = 0.0
     delta: float | None = None
     objective: str = "params"
     best: tuple[float, float] | None = None
@@ -131,6 +134,7 @@ class _Tally:
         delta: float | None,
         objective: str,
         best: tuple[float, float] | None,
+        later: float,
     ) -> None:
         if (delta, objective) != (self.delta, self.objective) and delta is not None:
             # What was best under another tolerance or objective says nothing here.
@@ -138,7 +142,7 @@ class _Tally:
             self.delta, self.objective = delta, objective
         if best is not None and (self.best is None or best[0] > self.best[0]):
             self.best, self.best_trial = best, ""
-        self.name, self.total, self.done = name, total, done
+        self.name, self.total, self.done, self.later = name, total, done, later
         self.stage_start = self.clock()
         self.first_trial = self.last_end = self.phase = self.latest = None
         self.finished = 0
@@ -177,7 +181,7 @@ class _Tally:
         return 0.0 if self.stage_start is None else self.clock() - self.stage_start
 
     def eta(self) -> float | None:
-        """Seconds left in this stage; None while nothing is known.
+        """Seconds left to the end of the study; None while nothing is known.
 
         The mean counts from the first start to the last end, so that trials of several workers
         that overlap are counted right.
@@ -185,7 +189,8 @@ class _Tally:
         if self.finished and self.first_trial is not None and self.last_end is not None:
             mean = (self.last_end - self.first_trial) / self.finished
             spent = self.clock() - self.last_end
-            return max(0.0, mean * max(0, self.total - self.done) - min(spent, mean))
+            left = max(0, self.total - self.done) + self.later
+            return max(0.0, mean * left - min(spent, mean))
         if not self.has_trials and self.phase is not None and self.phase[1] > 0:
             _, done, total, _ = self.phase
             return max(0.0, (self.clock() - self.phase_start) / done * (total - done))
@@ -240,8 +245,9 @@ class PlainDisplay:
         delta: float | None = None,
         objective: str = "params",
         best: tuple[float, float] | None = None,
+        later: float = 0.0,
     ) -> None:
-        self._tally.stage(name, total, done, delta, objective, best)
+        self._tally.stage(name, total, done, delta, objective, best, later)
         self._last_step = self._clock()
         words = [f"[{self._tally.counter()}]", "start" if not done else "resume"]
         if delta is not None:
@@ -329,8 +335,9 @@ class LiveDisplay:
         delta: float | None = None,
         objective: str = "params",
         best: tuple[float, float] | None = None,
+        later: float = 0.0,
     ) -> None:
-        self._tally.stage(name, total, done, delta, objective, best)
+        self._tally.stage(name, total, done, delta, objective, best, later)
         logger.info("[%s] %s", self._tally.counter(), "resume" if done else "start")
         if self._live is None:
             self._live = Live(
@@ -440,6 +447,7 @@ class NullDisplay:
         delta: float | None = None,
         objective: str = "params",
         best: tuple[float, float] | None = None,
+        later: float = 0.0,
     ) -> None:
         logger.info("[%s %d/%d] %s", name, done, total, "resume" if done else "start")
 

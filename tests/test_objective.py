@@ -16,6 +16,7 @@ from autocompress.evaluation import evaluate
 from autocompress.layers import inspect_layers
 from autocompress.objective import (
     Bench,
+    best_so_far,
     cost_of,
     find_trial,
     gate_batches,
@@ -187,6 +188,15 @@ def test_costs_are_in_their_own_units() -> None:
     profile = Profile(params=10, size_bytes=48, macs=500, memory_bytes=100)
     costs = [cost_of(name, profile, 2.5) for name in ("params", "size", "macs", "latency")]
     assert costs == [10.0, 48.0, 500.0, 2.5]
+
+
+def test_the_best_so_far_is_the_cheapest_within_delta(bench: Bench) -> None:
+    assert best_so_far(bench) is None
+    bench.delta = 100.0
+    ends = [run_trial(bench, "exploration", space_of(bench)) for _ in range(3)]
+    cheapest = min(ends, key=lambda trial: trial.values[1])
+    ratio = bench.baseline.profile.params / cheapest.values[1]
+    assert best_so_far(bench) == (ratio, cheapest.values[0])
 
 
 def test_a_trial_is_found_by_its_label(bench: Bench) -> None:

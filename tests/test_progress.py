@@ -152,7 +152,7 @@ def test_live_before_anything_is_known() -> None:
     display = LiveDisplay(terminal(), HandClock())
     view = Console(file=io.StringIO(), width=80)
     view.print(display.render())
-    display._tally.stage("exploration", 5, 0, 1.0, "macs", None)
+    display._tally.stage("exploration", 5, 0, 1.0, "macs", None, 0.0)
     view.print(display.render())
     assert "none yet within the allowed drop of 1.00 points" in written(view)
 
@@ -224,3 +224,13 @@ def test_format_number(value: float | None, text: str) -> None:
 def test_clean() -> None:
     assert clean("a\x1b]0;title\x07\x1b[2Jb\n c\x00") == "ab c"
     assert clean("a\nb", lines=True) == "a\nb"
+
+
+def test_time_left_counts_what_comes_after_the_stage() -> None:
+    clock = HandClock()
+    display = PlainDisplay(Console(file=io.StringIO()), clock)
+    display.stage("exploration", 4, delta=1.0, later=10)
+    display.trial_started(0)
+    clock.now += 10
+    display.trial_finished(0, 0.5, 2.0, True, "COMPLETE", None)
+    assert display._tally.eta() == pytest.approx(130.0)
