@@ -123,7 +123,7 @@ class FinetuneConfig(_Section):
     final_epochs: float = Field(
         default=10.0, ge=0, description="Passes over the training data for the winner."
     )
-    learning_rate: float = Field(default=0.02, gt=0, description="Peak of the schedule.")
+    learning_rate: float = Field(default=0.01, gt=0, description="Peak of the schedule.")
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."
     )

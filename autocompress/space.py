@@ -223,11 +223,10 @@ class Knobs:
 
     @staticmethod
     def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
-        """Optuna's distributions of the knobs."""
+        """Optuna's distributions of the knobs; the rule is none: the knapsack wins."""
         least = max(1.02 * space.least_cost / space.baseline_cost, 0.01)
         found: dict[str, BaseDistribution] = {
             "budget": FloatDistribution(min(least, 0.9), 0.95, log=True),
-            "rule": CategoricalDistribution(RULES),
             "sharpness": FloatDistribution(1.0, 3.0),
         }
         for stage in range(STAGES):
@@ -239,10 +238,10 @@ class Knobs:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Knobs:
-        """The knobs of one point of `distributions`."""
+        """The knobs of one point of `distributions`, and of a rule besides."""
         return cls(
             budget=params["budget"],
-            rule=params["rule"],
+            rule=params.get("rule", "knapsack"),
             sharpness=params["sharpness"],
             stages=tuple(params[f"stage_{stage}"] for stage in range(STAGES)),
             methods={k[7:]: v for k, v in params.items() if k.startswith("method_")},
