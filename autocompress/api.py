@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import DataLoader
 
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, load_config, parse_config
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
-from autocompress.loaders import cut_validation, unaugmented
+from autocompress.loaders import cut_validation, in_order, labels_of, unaugmented
 from autocompress.models import build_model, check_model
 from autocompress.progress import Display, NullDisplay, make_display
-from autocompress.store import state_digest
-from autocompress.task import Loader, Task
+from autocompress.task import Loader, Task, tensors_in
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def pick_device(name: str) -> torch.device:
@@ -111,7 +115,8 @@ def compress(
         settings: Any other field of a study file by its dotted name, e.g.
             `{"finetune.epochs": 2, "objective": "macs"}`.
         **functions: Replacements for the task's `forward`, `loss`, `metric`, `distillation`,
-            `optimizer` and `scheduler`; see `autocompress.Task`.
+            `optimizer` and `scheduler`; see `autocompress.Task`. With a loss of your own nothing is
+            distilled, unless you give `distillation` too (`task.logit_distillation` for logits).
 
     Returns:
         The compressed network, its plan, and the study's summary and folder.
@@ -125,6 +130,9 @@ def compress(
         >>> outcome.model, outcome.summary["best"]["test_drop"]  # doctest: +SKIP
     """
     known = {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
+    if "loss" in functions:
+        # What imitates logits need not suit another loss.
+        functions.setdefault("distillation", None)
     unknown = sorted(functions.keys() - known)
     if unknown:
         raise ConfigError(f"compress() takes no {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
@@ -143,7 +151,10 @@ def compress(
     config = parse_config(fields)
     device = pick_device(config.run.device)
     val_seen = val is None and config.data.val_from == "train"
-    if val is None:
+    test = in_order(test)
+    if val is not None:
+        val = in_order(val)
+    else:
         train, val, test = cut_validation(
             train,
             test,
@@ -159,7 +170,7 @@ def compress(
         test=test,
         calibration=unaugmented(train),
         val_seen=val_seen,
-        fingerprint=_fingerprint(own, train, val, functions),
+        fingerprint=_fingerprint(train, val, test, functions),
         device=device,
     )
     task = replace(task, **functions)
@@ -177,16 +188,36 @@ def run(
     return run_study(config, task_from_config(config, folder), display, command)
 
 
-def _fingerprint(model: nn.Module, train: Loader, val: Loader, functions: Mapping[str, Any]) -> str:
-    """Identifies what came from Python: weights, one batch and the functions' source."""
-    digest = hashlib.sha256(state_digest(model.state_dict()).encode())
-    digest.update(f"{len(train)}/{len(val)}".encode())
-    batch = next(iter(val), None)
-    if isinstance(batch, (tuple, list)) and isinstance(batch[0], Tensor):
-        digest.update(batch[0].detach().cpu().contiguous().numpy().tobytes())
+def _fingerprint(train: Loader, val: Loader, test: Loader, functions: Mapping[str, Any]) -> str:
+    """Identifies data and functions that came from Python, as far as can be told.
+
+    It covers the number of batches, all labels that can be read cheaply, the first batch of
+    validation and test data (training batches are shuffled and augmented), and the functions'
+    source with what it is bound to.
+    """
+    digest = hashlib.sha256()
+    for loader in (train, val, test):
+        digest.update(f"{len(loader)}/".encode())
+        labels = labels_of(loader.dataset) if isinstance(loader, DataLoader) else None
+        if labels is not None:
+            digest.update(labels.tobytes())
+    for loader in (val, test):
+        for value in tensors_in(next(iter(loader), ())):
+            plain = value.detach().cpu().contiguous().flatten()
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
     for key in sorted(functions):
-        try:
-            digest.update(inspect.getsource(functions[key]).encode())
-        except (OSError, TypeError):
-            digest.update(repr(type(functions[key])).encode())
+        digest.update(f"{key}={_source(functions[key])}".encode())
     return digest.hexdigest()[:16]
+
+
+def _source(function: Any) -> str:
+    """The source of a function and the plain values in its closure or partial application."""
+    if isinstance(function, partial):
+        bound = f"{function.args!r} {sorted(function.keywords.items())!r}"
+        return f"{_source(function.func)} {_ADDRESS.sub('', bound)}"
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = f"{type(function).__qualname__}"
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return source + repr([value for value in cells if isinstance(value, (bool, int, float, str))])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from dataclasses import dataclass
 
 from safetensors.torch import load_file
@@ -38,18 +37,15 @@ class Baseline:
 
 def train_baseline(
     task: Task, recipe: BaselineConfig, epochs: float, seed: int, display: Display
-) -> float:
+) -> None:
     """Train the task's network in place, or load what the same recipe trained before.
 
     The recipe's fingerprint is made of the initial weights, the data, the length, the learning rate
-    and the seed; the trained weights are kept under it, so that nothing is trained twice.
-
-    Returns:
-        Seconds spent.
+    and the seed; the trained weights are kept under it, so that nothing is trained twice. A network
+    or data that came from Python have no complete fingerprint and are not kept there.
     """
-    start = time.perf_counter()
     if epochs <= 0:
-        return 0.0
+        return
     facts = {
         "origin": task.origin,
         "weights": state_digest(task.model.state_dict()),
@@ -60,10 +56,11 @@ def train_baseline(
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     path = cache_folder() / "baselines" / f"{digest[:16]}.safetensors"
-    if task.fingerprint and path.exists():
+    known = task.origin is not None and bool(task.fingerprint)
+    if known and path.exists():
         task.model.load_state_dict(load_file(path))
         display.say(f"The baseline was trained before: {path}")
-        return 0.0
+        return
 
     def on_step(done: float, total: float, loss: float) -> None:
         display.step("train", done, total, f"loss {loss:.3f}")
@@ -81,6 +78,5 @@ def train_baseline(
         f"Trained the baseline for {epochs:g} epochs in {result.seconds:.0f} s "
         f"({result.images_per_second:.0f} images/s)."
     )
-    if task.fingerprint:
+    if known:
         write_weights(path, portable_state(task.model))
-    return time.perf_counter() - start

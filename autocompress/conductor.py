@@ -22,11 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress import baseline as baselines
-from autocompress.baseline import Baseline
+from autocompress import __version__
+from autocompress.baseline import Baseline, train_baseline
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import evaluate
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.objective import Bench, best_so_far, find_trial, has_weights, run_trial
@@ -47,15 +47,16 @@ from autocompress.space import SearchSpace
 from autocompress.store import (
     StudyFolder,
     bury_interrupted,
-    check_same,
+    excuse,
     hide_password,
     load_study,
     open_storage,
     open_study,
+    portable_state,
     state_digest,
-    study_name,
     trials_spent,
     write_text,
+    write_weights,
 )
 from autocompress.surgery import FactorCache, build_plan
 from autocompress.task import Task, check_outputs
@@ -138,15 +139,17 @@ def _run(
         "data fingerprint": task.fingerprint,
         "weights fingerprint": state_digest(task.model.state_dict()),
     }
-    earlier = load_study(storage, config.name, "exploration")
-    if earlier is not None and "config" in earlier.user_attrs:
-        check_same(config.name, earlier.user_attrs["config"], bound)
-
+    exploration = open_study(
+        storage, config.name, "exploration", bound=bound, cost_name=COST_NAMES[config.objective]
+    )
+    identity = folder.claim(exploration)
     write_text(folder.config, config.model_dump_json(indent=1))
     with timed(seconds, "baseline"):
-        baseline, example = _prepare(config, task, display, earlier)
+        baseline, example = _prepare(config, task, display, folder, exploration)
     with timed(seconds, "table"):
-        bench, table, left_alone = _analyse(config, task, baseline, example, folder, display)
+        bench, table, left_alone = _analyse(
+            config, task, baseline, example, folder, identity, display
+        )
     space = SearchSpace.from_table(table, config.objective, _total(config, baseline))
     if not space.options:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
@@ -155,23 +158,15 @@ def _run(
             f"search.include and search.exclude. {reasons}"
         )
 
-    sampler = make_sampler(
+    exploration.sampler = make_sampler(
         config.search.sampler,
         space,
         config.seed,
-        0 if earlier is None else len(earlier.get_trials(deepcopy=False)),
+        len(exploration.get_trials(deepcopy=False)),
         config.search.trials,
     )
-    exploration = open_study(
-        storage,
-        config.name,
-        "exploration",
-        sampler=sampler,
-        bound=bound,
-        cost_name=COST_NAMES[config.objective],
-    )
-    shapes = [list(value.shape) for value in example]
-    _describe(exploration, config, baseline, table, left_alone, task, shapes)
+    facts = _facts(config, bench, table, left_alone)
+    _describe(exploration, facts)
     bench.studies["exploration"] = exploration
     _bury(exploration, "exploration", display)
     if config.search.stage != "annealing":
@@ -181,7 +176,7 @@ def _run(
     if annealing is not None:
         bench.studies["annealing"] = annealing
     if config.search.stage != "exploration" and config.search.annealing_trials > 0:
-        annealing = _anneal(bench, config, space, bound, storage, display)
+        annealing = _anneal(bench, config, space, bound, facts, storage, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
     summary = conclude(config, bench, folder, display, seconds, command)
@@ -193,18 +188,19 @@ def _run(
 
 
 def _prepare(
-    config: StudyConfig, task: Task, display: Display, earlier: Study | None
+    config: StudyConfig, task: Task, display: Display, folder: StudyFolder, study: Study
 ) -> tuple[Baseline, tuple[torch.Tensor, ...]]:
     """Train or load the baseline, score it on validation data and profile it."""
-    precision = None if earlier is None else earlier.user_attrs.get("precision")
+    if not any(parameter.requires_grad for parameter in task.model.parameters()):
+        task.model.requires_grad_(True)
+        display.say("All of the network's parameters were frozen; they are made trainable.")
+    precision = study.user_attrs.get("precision")
     if precision is None:
-        task.amp_dtype = fastest_precision(task)
-    else:
-        task.amp_dtype = torch.bfloat16 if precision == "bfloat16" else None
-    epochs = config.baseline.epochs
-    if epochs is None:
-        epochs = 0.0 if config.model.weights is not None or task.origin is None else 10.0
-    baselines.train_baseline(task, config.baseline, epochs, config.seed, display)
+        task.amp_dtype = _first_steps(task)
+        precision = str(task.amp_dtype or torch.float32).removeprefix("torch.")
+        study.set_user_attr("precision", precision)
+    task.amp_dtype = torch.bfloat16 if precision == "bfloat16" else None
+    digest = _make_baseline(config, task, display, folder, study)
     task.model.eval()
     val = evaluate(task.model, task, task.val)
     example = task.example()
@@ -219,8 +215,50 @@ def _prepare(
             "have probably seen: the drop on them is larger than on new images. Give validation "
             "data, or set data.val_from = 'test'."
         )
-    digest = state_digest(task.model.state_dict())
     return Baseline(task.model, val, profile, digest), example
+
+
+def _first_steps(task: Task) -> torch.dtype | None:
+    """The precision to train in; the steps that tell it also show that training works at all.
+
+    Raises:
+        ConfigError: If it doesn't.
+    """
+    try:
+        return fastest_precision(task)
+    except Exception as error:
+        raise ConfigError(
+            f"The first training step failed with {type(error).__name__}: {error}. Check the "
+            "forward pass, the loss and the labels."
+        ) from error
+
+
+def _make_baseline(
+    config: StudyConfig, task: Task, display: Display, folder: StudyFolder, study: Study
+) -> str:
+    """Give the task's network the baseline's weights; the digest of these is bound to the study.
+
+    Raises:
+        StudyMismatch: If they are lost, and can't be made again.
+    """
+    kept = study.user_attrs.get("baseline_digest")
+    if kept is not None and folder.baseline.exists():
+        task.model.load_state_dict(load_file(folder.baseline))
+    else:
+        epochs = config.baseline.epochs
+        if epochs is None:
+            epochs = 0.0 if config.model.weights is not None or task.origin is None else 10.0
+        train_baseline(task, config.baseline, epochs, config.seed, display)
+    digest = state_digest(task.model.state_dict())
+    if kept is None:
+        write_weights(folder.baseline, portable_state(task.model))
+        study.set_user_attr("baseline_digest", digest)
+    elif digest != kept:
+        raise StudyMismatch(
+            f"The baseline of study '{config.name}' has other weights now than its trials were "
+            f"measured against. Put {folder.baseline} back, or use a new name."
+        )
+    return digest
 
 
 def _analyse(
@@ -229,6 +267,7 @@ def _analyse(
     baseline: Baseline,
     example: tuple[torch.Tensor, ...],
     folder: StudyFolder,
+    identity: str,
     display: Display,
 ) -> tuple[Bench, LayerTable, dict[str, str]]:
     """Look at the layers and make the layer table, or read it from the study's folder."""
@@ -237,7 +276,7 @@ def _analyse(
     )
     patches = collect_patches(baseline.model, task, layers, seed=config.seed)
     cache = FactorCache(baseline.model, patches)
-    key = f"{baseline.digest}/{config.seed}/{config.search.transforms}"
+    key = f"{__version__}/{identity}/{baseline.digest}"
     table = _stored_table(folder, key, layers)
     if table is None:
         start = time.perf_counter()
@@ -268,6 +307,7 @@ def _analyse(
         objective=config.objective,
         seed=config.seed,
         store=folder.artifact_store(),
+        identity=identity,
         display=display,
         rejected_as_complete=reads_rejected_as_complete(config.search.sampler),
     )
@@ -310,14 +350,17 @@ def _run_stage(
         best=best_so_far(bench),
         later=later,
     )
-    failures = 0
+    failed: list[FrozenTrial] = []
     while len(trials_spent(study)) < total:
         ended = run_trial(bench, stage, space)
-        failures = failures + 1 if ended.state == TrialState.FAIL else 0
-        if failures >= MAX_FAILURES:
+        failed = [*failed, ended] if ended.state == TrialState.FAIL else []
+        hopeless = len(failed) == total and stage == "exploration"
+        if hopeless or len(failed) >= MAX_FAILURES:
+            excuse(study, [trial.number for trial in failed])
             raise AutocompressError(
-                f"{failures} trials of the {stage} failed one after the other, the last with: "
-                f"{ended.user_attrs.get('reason')}. Mend the cause and run the same command again."
+                f"{len(failed)} trials of the {stage} failed one after the other, the last with: "
+                f"{ended.user_attrs.get('reason')}. They don't count: mend the cause and run the "
+                "same command again."
             )
 
 
@@ -326,6 +369,7 @@ def _anneal(
     config: StudyConfig,
     space: SearchSpace,
     bound: Mapping[str, Any],
+    facts: Mapping[str, Any],
     storage: optuna.storages.RDBStorage,
     display: Display,
 ) -> Study | None:
@@ -341,7 +385,10 @@ def _anneal(
         return None
     plans = [Plan.from_json(parent.user_attrs["plan"]) for parent in parents]
     narrowed = space.narrow(plans, band=0.5)
-    sampler = AnnealingSampler(
+    annealing = open_study(
+        storage, config.name, "annealing", bound=bound, cost_name=COST_NAMES[config.objective]
+    )
+    annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
         delta=config.delta,
@@ -351,18 +398,8 @@ def _anneal(
         ],
         trials=config.search.annealing_trials,
     )
-    annealing = open_study(
-        storage,
-        config.name,
-        "annealing",
-        sampler=sampler,
-        bound=bound,
-        cost_name=COST_NAMES[config.objective],
-    )
     annealing.set_user_attr("parents", [f"exploration/{trial.number}" for trial in parents])
-    for key, value in exploration.user_attrs.items():
-        if key not in annealing.user_attrs:
-            annealing.set_user_attr(key, value)
+    _describe(annealing, facts)
     bench.studies["annealing"] = annealing
     _bury(annealing, "annealing", display)
     _run_stage(bench, "annealing", narrowed, config, display)
@@ -395,30 +432,32 @@ def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> O
     return Outcome(model.cpu().eval(), plan, summary, folder.path)
 
 
-def _describe(
-    study: Study,
+def _facts(
     config: StudyConfig,
-    baseline: Baseline,
+    bench: Bench,
     table: LayerTable,
     left_alone: Mapping[str, str],
-    task: Task,
-    input_shapes: list[list[int]],
-) -> None:
-    """Put on the study what the report and the dashboard need to know, once."""
-    facts = {
+) -> dict[str, Any]:
+    """What the report, the dashboard and the export of single trials need to know."""
+    task, baseline = bench.task, bench.baseline
+    return {
         "baseline": {"accuracy": baseline.val.accuracy, **baseline.profile.to_dict()},
         "layers": [asdict(layer) for layer in table.layers],
         "left_alone": dict(left_alone),
         "delta": config.delta,
         "objective": config.objective,
-        "precision": str(task.amp_dtype or torch.float32).removeprefix("torch."),
         "origin": dict(task.origin) if task.origin is not None else None,
-        "input_shapes": input_shapes,
+        "input_shapes": [list(value.shape) for value in bench.example],
         "classes": list(task.classes),
         "normalization": dict(task.normalization) if task.normalization is not None else None,
     }
+
+
+def _describe(study: Study, facts: Mapping[str, Any]) -> None:
+    """Put facts on the study, once."""
+    known = study.user_attrs
     for key, value in facts.items():
-        if key not in study.user_attrs:
+        if key not in known:
             study.set_user_attr(key, value)
 
 
@@ -426,7 +465,7 @@ def _bury(study: Study, stage: str, display: Display) -> None:
     dead = bury_interrupted(study)
     spent = len(trials_spent(study))
     if dead:
-        display.say(f"{study_name('', stage)[1:]}: {dead} interrupted trial(s) will be run again.")
+        display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")
     if spent:
         display.say(f"Going on with the {stage} after {spent} trials.")
 

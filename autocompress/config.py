@@ -258,13 +258,19 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         ConfigError: If anything is wrong, with one line for each error.
     """
     try:
-        return StudyConfig.model_validate(_nest(fields))
+        config = StudyConfig.model_validate(_nest(fields))
     except ValidationError as error:
         # One line a field: a wrong item of a list is reported a second time as an item too few.
         lines: dict[tuple[Any, ...], str] = {}
         for found in error.errors(include_url=False):
             lines.setdefault(tuple(p for p in found["loc"] if isinstance(p, str)), _explain(found))
         raise ConfigError("\n".join(lines.values())) from None
+    if config.finetune.gate < config.delta:
+        raise ConfigError(
+            f"finetune.gate = {config.finetune.gate:g} must be >= delta = {config.delta:g} (points "
+            "of accuracy): a trial within delta before fine-tuning must not stop."
+        )
+    return config
 
 
 def cache_folder() -> Path:

@@ -38,6 +38,7 @@ from autocompress.loaders import (
     Labels,
     LazyImages,
     cut_validation,
+    in_order,
     labels_of,
     like,
     stratified_split,
@@ -744,8 +745,10 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
             f"data.source = '{config.source}' must return loaders (train, test) or (train, val, "
             f"test), or a dict with these keys, got {type(result).__name__}."
         )
-    train, val, test = given["train"], given.get("val"), given["test"]
-    if val is None:
+    train, val, test = given["train"], given.get("val"), in_order(given["test"])
+    if val is not None:
+        val = in_order(val)
+    else:
         train, val, test = _cut(train, test, config, seed)
     digest = hashlib.sha256(_settings(config.source, config, seed, "val" not in given))
     shape: tuple[int, int, int] = (0, 0, 0)

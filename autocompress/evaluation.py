@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.errors import AutocompressError
 from autocompress.task import Loader, Task, batches
 
 
@@ -35,7 +36,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             scores = [
                 task.metric(task.forward(model, batch), batch).float().cpu().flatten()
                 for batch in batches(loader, task.device, batch_count)
@@ -70,6 +71,22 @@ def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         model.train(was_training)
+
+
+def accuracy_drop(baseline: Evaluation, compressed: Evaluation) -> float:
+    """Accuracy of the baseline less that of the compressed network, in points.
+
+    Both are of the same samples; where the baseline has more, its first ones count. Rounded, so
+    that a drop of exactly delta is not above it.
+
+    Raises:
+        AutocompressError: If a score is not a finite number.
+    """
+    count = len(compressed.scores)
+    drop = 100.0 * float((baseline.scores[:count].double() - compressed.scores.double()).mean())
+    if not isfinite(drop):
+        raise AutocompressError(f"The metric gave a score that makes the accuracy drop {drop}.")
+    return round(drop, 9)
 
 
 def paired_drop(baseline: Evaluation, compressed: Evaluation) -> tuple[float, float, float]:

@@ -206,7 +206,7 @@ def _calls(
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         model.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             moved = tuple(value.to(device) for value in example)
             if forward is None:
                 model(*moved)

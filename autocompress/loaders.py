@@ -266,6 +266,17 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
     return train_loader, like(loader, Subset(quiet, chosen.tolist()), False, False)
 
 
+def in_order(loader: Loader) -> Loader:
+    """A loader that gives its samples in the same order in every pass.
+
+    Scores of two networks are compared sample by sample. A shuffled DataLoader is replaced by one
+    that does not shuffle; of any other loader the order is taken for fixed.
+    """
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        return like(loader, loader.dataset, False, loader.drop_last)
+    return loader
+
+
 def unaugmented(loader: Loader) -> Loader:
     """The same samples in a fixed mixed order, unchanged by chance, where the loader is ours.
 

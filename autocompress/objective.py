@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from autocompress.baseline import Baseline
 from autocompress.config import FinetuneConfig
-from autocompress.evaluation import evaluate, recalibrate
+from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.inheritance import inherit
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
 from autocompress.progress import Display
-from autocompress.samplers import PARENT, trial_seed
+from autocompress.samplers import PARENT, WEIGHTS, trial_seed
 from autocompress.space import SearchSpace
 from autocompress.store import (
     STAGES,
@@ -57,6 +57,7 @@ class Bench:
         objective: "params", "size", "macs" or "latency".
         seed: The study's seed.
         store: Optuna's artifact store.
+        identity: Ties what is kept in the study's folder to the study.
         display: Told about the progress.
         rejected_as_complete: Whether trials that the gate stops are told as complete.
         studies: The Optuna studies by stage; a child finds its parent there.
@@ -73,6 +74,7 @@ class Bench:
     objective: str
     seed: int
     store: FileSystemArtifactStore
+    identity: str
     display: Display
     rejected_as_complete: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
@@ -148,7 +150,7 @@ def _carry_out(
     trial.set_user_attr("layer_errors", {n: bench.errors[n, t] for n, t in plan.layers.items()})
     watch.lap("suggest")
 
-    model = _build(bench, stage, plan, trial).to(task.device)
+    model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
     latency = measure_latency(model, bench.example, seconds=0.25).median_ms
@@ -159,7 +161,7 @@ def _carry_out(
     watch.lap("recalibrate")
     gate = gate_batches(task)
     early = evaluate(model, task, task.val, gate)
-    early_drop = bench_accuracy(bench, len(early.scores)) - early.accuracy
+    early_drop = accuracy_drop(bench.baseline.val, early)
     trial.set_user_attr("gate_accuracy", early.accuracy)
     watch.lap("gate")
     if early_drop > finetune.gate:
@@ -185,21 +187,19 @@ def _carry_out(
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
     watch.lap("finetune")
     after = evaluate(model, task, task.val)
-    drop = bench.baseline.val.accuracy - after.accuracy
+    drop = accuracy_drop(bench.baseline.val, after)
     watch.lap("evaluate")
     set_constraint(trial, drop - bench.delta)
-    trial.set_user_attr("weights", save_weights(model, trial, bench.store))
+    trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)
     watch.lap("store")
     _record(trial, watch, after.accuracy, drop, profile, latency)
     return (drop, cost), None
 
 
-def _build(bench: Bench, stage: str, plan: Plan, trial: Trial) -> nn.Module:
+def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
     """The network of `plan`, from the parent's weights if the sampler named a parent."""
     label = trial.study._storage.get_trial_user_attrs(trial._trial_id).get(PARENT)
-    if label is None and stage == "annealing":
-        label = _nearest_parent(bench, plan)
     trial.set_user_attr(PARENT, label)
     if label is None:
         return apply_plan(bench.baseline.model, plan, bench.cache)
@@ -207,23 +207,9 @@ def _build(bench: Bench, stage: str, plan: Plan, trial: Trial) -> nn.Module:
     return inherit(parent, parent_plan, plan, bench.baseline.model, bench.patches)
 
 
-def _nearest_parent(bench: Bench, plan: Plan) -> str | None:
-    """The trial within delta that shares most layers' transforms with `plan`."""
-    best: tuple[int, str] | None = None
-    for stage, study in bench.studies.items():
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if "weights" not in trial.user_attrs or trial.values[0] > bench.delta:
-                continue
-            own = Plan.from_json(trial.user_attrs["plan"]).layers
-            shared = sum(own.get(name) == choice for name, choice in plan.layers.items())
-            if best is None or shared > best[0]:
-                best = (shared, f"{stage}/{trial.number}")
-    return None if best is None else best[1]
-
-
 def has_weights(trial: FrozenTrial) -> bool:
     """Whether a trial was carried out to its end, so that its network can be had."""
-    return trial.state == TrialState.COMPLETE and "weights" in trial.user_attrs
+    return trial.state == TrialState.COMPLETE and WEIGHTS in trial.user_attrs
 
 
 def best_so_far(bench: Bench) -> tuple[float, float] | None:
@@ -245,7 +231,7 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     trial = find_trial(bench.studies, label)
     plan = Plan.from_json(trial.user_attrs["plan"])
     model = build_plan(bench.baseline.model, plan)
-    model.load_state_dict(fetch_weights(trial.user_attrs["weights"], bench.store))
+    model.load_state_dict(fetch_weights(trial.user_attrs[WEIGHTS], bench.store))
     return model.to(bench.task.device).eval(), plan
 
 
@@ -264,11 +250,6 @@ def gate_batches(task: Task) -> int:
     """How many validation batches make about `GATE_IMAGES`."""
     size = max(1, samples_in(next(iter(task.val))))
     return max(1, min(len(task.val), -(-GATE_IMAGES // size)))
-
-
-def bench_accuracy(bench: Bench, count: int) -> float:
-    """The baseline's accuracy on the first `count` validation samples, in points."""
-    return 100.0 * float(bench.baseline.val.scores[:count].double().mean())
 
 
 def _ratio(bench: Bench, cost: float) -> float:

@@ -345,7 +345,7 @@ def _count(model: nn.Module, image: Example, forward: Forward | None) -> _Tally:
     """Run one forward pass and book its costs."""
     tally = _Tally()
     counter = FlopCounterMode(display=False)
-    # Without inference mode composite operations arrive taken apart, as the counter needs them.
+    # Inference mode would hide the parts of composite operations from the counter.
     plain = torch.inference_mode(False)
     with _unfused_attention(), _hooks(model, tally), plain, torch.no_grad():
         inputs = tuple(value.clone() for value in image)
@@ -442,7 +442,7 @@ def _time(
             if keep:
                 times.append(elapsed)
 
-    with torch.inference_mode(), _eval_mode(*models):
+    with torch.no_grad(), _eval_mode(*models):
         begin = time.perf_counter()
         for _ in range(WARM_UP_RUNS):
             turn(keep=False)

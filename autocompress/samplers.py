@@ -38,13 +38,28 @@ SEED_INDEX = "autocompress:seed_index"
 """System attribute of a trial: which of the seeds it tries."""
 PARENT = "parent"
 """User attribute of a trial: "<stage>/<number>" of the trial whose weights it inherits."""
+WEIGHTS = "weights"
+"""User attribute of a trial that was carried out to its end: the artifact of its weights."""
 INTERRUPTED = "interrupted"
 """User attribute of a trial that was cut off from outside; it does not count."""
+EXCUSED = "excused"
+"""User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
+not count either."""
 
 NEARLY = 2.5
 """A trial that lost at most this many times delta may come within it by more fine-tuning."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def counted(study: Study) -> list[FrozenTrial]:
+    """The study's trials without those that were cut off or excused."""
+    excused = set(study.user_attrs.get(EXCUSED, ()))
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if INTERRUPTED not in trial.user_attrs and trial.number not in excused
+    ]
 
 
 class PlanSampler(BaseSampler):
@@ -77,7 +92,7 @@ class PlanSampler(BaseSampler):
         """The parameters of the proposed plan."""
         seen = {
             other.user_attrs.get("plan_digest")
-            for other in study.get_trials(deepcopy=False)
+            for other in counted(study)
             if other.number != trial.number
         }
         picked: dict[str, Option] = {}
@@ -121,7 +136,7 @@ class KnobSampler(PlanSampler):
     ) -> dict[str, Option]:
         """Decode the next seed, or what TPE makes of the finished trials."""
         storage, trial_id = study._storage, trial._trial_id
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number]
+        others = [t for t in counted(study) if t.number != trial.number]
         index = self._next_seed(others)
         own = storage.get_trial_system_attrs(trial_id)
         if index is not None and SEED_INDEX not in own:
@@ -139,11 +154,7 @@ class KnobSampler(PlanSampler):
 
     def _next_seed(self, others: Sequence[FrozenTrial]) -> int | None:
         """The first seed that no trial has tried; a trial that was cut off gives its seed back."""
-        taken = {
-            other.system_attrs.get(SEED_INDEX)
-            for other in others
-            if INTERRUPTED not in other.user_attrs
-        }
+        taken = {other.system_attrs.get(SEED_INDEX) for other in others}
         return next((i for i in range(self._seed_count) if i not in taken), None)
 
     def _ask(
@@ -240,7 +251,7 @@ class AnnealingSampler(PlanSampler):
                 t.values[1],
             )
             for t in finished
-            if t.state == TrialState.COMPLETE
+            if t.state == TrialState.COMPLETE and WEIGHTS in t.user_attrs
         ]
         parent = self._unfinished(pool) if rng.random() < 0.5 else None
         ripening = parent is not None
@@ -254,7 +265,7 @@ class AnnealingSampler(PlanSampler):
             budget=parent_cost
             / near.baseline_cost
             * (step if ripening else np.clip(step, 0.4, 0.97)),
-            rule=str(rng.choice(RULES[:2], p=[0.8, 0.2])),
+            rule=str(rng.choice(RULES, p=[0.8, 0.2])),
             sharpness=float(rng.uniform(1.2, 2.5)),
             stages=tuple(rng.normal(0.0, 0.5 / 2**turn, STAGES)),
             methods={method: float(rng.normal(0.0, 0.2)) for method in near.methods},
@@ -320,10 +331,10 @@ def make_sampler(
         seed: The study's seed.
         existing: Trials already there. Optuna's own samplers start anew with every process; one
             seed for all would make a resumed study repeat its first proposals.
-        trials: Planned number of trials; a third of them, at most 8, are seeds of "knobs".
+        trials: Planned number of trials; half of them, at most 8, are seeds of "knobs".
     """
     if name == "knobs":
-        return KnobSampler(space, seed, seed_count=max(1, min(8, trials // 3)))
+        return KnobSampler(space, seed, seed_count=max(1, min(8, trials // 2)))
     own = trial_seed(seed, existing, 0)
     if name == "tpe":
         # Independent TPE reads all trials again for every parameter: seconds for 60 of them.

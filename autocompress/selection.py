@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.config import StudyConfig
-from autocompress.evaluation import Evaluation, evaluate, paired_drop
+from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
 from autocompress.objective import Bench, has_weights, load_trial_model
 from autocompress.plan import Plan
@@ -79,7 +79,7 @@ def conclude(
         if has_weights(trial)
     }
     previous = _previous_result(folder)
-    if previous is not None and _still_stands(previous, config, labelled, folder):
+    if previous is not None and _still_stands(previous, config, bench, labelled, folder):
         display.say("Nothing to do: the study is finished.")
         return previous
     within = sorted(
@@ -88,15 +88,14 @@ def conclude(
     )
     summary = _facts(config, bench, labelled, seconds, command)
     summary["stage_best"] = _stage_best(bench, within)
-    summary["test_reads"] = 0 if previous is None else previous["test_reads"]
     with timed(seconds, "final"):
         winners = _finalists(config, bench, folder, labelled, within, display)
     if winners:
         summary["met"] = True
         summary["best"] = best = _describe_finalist(bench, winners[0], config)
         with timed(seconds, "test"):
+            summary["test_reads"] = _count_test_read(bench)
             best |= _test(bench, winners[0], display)
-        summary["test_reads"] += 1
         summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
         with timed(seconds, "export"):
             _export(bench, winners[0], best, folder.best, display)
@@ -123,12 +122,14 @@ def _previous_result(folder: StudyFolder) -> dict[str, Any] | None:
 def _still_stands(
     result: Mapping[str, Any],
     config: StudyConfig,
+    bench: Bench,
     labelled: Mapping[str, FrozenTrial],
     folder: StudyFolder,
 ) -> bool:
     """Whether a result was chosen from the same trials in the same way, and is complete."""
     return (
-        result["candidates"] == sorted(labelled)
+        result["identity"] == bench.identity
+        and result["candidates"] == sorted(labelled)
         and result["final_epochs"] == config.finetune.final_epochs
         and (not result["met"] or (folder.best / "plan.json").exists())
     )
@@ -144,6 +145,7 @@ def _facts(
     """What is known before anything is chosen."""
     return {
         "study": config.name,
+        "identity": bench.identity,
         "delta": config.delta,
         "objective": config.objective,
         "met": False,
@@ -152,6 +154,7 @@ def _facts(
             "val_accuracy": bench.baseline.val.accuracy,
         },
         "val_seen": bench.task.val_seen,
+        "test_reads": 0,
         "best": None,
         "second": None,
         "nearest": None,
@@ -202,9 +205,9 @@ def _finalists(
 ) -> list[Finalist]:
     """The best network within delta, fine-tuned at length, and the second best.
 
-    A long fine-tuning wins back more than a trial's short one. So the cheapest trial that missed
-    delta by no more than delta itself is tried first; if it still misses, the cheapest trial
-    within delta is the winner, whose weights from before are kept where they are better.
+    A long fine-tuning wins back more than a trial's short one. So of the cheaper trials that missed
+    delta by no more than delta itself the nearest is tried first; if it still misses, the cheapest
+    trial within delta is the winner, whose weights from before are kept where they are better.
     """
     epochs = config.finetune.final_epochs
     limit = within[0][1].values[1] if within else math.inf
@@ -218,13 +221,12 @@ def _finalists(
         key=lambda item: item[1].values[0],
     )[:1]
     found: list[Finalist] = []
-    for label, _ in [*(daring if epochs > 0 else []), *within[:2]]:
+    for label, _ in [*(daring if epochs > 0 else []), *within]:
         if len(found) == 2:
             break
         long = epochs if not found else 0.0
         finalist = _final_fit(config, bench, folder, label, long, display)
-        drop = bench.baseline.val.accuracy - finalist.val.accuracy
-        if drop <= config.delta:
+        if accuracy_drop(bench.baseline.val, finalist.val) <= config.delta:
             found.append(finalist)
     return found
 
@@ -243,7 +245,8 @@ def _final_fit(
     before = evaluate(model, task, task.val)
     if epochs <= 0:
         return Finalist(label, model, plan, before, 0.0)
-    path = folder.finals / f"{label.replace('/', '-')}-{epochs:g}.safetensors"
+    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}.safetensors"
+    path = folder.finals / name
     if path.exists():
         model.load_state_dict(load_file(path))
     else:
@@ -279,7 +282,7 @@ def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) ->
     profile = profile_model(finalist.model, bench.example, latency=False)
     before, after = compare_latency(bench.baseline.model, finalist.model, bench.example)
     profile = replace(profile, latency=after, accuracy=finalist.val.accuracy)
-    drop = bench.baseline.val.accuracy - finalist.val.accuracy
+    drop = accuracy_drop(bench.baseline.val, finalist.val)
     return {
         "stage": stage,
         "trial": int(number),
@@ -291,6 +294,14 @@ def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) ->
         "tolerance_unused": config.delta - drop,
         "final_epochs": finalist.epochs,
     }
+
+
+def _count_test_read(bench: Bench) -> int:
+    """Note on the study that test data is about to be read; returns how often it was by then."""
+    study = bench.studies["exploration"]
+    reads = int(study.user_attrs.get("test_reads", 0)) + 1
+    study.set_user_attr("test_reads", reads)
+    return reads
 
 
 def _test(bench: Bench, finalist: Finalist, display: Display) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def collect_patches(
         listen(layer)
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in batches(loader, task.device, batch_count):
                 task.forward(model, batch)
     finally:
@@ -193,7 +193,13 @@ def _sample(
     before = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(x, before, mode=mode) if any(before) else x
-    height, width = layer.out_size
+    # From what is really there: training images may be smaller than the example.
+    extents = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, stride, kernel, dilation in zip(
+            padded.shape[-2:], layer.stride, layer.kernel_size, layer.dilation, strict=True
+        )
+    ]
 
     def places(limit: int) -> Tensor:
         return torch.randint(limit, (count,), generator=generator).to(x.device)
@@ -202,7 +208,7 @@ def _sample(
     offsets = [
         places(size)[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
         for size, stride, kernel, dilation in zip(
-            (height, width), layer.stride, layer.kernel_size, layer.dilation, strict=True
+            extents, layer.stride, layer.kernel_size, layer.dilation, strict=True
         )
     ]
     rows, columns = offsets[0][:, :, None], offsets[1][:, None, :]

@@ -22,7 +22,7 @@ from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
 
 KEEP = "keep"
-RULES = ("knapsack", "minmax", "uniform")
+RULES = ("knapsack", "minmax")
 STAGES = 4
 """The network's depth is cut into this many parts, each with an error weight of its own."""
 
@@ -141,7 +141,7 @@ class SearchSpace:
         return Plan({n: o.choice.transform for n, o in picked.items() if o.choice is not None})
 
     def pick(self, plan: Plan) -> dict[str, Option]:
-        """The options of a plan; a rank that is not on the ladder becomes the next above it."""
+        """The options of a plan; a rank that is not on the ladder becomes its largest."""
         picked: dict[str, Option] = {}
         for name, own in self.options.items():
             transform = plan.layers.get(name)
@@ -207,9 +207,8 @@ class Knobs:
 
     Attributes:
         budget: Cost of the network as a share of the baseline's.
-        rule: How the budget is shared out: "knapsack" (least sum of weighted errors), "minmax"
-            (least largest weighted error, ALDS, Liebenwein et al. 2021, arXiv 2107.11442) or
-            "uniform" (every layer to the same share of its own cost).
+        rule: How the budget is shared out: "knapsack" (least sum of weighted errors) or "minmax"
+            (least largest weighted error, ALDS, Liebenwein et al. 2021, arXiv 2107.11442).
         sharpness: Exponent of the error in the knapsack; 2 is the squared error.
         stages: Natural logarithm of the error weight for each part of the depth.
         methods: Natural logarithm of the error weight of each transform, by name.
@@ -224,9 +223,9 @@ class Knobs:
     @staticmethod
     def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
         """Optuna's distributions of the knobs; the rule is none: the knapsack wins."""
-        least = max(1.02 * space.least_cost / space.baseline_cost, 0.01)
+        low, high = budget_range(space)
         found: dict[str, BaseDistribution] = {
-            "budget": FloatDistribution(min(least, 0.9), 0.95, log=True),
+            "budget": FloatDistribution(low, high, log=True),
             "sharpness": FloatDistribution(1.0, 3.0),
         }
         for stage in range(STAGES):
@@ -262,9 +261,13 @@ class Knobs:
 
 
 def budget_range(space: SearchSpace) -> tuple[float, float]:
-    """The least and the largest budget worth a trial, as shares of the baseline's cost."""
-    least = 1.02 * space.least_cost / space.baseline_cost
-    return min(max(least, 1 / 40), 0.85), 0.9
+    """The least and the largest budget worth a trial, as shares of the baseline's cost.
+
+    Of what the space can save, the largest leaves a tenth; all is never worth it, nor 40 times.
+    """
+    least = space.least_cost / space.baseline_cost
+    low, high = least + 0.005 * (1 - least), least + 0.9 * (1 - least)
+    return min(max(low, 1 / 40), 0.99 * high), high
 
 
 def next_seed(
@@ -272,8 +275,8 @@ def next_seed(
 ) -> Knobs:
     """The next seed along the budget line: bisection for the least budget within delta.
 
-    The last three of four or more seeds share the least budget found so far out in other ways: by
-    the largest error, and with the front or the back of the network spared.
+    The seeds beyond the fourth, three at most, share the least budget found so far out in other
+    ways: with the front or the back of the network spared, and by the largest error.
 
     Args:
         space: The search space.
@@ -285,11 +288,11 @@ def next_seed(
     least = min((budget for budget, within in tried if within), default=high)
     slope = tuple(0.5 * TILT * (1 - 2 * stage / (STAGES - 1)) for stage in range(STAGES))
     variants = [
-        Knobs(least, "minmax"),
         Knobs(least, stages=slope),
         Knobs(least, stages=slope[::-1]),
-    ]
-    if count >= 4 and index >= count - len(variants):
+        Knobs(least, "minmax"),
+    ][: max(0, count - 4)]
+    if index >= count - len(variants):
         return variants[index - (count - len(variants))]
     if not tried:
         return Knobs(min(max(0.25, low), high))
@@ -300,8 +303,8 @@ def next_seed(
 def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
     """Share a budget out over the layers.
 
-    The rule's single multiplier (price of cost, bound of error or share of each layer) is found by
-    bisection, so that the network costs as much of the budget as the ladders allow.
+    The rule's single multiplier (price of cost or bound of error) is found by bisection, so that
+    the network costs as much of the budget as the ladders allow.
     """
     names = list(space.options)
     budget = knobs.budget * space.baseline_cost
@@ -335,14 +338,8 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
 def _decide(knobs: Knobs, strength: float, cost: Floats, error: Floats) -> int:
     if knobs.rule == "knapsack":
         return int(np.argmin(error**knobs.sharpness + math.exp(strength) * cost))
-    if knobs.rule == "minmax":
-        allowed = error <= math.exp(strength)
-        return int(np.argmin(np.where(allowed, cost, np.inf)))
-    share = 1.0 / (1.0 + math.exp(strength))
-    affordable = cost <= share * cost[0]
-    if not affordable.any():
-        return int(np.argmin(cost))
-    return int(np.argmin(np.where(affordable, error, np.inf)))
+    allowed = error <= math.exp(strength)
+    return int(np.argmin(np.where(allowed, cost, np.inf)))
 
 
 def cost_unit(objective: str) -> str:

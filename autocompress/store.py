@@ -8,16 +8,16 @@ import os
 import sqlite3
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import optuna
 import torch
 from filelock import FileLock, Timeout
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
-from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
-from autocompress.samplers import INTERRUPTED
+from autocompress.samplers import EXCUSED, INTERRUPTED, counted
 
 STAGES = ("exploration", "annealing")
 
@@ -48,6 +48,8 @@ class StudyFolder:
         self.best = path / "best"
         self.second = path / "second"
         self.finals = path / "finals"
+        self.baseline = path / "baseline.safetensors"
+        self.identity = path / "study.id"
 
     def create(self) -> None:
         """Make the folder.
@@ -75,6 +77,29 @@ class StudyFolder:
             raise ConfigError(
                 f"The study in {self.path} is being run by another process; wait for it or stop it."
             ) from error
+
+    def claim(self, study: Study) -> str:
+        """Tie the folder and a study in a database to each other, by an identity that both keep.
+
+        Returns:
+            The identity; what the folder holds under another one belongs to another study.
+
+        Raises:
+            StudyMismatch: If the study is kept in another folder.
+        """
+        kept = study.user_attrs.get("identity")
+        if kept is None:
+            kept = uuid4().hex[:12]
+            write_text(self.identity, kept)
+            study.set_user_attr("folder", str(self.path.resolve()))
+            study.set_user_attr("identity", kept)
+        elif not self.identity.exists() or self.identity.read_text(encoding="utf-8") != kept:
+            raise StudyMismatch(
+                f"Study '{study.study_name}' of this database is not the one of {self.path}: its "
+                f"weights are in {study.user_attrs['folder']}. Give that folder's place as "
+                "run.out, or use a new name."
+            )
+        return str(kept)
 
     def storage_url(self, url: str | None) -> str:
         """The database's URL: the one given, or SQLite in the folder."""
@@ -134,21 +159,14 @@ def study_name(name: str, stage: str) -> str:
 
 
 def open_study(
-    storage: RDBStorage,
-    name: str,
-    stage: str,
-    *,
-    sampler: BaseSampler,
-    bound: Mapping[str, Any],
-    cost_name: str,
+    storage: RDBStorage, name: str, stage: str, *, bound: Mapping[str, Any], cost_name: str
 ) -> Study:
-    """Create the Optuna study of a stage, or go on with it.
+    """Create the Optuna study of a stage, or go on with it; its sampler is set later.
 
     Args:
         storage: The database.
         name: The study's name, without the stage.
         stage: "exploration" or "annealing".
-        sampler: Proposes the trials.
         bound: The settings that the study stands for, flat.
         cost_name: Name of the second objective, with its unit.
 
@@ -159,11 +177,11 @@ def open_study(
         study_name=study_name(name, stage),
         storage=storage,
         directions=["minimize", "minimize"],
-        sampler=sampler,
         load_if_exists=True,
     )
     stored = study.user_attrs.get("config")
-    if stored is None:
+    # A study without trials binds nobody.
+    if stored is None or not study.get_trials(deepcopy=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(["accuracy drop (points)", cost_name])
@@ -197,11 +215,12 @@ def load_study(storage: RDBStorage, name: str, stage: str) -> Study | None:
 
 def trials_spent(study: Study) -> list[FrozenTrial]:
     """The trials that count towards the budget: all that ended by themselves."""
-    return [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state.is_finished() and INTERRUPTED not in trial.user_attrs
-    ]
+    return [trial for trial in counted(study) if trial.state.is_finished()]
+
+
+def excuse(study: Study, numbers: Sequence[int]) -> None:
+    """Take failed trials out of the budget: what made them fail lies outside of the study."""
+    study.set_user_attr(EXCUSED, sorted({*study.user_attrs.get(EXCUSED, ()), *numbers}))
 
 
 def bury_interrupted(study: Study) -> int:
@@ -212,7 +231,7 @@ def bury_interrupted(study: Study) -> int:
     Returns:
         How many there were.
     """
-    dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+    dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     for trial in dead:
         mark_interrupted(study, trial._trial_id, trial.number)
     return len(dead)

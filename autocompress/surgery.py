@@ -111,11 +111,15 @@ def load_kernels(replacement: nn.Module, kernels: Sequence[Tensor]) -> None:
 def dense_weight(replacement: nn.Module, module: nn.Module) -> Tensor:
     """Multiply a replacement out to a kernel of the shape of `module.weight`.
 
-    It is what the replacement answers to unit impulses, one for each place of a group's kernel.
+    It is what the replacement answers to unit impulses, one for each place of a group's kernel;
+    on the CPU, where no TF32 rounds it.
+
+    Returns:
+        The kernel, on the CPU.
     """
-    weight = module.get_parameter("weight").detach()
+    weight = module.get_parameter("weight").detach().cpu()
     count = weight[0].numel()
-    probe = _probe(replacement)
+    probe = _probe(replacement).cpu()
     answers = []
     for begin in range(0, count, IMPULSES):
         places = torch.arange(begin, min(begin + IMPULSES, count), device=weight.device)
@@ -150,13 +154,6 @@ class ErrorMeter:
         with torch.no_grad():
             approximate = _probe(replacement)(self._patches)
         return float((self._exact - approximate).norm()) / self._norm
-
-
-def relative_error(
-    module: nn.Module, transform: Transform, kernels: Sequence[Tensor], patches: Tensor
-) -> float:
-    """Relative error of one replacement; use an `ErrorMeter` for several of one layer."""
-    return ErrorMeter(module, patches).relative_error(transform, kernels)
 
 
 def _probe(module: nn.Module) -> nn.Module:

@@ -49,13 +49,13 @@ def call_on_images(model: nn.Module, batch: Batch) -> Any:
 
 
 def cross_entropy(output: Any, batch: Batch) -> Tensor:
-    """The default loss, for logits of shape `n x classes` and a batch `(images, labels)`."""
+    """The default loss, for logits `n x classes (x ...)` and a batch `(images, labels)`."""
     return F.cross_entropy(output, batch[1])
 
 
 def correct(output: Any, batch: Batch) -> Tensor:
-    """The default metric: 1 for each image whose largest logit is at its label, else 0."""
-    hits: Tensor = output.argmax(dim=-1) == batch[1]
+    """The default metric: 1 for each label at which the largest logit is, else 0."""
+    hits: Tensor = output.argmax(dim=1) == batch[1]
     return hits.float()
 
 
@@ -63,16 +63,17 @@ def logit_distillation(student: Any, teacher: Any, temperature: float = 4.0) -> 
     """Kullback-Leibler divergence of softened logits (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        student: Logits, `n x classes`.
+        student: Logits, `n x classes (x ...)`.
         teacher: Logits of the baseline, of the same shape.
         temperature: Divides both logits; the result is scaled by its square.
     """
-    return F.kl_div(
-        F.log_softmax(student.float() / temperature, dim=-1),
-        F.log_softmax(teacher.float() / temperature, dim=-1),
-        reduction="batchmean",
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / temperature, dim=1),
+        F.log_softmax(teacher.float() / temperature, dim=1),
+        reduction="none",
         log_target=True,
-    ) * (temperature * temperature)
+    )
+    return divergence.sum(dim=1).mean() * (temperature * temperature)
 
 
 def sgd(model: nn.Module, learning_rate: float) -> Optimizer:
@@ -102,7 +103,8 @@ class Task:
     """A trained network, its data and how they meet.
 
     Attributes:
-        model: The network; after `baseline.prepare` it holds the baseline's weights.
+        model: The network; after `train_baseline` it holds the baseline's weights. Parameters that
+            don't require gradients stay as they are; the factors of replaced layers are trained.
         train: Training batches; the only data that weights are fitted to.
         val: Validation batches; every choice is made on these.
         test: Test batches; read once, for the report.
@@ -172,7 +174,7 @@ class Task:
         device = next(self.model.parameters()).device
         hook = self.model.register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            with torch.inference_mode():
+            with torch.no_grad():
                 self.forward(self.model.eval(), to_device(batch, device))
         finally:
             hook.remove()
@@ -206,12 +208,16 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def first_samples(batch: Batch, count: int) -> Batch:
-    """The first `count` samples of `batch`."""
+    """The first `count` samples of `batch`; what has no samples, such as a number, stays."""
+    if isinstance(batch, Tensor):
+        return batch[:count] if batch.ndim else batch
     if isinstance(batch, Mapping):
         return {key: first_samples(value, count) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return tuple(first_samples(value, count) for value in batch)
-    return batch[:count]
+        if any(True for _ in tensors_in(batch)):
+            return tuple(first_samples(value, count) for value in batch)
+        return batch[:count]
+    return batch
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -238,23 +244,26 @@ def batches(loader: Iterable[Batch], device: torch.device, count: int | None) ->
 
 
 def check_outputs(task: Task) -> None:
-    """Refuse data with more classes than the network has outputs.
+    """Run the network and the metric on two samples, before any work is spent.
 
     Raises:
-        ConfigError: If so; or if the network can't take the images at all.
+        ConfigError: If the data has more classes than the network has outputs, or the network
+            can't take the data, or the metric not its outputs.
     """
     batch = next(iter(task.train), None)
     if batch is None:
         raise ConfigError("The training loader is empty; give at least one batch.")
     device = next(task.model.parameters()).device
     was_training = task.model.training
+    samples = to_device(first_samples(batch, 2), device)
     try:
-        with torch.inference_mode():
-            output = task.forward(task.model.eval(), to_device(first_samples(batch, 2), device))
-    except RuntimeError as error:
+        with torch.no_grad():
+            output = task.forward(task.model.eval(), samples)
+    except Exception as error:
         shapes = ", ".join(str(tuple(value.shape[1:])) for value in tensors_in(batch))
         raise ConfigError(
-            f"The network can't take this data, whose samples have shapes {shapes}: {error}. "
+            f"The network can't take this data, whose samples have shapes {shapes}: "
+            f"{type(error).__name__}: {error}. "
             "Check model.arguments (in_channels), data.image_size and the forward pass."
         ) from error
     finally:
@@ -264,4 +273,14 @@ def check_outputs(task: Task) -> None:
         raise ConfigError(
             f"The data has {len(task.classes)} classes, the network has {outputs} outputs; set "
             "model.arguments so that it has at least as many (num_classes)."
+        )
+    try:
+        scores = task.metric(output, samples)
+    except Exception as error:
+        raise ConfigError(
+            f"The metric failed on two samples with {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(scores, Tensor) or not scores.numel():
+        raise ConfigError(
+            f"The metric must return a tensor with a score for each sample, got {scores!r}."
         )

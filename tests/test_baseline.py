@@ -22,6 +22,7 @@ def untrained(fingerprint: str = "tiny") -> Task:
     torch.manual_seed(0)
     task = Task(TinyNet(), make_loader(256, 1), make_loader(128, 2), make_loader(128, 3))
     task.fingerprint = fingerprint
+    task.origin = {"source": "tests:TinyNet", "arguments": {}}
     return task
 
 
@@ -58,6 +59,14 @@ def test_another_recipe_is_trained_anew(fits: list[Any], change: str) -> None:
     recipe = BaselineConfig(learning_rate=0.05) if change == "learning_rate" else RECIPE
     epochs = 2.0 if change == "epochs" else 1.0
     train_baseline(task, recipe, epochs, 1 if change == "seed" else 0, NullDisplay())
+    assert len(fits) == 2
+
+
+def test_what_came_from_python_is_not_looked_up(fits: list[Any]) -> None:
+    for _ in range(2):
+        task = untrained()
+        task.origin = None
+        train_baseline(task, RECIPE, 1.0, 0, NullDisplay())
     assert len(fits) == 2
 
 

@@ -43,6 +43,11 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def test_a_gate_below_delta_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"finetune.gate = 1 must be >= delta = 2"):
+        parse_config({**MINIMAL, "delta": 2.0, "finetune.gate": 1.0})
+
+
 def test_every_field_is_described_and_there_are_about_thirty() -> None:
     assert 20 <= len(fields()) <= 31
     assert all(fields().values())

@@ -2,8 +2,28 @@ import pytest
 import torch
 from conftest import make_loader
 
-from autocompress.evaluation import Evaluation, evaluate, paired_drop, recalibrate
+from autocompress.errors import AutocompressError
+from autocompress.evaluation import (
+    Evaluation,
+    accuracy_drop,
+    evaluate,
+    paired_drop,
+    recalibrate,
+)
 from autocompress.task import Task
+
+
+def test_a_drop_of_exactly_delta_is_not_above_it() -> None:
+    for right in range(100, 1001, 7):
+        before, after = torch.zeros(1000), torch.zeros(1000)
+        before[:right] = 1.0
+        after[: right - 10] = 1.0
+        assert accuracy_drop(Evaluation(before), Evaluation(after)) == 1.0
+
+
+def test_a_score_that_is_no_number_is_an_error() -> None:
+    with pytest.raises(AutocompressError, match="accuracy drop nan"):
+        accuracy_drop(Evaluation(torch.ones(2)), Evaluation(torch.tensor([1.0, float("nan")])))
 
 
 def test_accuracy_is_weighted_by_samples_not_batches(task: Task) -> None:

@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
 from autocompress.errors import ConfigError
-from autocompress.loaders import ArrayLoader, split_loader, stratified_split, unaugmented
+from autocompress.loaders import (
+    ArrayLoader,
+    in_order,
+    split_loader,
+    stratified_split,
+    unaugmented,
+)
 
 
 def array_loader(count: int = 64, size: int = 8, **options: Any) -> ArrayLoader:
@@ -180,3 +186,13 @@ class Stream(IterableDataset[Tensor]):
 def test_loaders_that_can_not_be_split_ask_for_val(loader: Any) -> None:
     with pytest.raises(ConfigError, match="give val yourself"):
         split_loader(loader, 0.1, 0)
+
+
+def test_a_shuffled_loader_is_put_in_order() -> None:
+    shuffled = make_loader(40, 0, shuffle=True)
+    ordered = in_order(shuffled)
+    first, second = all_labels(ordered), all_labels(ordered)
+    assert torch.equal(first, second) and torch.equal(first, make_images(40, 0)[1])
+    assert in_order(make_loader(8, 0)) is not None
+    mine = [(torch.zeros(1), torch.zeros(1))]
+    assert in_order(mine) is mine  # type: ignore[comparison-overlap]

@@ -75,6 +75,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         objective="params",
         seed=0,
         store=StudyFolder(tmp_path).artifact_store(),
+        identity="tiny",
         display=Ends(),
         studies={"exploration": study},
     )
@@ -111,7 +112,7 @@ def test_the_same_seed_gives_the_same_trial(task: Task, tmp_path: Path) -> None:
 def test_a_trial_stopped_at_the_gate_is_pruned_with_its_constraint(
     task: Task, tmp_path: Path
 ) -> None:
-    bench = make_bench(task, tmp_path, **{"finetune.gate": 0.0})
+    bench = make_bench(task, tmp_path, delta=0.0, **{"finetune.gate": 0.0})
     task.metric = lambda output, batch: torch.zeros(len(output))  # after the baseline's score
     frozen = run_trial(bench, "exploration", space_of(bench))
     assert frozen.state == TrialState.PRUNED
@@ -123,7 +124,7 @@ def test_a_trial_stopped_at_the_gate_is_pruned_with_its_constraint(
 
 
 def test_for_some_samplers_it_is_complete(task: Task, tmp_path: Path) -> None:
-    bench = make_bench(task, tmp_path, **{"finetune.gate": 0.0})
+    bench = make_bench(task, tmp_path, delta=0.0, **{"finetune.gate": 0.0})
     bench.rejected_as_complete = True
     task.metric = lambda output, batch: torch.zeros(len(output))
     frozen = run_trial(bench, "exploration", space_of(bench))
@@ -158,6 +159,13 @@ def test_a_loss_that_is_no_number_is_a_failure(bench: Bench) -> None:
     frozen = run_trial(bench, "exploration", space_of(bench))
     assert frozen.state == TrialState.FAIL and frozen.values is None
     assert frozen.user_attrs["reason"].startswith("TrainingDiverged: The loss became nan")
+
+
+def test_a_metric_that_is_no_number_is_a_failure(bench: Bench) -> None:
+    bench.task.metric = lambda output, batch: torch.full((len(output),), float("nan"))
+    frozen = run_trial(bench, "exploration", space_of(bench))
+    assert frozen.state == TrialState.FAIL
+    assert "The metric gave a score" in frozen.user_attrs["reason"]
 
 
 def test_an_interruption_is_recorded_and_goes_on(bench: Bench) -> None:

@@ -6,10 +6,12 @@ from test_space import make_space
 
 from autocompress.plan import Plan
 from autocompress.samplers import (
+    EXCUSED,
     INTERRUPTED,
     KNOBS,
     PARENT,
     SEED_INDEX,
+    WEIGHTS,
     AnnealingSampler,
     KnobSampler,
     Parent,
@@ -54,6 +56,7 @@ def run(
         drop = drop_of(space, plan) * (inherited if has_parent else 1.0)
         pair = (drop, float(space.cost(space.pick(plan))))
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [pair[0] - delta])
+        trial.set_user_attr(WEIGHTS, "somewhere")
         study.tell(trial, pair)
         values.append(pair)
     return values
@@ -107,11 +110,22 @@ def test_seeds_come_first_and_each_once() -> None:
 def test_an_interrupted_trial_gives_its_seed_back() -> None:
     study = make_study(KnobSampler(SPACE, 0, seed_count=4))
     lost = study.ask()
-    SPACE.suggest(lost)
+    lost.set_user_attr("plan_digest", SPACE.suggest(lost).digest)
     lost.set_user_attr(INTERRUPTED, True)
     study.tell(lost, state=optuna.trial.TrialState.FAIL)
     run(study, SPACE, 1)
     assert [trial.system_attrs[SEED_INDEX] for trial in study.trials] == [0, 0]
+    assert study.trials[0].params == study.trials[1].params
+
+
+def test_an_excused_trial_gives_its_seed_back() -> None:
+    study = make_study(KnobSampler(SPACE, 0, seed_count=4))
+    failed = study.ask()
+    failed.set_user_attr("plan_digest", SPACE.suggest(failed).digest)
+    study.tell(failed, state=optuna.trial.TrialState.FAIL)
+    study.set_user_attr(EXCUSED, [0])
+    run(study, SPACE, 1)
+    assert study.trials[0].params == study.trials[1].params
 
 
 def test_plans_are_not_repeated() -> None:

@@ -96,6 +96,14 @@ def test_the_same_seed_gives_the_same_table(trained_state: dict[str, Tensor]) ->
     assert tables[0] == tables[1]
 
 
+def test_training_images_may_be_smaller_than_the_example() -> None:
+    conv = nn.Conv2d(1, 4, 3, stride=2, dilation=2)
+    loader = [(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))]
+    task = Task(conv, loader, loader, loader)  # type: ignore[arg-type]
+    layers, _ = inspect_layers(conv, (torch.randn(1, 1, 24, 24),))
+    assert collect_patches(conv, task, layers, patches=64)[""].shape == (64, 1, 3, 3)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

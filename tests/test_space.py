@@ -11,6 +11,7 @@ from autocompress.space import (
     Knobs,
     SearchSpace,
     allocate,
+    budget_range,
     next_seed,
 )
 from autocompress.transforms import SVD, SpatialSVD
@@ -74,12 +75,7 @@ def test_minmax_evens_the_errors_out(space: SearchSpace) -> None:
     def worst(rule: str) -> float:
         return max(option.error for option in allocate(space, Knobs(0.4, rule)).values())
 
-    assert worst("minmax") <= worst("uniform")
-
-
-def test_uniform_cuts_every_layer_alike(space: SearchSpace) -> None:
-    costs = [option.cost for option in allocate(space, Knobs(0.5, "uniform")).values()]
-    assert max(costs) < 1.3 * min(costs)
+    assert worst("minmax") <= worst("knapsack")
 
 
 def test_stage_and_method_weights_steer(space: SearchSpace) -> None:
@@ -129,6 +125,24 @@ def test_narrowing_around_an_untouched_layer_offers_mild_cuts(space: SearchSpace
         assert all(option.fraction > 0.75 for option in own[1:]) and len(own) > 1
 
 
+def test_few_seeds_are_all_for_the_budget(space: SearchSpace) -> None:
+    tried = [(0.25, False)]
+    plain = [next_seed(space, 3, 4, tried), next_seed(space, 3, 5, tried)]
+    assert all(knobs.rule == "knapsack" and not any(knobs.stages) for knobs in plain)
+    assert any(next_seed(space, 4, 5, tried).stages)
+
+
+def test_budgets_span_what_can_be_saved_however_little_that_is() -> None:
+    """Where most of the cost can't change, budgets still lie between the least and all of it."""
+    full = make_space()
+    space = SearchSpace(full.options, fixed_cost=40 * full.baseline_cost)
+    least = space.least_cost / space.baseline_cost
+    low, high = budget_range(space)
+    assert least > 0.95 and least < low < high < 1.0
+    cut = [space.cost(allocate(space, Knobs(budget))) for budget in (low, (low + high) / 2, high)]
+    assert cut[0] < cut[1] < cut[2] < space.baseline_cost
+
+
 def test_knobs_round_trip(space: SearchSpace) -> None:
     knobs = Knobs(0.4, "minmax", 1.5, (0.1, -0.2, 0.3, 0.0), {"svd": 0.5, "spatial_svd": -0.5})
     params = knobs.to_params(space)
@@ -148,6 +162,6 @@ def test_seeds_halve_the_gap_between_too_much_and_too_little(space: SearchSpace)
 def test_the_last_seeds_share_the_least_budget_out_in_other_ways(space: SearchSpace) -> None:
     tried = [(0.25, False), (0.5, True)]
     last = [next_seed(space, index, 8, tried) for index in range(5, 8)]
-    assert [knobs.rule for knobs in last] == ["minmax", "knapsack", "knapsack"]
-    assert last[1].stages == last[2].stages[::-1] and last[1].stages != last[2].stages
+    assert [knobs.rule for knobs in last] == ["knapsack", "knapsack", "minmax"]
+    assert last[0].stages == last[1].stages[::-1] and last[0].stages != last[1].stages
     assert {knobs.budget for knobs in last} == {0.5}

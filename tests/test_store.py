@@ -19,6 +19,7 @@ from autocompress.store import (
     StudyFolder,
     bury_interrupted,
     check_same,
+    excuse,
     fetch_weights,
     hide_password,
     load_study,
@@ -42,19 +43,59 @@ def opened(tmp_path: Path, bound: dict[str, object] | None = None) -> optuna.Stu
         open_storage(f"sqlite:///{tmp_path / 'study.db'}"),
         "one",
         "exploration",
-        sampler=optuna.samplers.RandomSampler(seed=0),
         bound=bound or BOUND,
         cost_name="parameters",
     )
 
 
 def test_a_study_is_bound_to_its_settings(tmp_path: Path) -> None:
-    assert opened(tmp_path).user_attrs["config"] == BOUND
+    study = opened(tmp_path)
+    assert study.user_attrs["config"] == BOUND
+    study.tell(study.ask(), [1.0, 2.0])
     opened(tmp_path, {"search.transforms": ("svd",), "delta": 1.0})
     with pytest.raises(StudyMismatch, match="delta: 1.0 -> 2.0.*new name"):
         opened(tmp_path, {**BOUND, "delta": 2.0})
     with pytest.raises(StudyMismatch, match="objective: not set -> 'macs'"):
         check_same("one", BOUND, {**BOUND, "objective": "macs"})
+
+
+def test_a_study_without_trials_binds_nobody(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert opened(tmp_path, {**BOUND, "delta": 2.0}).user_attrs["config"]["delta"] == 2.0
+
+
+def test_a_study_and_its_folder_know_each_other(tmp_path: Path) -> None:
+    study, folder = opened(tmp_path), StudyFolder(tmp_path / "one")
+    folder.create()
+    identity = folder.claim(study)
+    assert folder.claim(opened(tmp_path)) == identity
+    other = StudyFolder(tmp_path / "other")
+    other.create()
+    with pytest.raises(StudyMismatch, match=f"weights are in {tmp_path / 'one'}"):
+        other.claim(study)
+    new = open_study(
+        open_storage(f"sqlite:///{tmp_path / 'new.db'}"),
+        "one",
+        "exploration",
+        bound=BOUND,
+        cost_name="parameters",
+    )
+    assert folder.claim(new) != identity
+
+
+def test_excused_trials_do_not_count(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    for _ in range(3):
+        study.tell(study.ask(), state=TrialState.FAIL)
+    excuse(study, [0])
+    excuse(study, [2])
+    assert [trial.number for trial in trials_spent(study)] == [1]
+
+
+def test_a_queued_trial_is_no_dead_one(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    study.enqueue_trial({"x": 1})
+    assert bury_interrupted(study) == 0
 
 
 def test_a_study_that_is_not_there_is_none(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from autocompress.errors import ConfigError, UnsupportedLayer
 from autocompress.layers import inspect_layers
 from autocompress.plan import Plan
 from autocompress.surgery import (
+    ErrorMeter,
     FactorCache,
     apply_plan,
     build_plan,
     dense_weight,
     load_kernels,
-    relative_error,
     replace_module,
 )
 from autocompress.transforms import CP, SVD, TensorTrain, Tucker2
@@ -126,8 +126,8 @@ def test_apply_plan_uses_the_patches_of_its_cache() -> None:
     cache = FactorCache(net, {"conv": patches})
     for model, sign in ((plain, 1), (weighted, -1)):
         kernels = [p.detach() for p in model.get_submodule("conv").parameters()]
-        error = relative_error(net.conv, SVD(4), kernels, patches)
-        best = relative_error(net.conv, SVD(4), cache.kernels("conv", SVD(4)), patches)
+        error = ErrorMeter(net.conv, patches).relative_error(SVD(4), kernels)
+        best = ErrorMeter(net.conv, patches).relative_error(SVD(4), cache.kernels("conv", SVD(4)))
         assert error > best * 1.05 if sign > 0 else error == pytest.approx(best)
 
 
@@ -139,9 +139,10 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     dense = torch.einsum("ri,or->oi", kernels[0].flatten(1), kernels[1].flatten(1))
     exact = patches.flatten(1) @ conv.weight.detach().flatten(1).T
     wanted = (exact - patches.flatten(1) @ dense.T).norm() / exact.norm()
-    assert relative_error(conv, SVD(2), kernels, patches) == pytest.approx(float(wanted), rel=1e-4)
+    meter = ErrorMeter(conv, patches)
+    assert meter.relative_error(SVD(2), kernels) == pytest.approx(float(wanted), rel=1e-4)
     full = FactorCache(conv).kernels("", SVD(6))
-    assert relative_error(conv, SVD(6), full, patches) < 1e-5
+    assert meter.relative_error(SVD(6), full) < 1e-5
 
 
 def test_dense_weight_is_exact_and_leaves_its_arguments() -> None:

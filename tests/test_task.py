@@ -3,7 +3,14 @@ import torch
 from conftest import TinyNet, make_loader
 
 from autocompress.errors import ConfigError
-from autocompress.task import Task, check_outputs, first_samples, to_device
+from autocompress.task import (
+    Task,
+    check_outputs,
+    correct,
+    first_samples,
+    logit_distillation,
+    to_device,
+)
 
 
 def test_example_is_one_image_as_the_network_gets_it(task: Task) -> None:
@@ -40,6 +47,33 @@ def test_images_of_the_wrong_depth_are_refused() -> None:
     task = Task(TinyNet(), loader, loader, make_loader(8, 0))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"\(3, 8, 8\)"):
         check_outputs(task)
+
+
+def test_a_metric_that_fails_is_said_before_any_work(task: Task) -> None:
+    task.metric = lambda output, batch: output["scores"]
+    with pytest.raises(ConfigError, match="The metric failed on two samples"):
+        check_outputs(task)
+    task.metric = lambda output, batch: 0.5  # type: ignore[assignment,return-value]
+    with pytest.raises(ConfigError, match="must return a tensor"):
+        check_outputs(task)
+
+
+def test_a_batch_may_hold_what_has_no_samples() -> None:
+    batch = {"image": torch.zeros(4, 2), "weight": 1.0, "step": torch.tensor(3), "names": ["a"] * 4}
+    cut = first_samples(batch, 2)
+    assert cut["image"].shape == (2, 2) and cut["weight"] == 1.0 and cut["names"] == ["a", "a"]
+    assert cut["step"] == 3
+
+
+def test_the_defaults_serve_dense_outputs() -> None:
+    logits, labels = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
+    assert correct(logits, (None, labels)).shape == (2, 3, 4)
+    same = logit_distillation(logits, logits)
+    assert float(same) == pytest.approx(0.0, abs=1e-5)
+    flat = logits.permute(0, 2, 3, 1).reshape(-1, 5)
+    other = torch.randn_like(flat)
+    dense = other.reshape(2, 3, 4, 5).permute(0, 3, 1, 2)
+    torch.testing.assert_close(logit_distillation(flat, other), logit_distillation(logits, dense))
 
 
 def test_batches_may_nest() -> None:

@@ -3,10 +3,11 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import TinyNet, make_loader
+from torch import nn
 
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import evaluate
-from autocompress.task import Task, logit_distillation
+from autocompress.task import Task, check_outputs, logit_distillation
 from autocompress.training import fit
 
 
@@ -65,6 +66,28 @@ def test_distillation_pulls_towards_the_teacher(task: Task) -> None:
             return float(logit_distillation(student(images), teacher(images)))
 
     assert distance(1.0) < distance(0.0)
+
+
+def test_weights_end_in_plain_memory_order_whatever_their_form(task: Task) -> None:
+    """Latencies and saved files don't depend on whether a network was just trained."""
+    task.model.add_module("volume", nn.Conv3d(1, 1, 3))
+    fit(task.model, task, epochs=0.2, learning_rate=0.01, seed=0)
+    assert all(value.is_contiguous() for value in task.model.parameters())
+
+
+def test_a_network_may_keep_tensors_from_one_pass_to_the_next(task: Task) -> None:
+    class Cached(TinyNet):
+        scale: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.scale is None:
+                self.scale = torch.ones(1)
+            return super().forward(x * self.scale)
+
+    task.model = Cached()
+    check_outputs(task)
+    evaluate(task.model, task, task.val)
+    assert fit(deepcopy(task.model), task, epochs=0.2, learning_rate=0.01, seed=0).steps == 3
 
 
 def test_the_teacher_is_not_trained(task: Task) -> None:

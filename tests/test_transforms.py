@@ -19,7 +19,7 @@ from transform_cases import LAYERS, METHODS, accepted, filled, make, refused
 from autocompress.errors import UnsupportedLayer
 from autocompress.layers import LayerSpec
 from autocompress.plan import Plan
-from autocompress.surgery import dense_weight, relative_error
+from autocompress.surgery import ErrorMeter, dense_weight
 from autocompress.transforms import CP, SVD, SpatialSVD, TensorTrain, Transform, Tucker2
 from autocompress.transforms.base import climb
 from autocompress.transforms.cp import _fit, _least_squares, _start
@@ -189,9 +189,17 @@ def test_patches_lower_the_error_on_real_inputs(transform: Transform, name: str)
     weight = module.get_parameter("weight").detach()
     plain = transform.kernels(kind.factorize(weight, spec.groups, None))
     weighted = transform.kernels(kind.factorize(weight, spec.groups, seen))
-    assert relative_error(module, transform, weighted, unseen) < 0.9 * relative_error(
-        module, transform, plain, unseen
-    )
+    meter = ErrorMeter(module, unseen)
+    best, worse = (meter.relative_error(transform, kernels) for kernels in (weighted, plain))
+    assert best < 0.9 * worse
+
+
+def test_every_replacement_takes_its_input_by_name() -> None:
+    """As `nn.Conv2d`, `nn.Linear` and `nn.Sequential` do."""
+    for kind, name in ((SVD, "linear"), (TensorTrain, "linear"), (SVD, "plain")):
+        module, x, spec = make(name)
+        built = kind.full(spec).build(module)
+        torch.testing.assert_close(built(input=x), built(x))
 
 
 def test_weighted_svd_is_optimal_on_its_patches() -> None:
@@ -202,9 +210,8 @@ def test_weighted_svd_is_optimal_on_its_patches() -> None:
     outputs = patches.flatten(1) @ weight.flatten(1).T
     values = torch.linalg.svdvals(outputs)
     best = float(values[4:].norm() / values.norm())
-    error = relative_error(
-        module, SVD(4), SVD(4).kernels(SVD.factorize(weight, 1, patches)), patches
-    )
+    kernels = SVD(4).kernels(SVD.factorize(weight, 1, patches))
+    error = ErrorMeter(module, patches).relative_error(SVD(4), kernels)
     assert best <= error + 1e-6 and error < best * 1.02
 
 

@@ -65,11 +65,11 @@ class TTLinear(nn.Module):
             nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map `... x in_features` to `... x out_features`."""
         (in1, in2), (out1, out2) = self.in_modes, self.out_modes
-        lead = x.shape[:-1]
-        rows = x.reshape(-1, in1, in2).transpose(1, 2)
+        lead = input.shape[:-1]
+        rows = input.reshape(-1, in1, in2).transpose(1, 2)
         # n x in2 x (rank out1) -> n x out1 x (rank in2)
         mixed = self.first(rows).reshape(-1, in2, self.first.out_features // out1, out1)
         mixed = mixed.permute(0, 3, 2, 1).flatten(2)
