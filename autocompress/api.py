@@ -17,11 +17,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from autocompress.conductor import Outcome, run_study
-from autocompress.config import StudyConfig, load_config, parse_config
+from autocompress.config import DataConfig, StudyConfig, parse_config
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
-from autocompress.loaders import cut_validation, in_order, labels_of, unaugmented
-from autocompress.models import build_model, check_model
+from autocompress.loaders import (
+    check_loader,
+    check_repeats,
+    cut_validation,
+    in_order,
+    labels_of,
+    unaugmented,
+)
+from autocompress.models import PRETRAINED, build_model, pretrained_normalization
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.task import Loader, Task, tensors_in
 
@@ -58,10 +65,9 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         ConfigError: If there is no such network, data or device, or they don't fit each other.
     """
     device = pick_device(config.run.device)
-    check_model(config.model.source, folder)
-    data = load_data(config.data, config.seed, device, folder)
     torch.manual_seed(config.seed)
     model = build_model(config.model.source, config.model.arguments, config.model.weights, folder)
+    data = load_data(_like_pretrained(config, model), config.seed, device, folder)
     return Task(
         model=model,
         train=data.train,
@@ -75,6 +81,14 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         val_seen=data.val_from == "train" and config.model.weights is not None,
         device=device,
     )
+
+
+def _like_pretrained(config: StudyConfig, model: nn.Module) -> DataConfig:
+    """The data section, with the normalization that the library's weights were trained with."""
+    if config.model.weights != PRETRAINED or config.data.mean is not None:
+        return config.data
+    mean, std = pretrained_normalization(model)
+    return config.data.model_copy(update={"mean": mean, "std": std})
 
 
 def compress(
@@ -104,7 +118,8 @@ def compress(
         val: Validation batches, on which all choices are made; None cuts a tenth of `train` off
             (seeded, stratified by label where labels can be read). Better give some that the
             network was not trained on, or cut them from `test` by
-            `settings={"data.val_from": "test"}`: the drop on images that it knows is larger.
+            `settings={"data.val_from": "test"}`: the drop on images that it knows is larger. One of
+            these is needed where `train` augments its images at random.
         delta: Largest accepted drop, in points of the metric.
         name: The study's name, and that of its folder.
         out: Where the study's folder is made.
@@ -129,6 +144,11 @@ def compress(
         >>> outcome = autocompress.compress(model, train, test, delta=1.0)  # doctest: +SKIP
         >>> outcome.model, outcome.summary["best"]["test_drop"]  # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}.")
+    for role, loader in (("train", train), ("test", test), ("val", val)):
+        if loader is not None or role != "val":
+            check_loader(role, loader)
     known = {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
     if "loss" in functions:
         # What imitates logits need not suit another loss.
@@ -160,8 +180,10 @@ def compress(
             test,
             fraction=config.data.val_fraction,
             source=config.data.val_from,
-            seed=seed,
+            seed=config.seed,
         )
+    check_repeats("The validation data", val)
+    check_repeats("The test data", test)
     own = deepcopy(model).cpu()
     task = Task(
         model=own,
@@ -177,15 +199,6 @@ def compress(
     shown = make_display() if display is True else (display or NullDisplay())
     with shown:
         return run_study(config, task, shown, command="autocompress.compress(...)")
-
-
-def run(
-    path: str | Path | None, overrides: Mapping[str, Any], display: Display, command: str = ""
-) -> Outcome:
-    """Run a study file, or the quickstart for None."""
-    config = load_config(path, overrides)
-    folder = Path(path).resolve().parent if path is not None else None
-    return run_study(config, task_from_config(config, folder), display, command)
 
 
 def _fingerprint(train: Loader, val: Loader, test: Loader, functions: Mapping[str, Any]) -> str:

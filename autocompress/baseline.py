@@ -6,15 +6,18 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.config import BaselineConfig, cache_folder
+from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
+from autocompress.loaders import loader_labels
 from autocompress.profiler import Profile
 from autocompress.progress import Display
 from autocompress.store import portable_state, state_digest, write_weights
-from autocompress.task import Task
+from autocompress.task import Task, correct
 from autocompress.training import fit
 
 
@@ -33,6 +36,29 @@ class Baseline:
     val: Evaluation
     profile: Profile
     digest: str
+
+
+def check_better_than_guessing(task: Task, val: Evaluation) -> None:
+    """Refuse a baseline that does no better than always naming the most frequent class.
+
+    Nothing can be lost by compressing it, so every result would look like a success. Where another
+    metric than accuracy is used, or labels can't be read cheaply, nothing is checked.
+
+    Raises:
+        ConfigError: If so.
+    """
+    labels = loader_labels(task.val) if task.metric is correct else None
+    if labels is None or len(labels) != len(val.scores):
+        return
+    share = np.bincount(labels).max() / len(labels)
+    noise = 2 * (share * (1 - share) / len(labels)) ** 0.5
+    if val.accuracy <= 100 * (share + noise):
+        raise ConfigError(
+            f"The network is right on {val.accuracy:.2f} % of {len(labels)} validation images, no "
+            f"better than always naming the most frequent class ({100 * share:.2f} %). Check its "
+            "weights, the order of the classes and data.mean and data.std, or train it "
+            "(baseline.epochs)."
+        )
 
 
 def train_baseline(

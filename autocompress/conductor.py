@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import __version__
-from autocompress.baseline import Baseline, train_baseline
+from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import evaluate
-from autocompress.layers import LayerSpec, inspect_layers
+from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import Bench, best_so_far, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
@@ -47,6 +47,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import (
     StudyFolder,
     bury_interrupted,
+    check_same,
     excuse,
     hide_password,
     load_study,
@@ -68,6 +69,8 @@ COST_NAMES = {
     "macs": "MACs",
     "latency": "latency (ms)",
 }
+DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
+"""What binds a study besides its settings, known once data and network are loaded."""
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
 MAX_FAILURES = 5
@@ -96,6 +99,27 @@ class Outcome:
         return self.model is not None
 
 
+def check_places(config: StudyConfig) -> None:
+    """Refuse a folder, a database or a stored study that a run can't use, before data is loaded.
+
+    Raises:
+        ConfigError: If the folder can't be written, another process runs the study, or the database
+            can't be opened.
+        StudyMismatch: If the stored study was made with other settings.
+    """
+    folder = StudyFolder(Path(config.run.out) / config.name)
+    folder.create()
+    url = config.run.storage
+    if url is None and not folder.database.exists():
+        return
+    with folder.lock():
+        stored = load_study(open_storage(folder.storage_url(url)), config.name, "exploration")
+        if stored is not None and stored.get_trials(deepcopy=False):
+            settings = stored.user_attrs["config"]
+            known = {k: v for k, v in settings.items() if k not in FINGERPRINTS}
+            check_same(config.name, known, bound_settings(config))
+
+
 def run_study(config: StudyConfig, task: Task, display: Display, command: str = "") -> Outcome:
     """Compress the task's network as the study file says, or go on with it.
 
@@ -111,6 +135,7 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task.model.to(task.device)
+    check_patterns(task.model, config.search.include, config.search.exclude)
     check_outputs(task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
@@ -136,13 +161,18 @@ def _run(
     seconds: dict[str, float] = {}
     bound = {
         **bound_settings(config),
-        "data fingerprint": task.fingerprint,
-        "weights fingerprint": state_digest(task.model.state_dict()),
+        DATA: task.fingerprint,
+        WEIGHTS: state_digest(task.model.state_dict()),
     }
     exploration = open_study(
         storage, config.name, "exploration", bound=bound, cost_name=COST_NAMES[config.objective]
     )
     identity = folder.claim(exploration)
+    if config.search.stage == "annealing" and not trials_spent(exploration):
+        raise ConfigError(
+            "search.stage = 'annealing' goes on from an exploration, and this study has none yet; "
+            "run search.stage = 'exploration' or 'both' first."
+        )
     write_text(folder.config, config.model_dump_json(indent=1))
     with timed(seconds, "baseline"):
         baseline, example = _prepare(config, task, display, folder, exploration)
@@ -203,6 +233,7 @@ def _prepare(
     digest = _make_baseline(config, task, display, folder, study)
     task.model.eval()
     val = evaluate(task.model, task, task.val)
+    check_better_than_guessing(task, val)
     example = task.example()
     profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
     display.say(

@@ -1,4 +1,4 @@
-"""The study file: about thirty fields, each described, all checked before any work.
+"""The study file: some thirty fields, each described, all checked before any work.
 
 A study file is TOML. `load_config` reads one (or the packaged quickstart) and says everything that
 is wrong with it, one line an error. Nothing here imports torch, so that `--help` stays quick.
@@ -18,12 +18,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from autocompress.errors import ConfigError, did_you_mean
 
+PACKAGE, READY = "autocompress", "studies"
+"""Where the ready studies are."""
+
 TransformName = Literal["svd", "spatial_svd", "tucker2", "cp", "tt"]
 ALL_TRANSFORMS: tuple[TransformName, ...] = ("svd", "spatial_svd", "tucker2", "cp", "tt")
 
 # TOML has arrays only; strict checking would refuse them for a tuple.
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 Names = Annotated[tuple[str, ...], _AsTuple]
+
+Positive = Annotated[float, Field(gt=0)]
+Numbers = Annotated[tuple[float, ...], _AsTuple]
 
 # A source is `kind:name`; only `digits` needs no name.
 _MODEL_SOURCE = r"^[^:\s]+:\S.*$"
@@ -79,6 +85,17 @@ class DataConfig(_Section):
         description="Where those are cut from; 'test' where the weights have seen all of train.",
     )
     batch_size: int = Field(default=128, ge=1, description="Images in a batch.")
+    mean: Numbers | None = Field(
+        default=None,
+        min_length=1,
+        description="What the network was trained with is subtracted from each channel of 0..1; "
+        "None: the mean of the training images, or the library's for its pretrained weights.",
+    )
+    std: Annotated[tuple[Positive, ...], _AsTuple] | None = Field(
+        default=None,
+        min_length=1,
+        description="What each channel is then divided by; None: likewise the standard deviation.",
+    )
 
 
 class BaselineConfig(_Section):
@@ -265,6 +282,12 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         for found in error.errors(include_url=False):
             lines.setdefault(tuple(p for p in found["loc"] if isinstance(p, str)), _explain(found))
         raise ConfigError("\n".join(lines.values())) from None
+    mean, std = config.data.mean, config.data.std
+    if (mean is None) != (std is None) or (mean and std and len(mean) != len(std)):
+        raise ConfigError(
+            f"data.mean = {_show(mean)} and data.std = {_show(std)} belong together: give one "
+            "number a channel in both, or leave both out."
+        )
     if config.finetune.gate < config.delta:
         raise ConfigError(
             f"finetune.gate = {config.finetune.gate:g} must be >= delta = {config.delta:g} (points "
@@ -296,6 +319,9 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
         JSON values by dotted key.
     """
     fields = flatten(config.model_dump(mode="json"))
+    kind, _, _ = config.data.source.partition(":")
+    if kind in ("folder", "array"):
+        fields["data.source"] = kind
     return {k: v for k, v in fields.items() if k not in _UNBOUND and not k.startswith("run.")}
 
 
@@ -311,15 +337,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _read(path: str | Path | None) -> tuple[str, Path | None, str]:
     """A study file's text, its folder (None in the package) and its name in messages."""
-    packaged = files("autocompress") / "studies" / f"{path or 'quickstart'}.toml"
+    packaged = files(PACKAGE) / READY / f"{path or 'quickstart'}.toml"
     if path is None or (not Path(path).exists() and packaged.is_file()):
         return packaged.read_text(encoding="utf-8"), None, packaged.name
     file = Path(path).expanduser()
     try:
-        return file.read_text(encoding="utf-8"), file.resolve().parent, str(path)
+        return file.read_text(encoding="utf-8"), file.absolute().parent, str(path)
     except FileNotFoundError:
+        ready = [entry.name.removesuffix(".toml") for entry in (files(PACKAGE) / READY).iterdir()]
         raise ConfigError(
-            f"There is no study file '{path}'. Give a .toml file, or none for the quickstart."
+            f"There is no study file '{path}', nor a ready study of this name."
+            f"{did_you_mean(str(path), ready)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The study file '{path}' can't be read: {error}.") from error

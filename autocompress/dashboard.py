@@ -13,13 +13,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import optuna
 import optuna_dashboard
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from autocompress.errors import ConfigError
 from autocompress.report import OBJECTIVES, pareto_trials, plan_layers, quantity, transform_text
+from autocompress.store import hide_password, open_storage
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -46,7 +46,10 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
         Number of notes written.
     """
     attributes = study.user_attrs
-    delta = float(attributes.get("delta", 0.0))
+    if "delta" not in attributes:
+        # The baseline is still being made; a note that is there stays as it is.
+        return 0
+    delta = float(attributes["delta"])
     metric = OBJECTIVES[str(attributes.get("objective", "params"))][0]
     names = ["accuracy drop (points)", metric]
     if study.metric_names is None:
@@ -86,12 +89,13 @@ def build_server(
     store = None
     if artifact_dir is not None and artifact_dir.is_dir():
         store = FileSystemArtifactStore(artifact_dir)
-    app = optuna_dashboard.wsgi(RDBStorage(storage), artifact_store=store)
+    app = optuna_dashboard.wsgi(open_storage(storage), artifact_store=store)
     try:
         return make_server(host, port or 0, app, _ThreadedServer, _QuietHandler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"The dashboard can't listen on {host}:{port or 0}: {error.strerror or error}. "
+            f"The dashboard can't listen on {host}:{port or 0}: {reason}. "
             "Give another port, or none to take a free one."
         ) from error
 
@@ -260,7 +264,7 @@ def _check_database(storage: str) -> None:
         url = make_url(storage)
     except ArgumentError as error:
         raise ConfigError(
-            f"Storage '{storage}' is no database URL. Use one such as sqlite:///runs/x/study.db."
+            f"Storage '{hide_password(storage)}' is no database URL. Use one such as sqlite:///runs/x/study.db."
         ) from error
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise ConfigError(

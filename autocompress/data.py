@@ -12,8 +12,11 @@ import inspect
 import json
 import os
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -37,6 +40,8 @@ from autocompress.loaders import (
     ArrayLoader,
     Labels,
     LazyImages,
+    check_loader,
+    check_repeats,
     cut_validation,
     in_order,
     labels_of,
@@ -44,7 +49,7 @@ from autocompress.loaders import (
     stratified_split,
     unaugmented,
 )
-from autocompress.models import load_function
+from autocompress.models import IMAGENET_MEAN, IMAGENET_STD, load_function
 
 if TYPE_CHECKING:
     from autocompress.task import Loader
@@ -58,8 +63,8 @@ IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
 
-# What published ImageNet networks expect; images too many to hold in memory are normalized with it.
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+# For images too many to hold in memory, where the study file gives no other.
+_IMAGENET = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 _LAZY_SIZE = 224
 
 _STATISTICS_IMAGES = 5_000
@@ -150,10 +155,14 @@ class _Arrays:
 
 @dataclass(frozen=True)
 class _Part:
-    """Images that are still encoded: how to read one, all labels, and what tells them apart."""
+    """Images that are still encoded: how to read one, and all labels.
+
+    `contents` tells them apart wherever they lie, `listing` also by place and time.
+    """
 
     read: Callable[[int], Image.Image]
     labels: Labels
+    contents: str
     listing: str
 
 
@@ -182,7 +191,8 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
     if val is None and config.val_from == "train":
         # The split below is the same; the statistics must not see validation images.
         rest, _ = stratified_split(train.labels, config.val_fraction, seed)
-    normalization = _statistics(train.pixels, rest)
+    channels, height, width = train.pixels.shape[1:]
+    normalization = _given_normalization(config, channels) or _statistics(train.pixels, rest)
 
     def loader(part: _Split, training: bool) -> ArrayLoader:
         return ArrayLoader(
@@ -210,7 +220,6 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
             digest.update(str(part.pixels.shape).encode() + part.labels.tobytes())
             every = max(1, len(part.pixels) // _FINGERPRINT_IMAGES)
             digest.update(np.ascontiguousarray(part.pixels[::every]).tobytes())
-    channels, height, width = train.pixels.shape[1:]
     return Data(
         train=learned,
         val=chosen,
@@ -226,11 +235,12 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
 def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device) -> Data:
     size = config.image_size or _LAZY_SIZE
     workers = _workers()
+    normalization = _given_normalization(config, 3) or _IMAGENET
 
     def loader(part: _Part, training: bool) -> DataLoader[Any]:
         augment = config.augment if training else "none"
         return DataLoader(
-            LazyImages(part.read, part.labels, size, augment, _IMAGENET),
+            LazyImages(part.read, part.labels, size, augment, normalization),
             batch_size=config.batch_size,
             shuffle=training,
             drop_last=training and len(part.labels) > config.batch_size,
@@ -250,7 +260,7 @@ def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device
     digest = hashlib.sha256(_settings(found.name, config, seed, found.val is None))
     for part in (found.train, found.val, found.test):
         if part is not None:
-            digest.update(part.listing.encode() + part.labels.tobytes())
+            digest.update(part.contents.encode() + part.labels.tobytes())
     return Data(
         train=train,
         val=val,
@@ -258,7 +268,7 @@ def _lazy_data(found: _Lazy, config: DataConfig, seed: int, device: torch.device
         classes=found.classes,
         fingerprint=digest.hexdigest()[:16],
         input_shape=(3, size, size),
-        normalization=_IMAGENET,
+        normalization=normalization,
         val_from=config.val_from if found.val is None else "",
     )
 
@@ -281,7 +291,21 @@ def _settings(name: str, config: DataConfig, seed: int, split: bool) -> bytes:
     cut: list[Any] | None = [config.val_fraction, seed] if split else None
     if cut is not None and config.val_from == "test":
         cut.append(config.val_from)
-    return json.dumps([name, config.image_size, config.augment, config.batch_size, cut]).encode()
+    facts: list[Any] = [name, config.image_size, config.augment, config.batch_size, cut]
+    if config.mean is not None:
+        facts += [config.mean, config.std]
+    return json.dumps(facts).encode()
+
+
+def _given_normalization(config: DataConfig, channels: int) -> dict[str, list[float]] | None:
+    if config.mean is None or config.std is None:
+        return None
+    if len(config.mean) != channels:
+        raise ConfigError(
+            f"data.mean has {len(config.mean)} numbers, the images have {channels} channels; give "
+            "one for each (a pretrained network of colour images needs colour images)."
+        )
+    return {"mean": list(config.mean), "std": list(config.std)}
 
 
 def _parts(found: _Arrays) -> tuple[_Split | None, ...]:
@@ -370,8 +394,9 @@ def _torchvision(name: str, root: Path | None, config: DataConfig) -> _Arrays | 
         labels = labels_of(dataset)
         if labels is None:
             labels = _read_labels(dataset, name)
-        listing = f"{name} {root.resolve()} {split} {len(dataset)}"
-        parts.append(_Part(partial(_read_item, dataset), labels, listing))
+        contents = f"{name} {split} {len(dataset)}"
+        listing = f"{root.resolve()} {contents}"
+        parts.append(_Part(partial(_read_item, dataset), labels, contents, listing))
     train_part, val_part, test_part = parts
     assert train_part is not None and test_part is not None
     every = np.concatenate([p.labels for p in parts if p is not None])
@@ -496,7 +521,7 @@ def _folder(path: Path, config: DataConfig) -> _Arrays | _Lazy:
     train = path / "train"
     if not train.is_dir():
         raise ConfigError(f"data.source = 'folder:{path}': no folder '{train}'. {layout}")
-    classes = tuple(sorted(entry.name for entry in os.scandir(train) if entry.is_dir()))
+    classes = tuple(sorted(_class_folders(train)))
     if not classes:
         raise ConfigError(f"data.source = 'folder:{path}': no classes in '{train}'. {layout}")
     places = {name: path / name for name in ("val", "test") if (path / name).is_dir()}
@@ -505,21 +530,35 @@ def _folder(path: Path, config: DataConfig) -> _Arrays | _Lazy:
     test = places.get("test", path / "val")
     val = places.get("val") if "test" in places else None
     found = {place: _list_images(place, classes) for place in (train, val, test) if place}
+    absent = sorted(set(range(len(classes))) - set(found[train][1].tolist()))
+    if absent:
+        names = ", ".join(classes[index] for index in absent[:3])
+        raise ConfigError(
+            f"data.source = 'folder:{path}': no images in '{train}' of {names}. Every class needs "
+            "some; remove folders that are none."
+        )
     files = [file for place in found.values() for file in place[0]]
     grey = _all_grey(files[:: max(1, len(files) // 64)])
 
     def part(place: Path) -> _Part:
-        paths, labels, listing = found[place]
-        return _Part(partial(_read_file, paths, "L" if grey else "RGB"), labels, listing)
+        paths, labels, contents, listing = found[place]
+        return _Part(partial(_read_file, paths, "L" if grey else "RGB"), labels, contents, listing)
 
     lazy = _Lazy("folder", part(train), part(val) if val is not None else None, part(test), classes)
     return _decoded(lazy, config)
 
 
-def _list_images(place: Path, classes: Sequence[str]) -> tuple[list[str], Labels, str]:
-    """Files, labels and a listing with sizes and times of the images in a folder of classes."""
-    own = {entry.name for entry in os.scandir(place) if entry.is_dir()}
-    unknown = sorted(own - set(classes))
+def _class_folders(place: Path) -> set[str]:
+    """The folders in `place`, those aside that a program hid there (`.ipynb_checkpoints`)."""
+    return {e.name for e in os.scandir(place) if e.is_dir() and not e.name.startswith(".")}
+
+
+def _list_images(place: Path, classes: Sequence[str]) -> tuple[list[str], Labels, str, str]:
+    """Files, labels and two listings of the images in a folder of classes.
+
+    The first has names and sizes, the second also the place and times.
+    """
+    unknown = sorted(_class_folders(place) - set(classes))
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ConfigError(
@@ -528,16 +567,18 @@ def _list_images(place: Path, classes: Sequence[str]) -> tuple[list[str], Labels
         )
     files: list[str] = []
     labels: list[int] = []
+    contents: list[str] = []
     lines: list[str] = [str(place.resolve())]
     for label, name in enumerate(classes):
         for entry in sorted(_image_entries(place / name), key=lambda entry: entry.path):
             status = entry.stat()
             files.append(entry.path)
             labels.append(label)
-            lines.append(f"{name}/{entry.name} {status.st_size} {status.st_mtime_ns}")
+            contents.append(f"{name}/{entry.name} {status.st_size}")
+            lines.append(f"{contents[-1]} {status.st_mtime_ns}")
     if not files:
         raise ConfigError(f"'{place}' has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in it.")
-    return files, np.array(labels, np.int64), "\n".join(lines)
+    return files, np.array(labels, np.int64), "\n".join(contents), "\n".join(lines)
 
 
 def _image_entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
@@ -552,18 +593,27 @@ def _image_entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 
 def _all_grey(files: Sequence[str]) -> bool:
     for file in files:
-        with Image.open(file) as image:
+        with _opened(file) as image:
             if image.mode not in ("1", "L"):
                 return False
     return True
 
 
 def _read_file(files: Sequence[str], mode: str, index: int) -> Image.Image:
+    with _opened(files[index]) as image:
+        return image.convert(mode)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[Image.Image]:
+    """An image file; what goes wrong with it inside the block is named."""
     try:
-        with Image.open(files[index]) as image:
-            return image.convert(mode)
-    except OSError as error:
-        raise ConfigError(f"The image '{files[index]}' can't be read: {error}.") from error
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"its pixels are of mode {image.mode}; convert it to 8 bits")
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"The image '{file}' can't be read: {error}.") from error
 
 
 def _read_item(dataset: Any, index: int) -> Image.Image:
@@ -645,11 +695,21 @@ def _fitted(image: Image.Image, size: int) -> Image.Image:
 
 def _array(path: Path) -> _Arrays:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it holds one array; save several with numpy.savez")
             content = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"data.source = 'array:{path}' can't be read: {error}") from error
     required = {"x_train", "y_train", "x_test", "y_test"}
+    known = required | {"x_val", "y_val", "classes"}
+    if unknown := sorted(content.keys() - known):
+        raise ConfigError(
+            f"data.source = 'array:{path}' holds '{unknown[0]}'.{did_you_mean(unknown[0], known)}"
+        )
+    if ("x_val" in content) != ("y_val" in content):
+        raise ConfigError(f"data.source = 'array:{path}' has only one of x_val and y_val.")
     if missing := sorted(required - content.keys()):
         raise ConfigError(
             f"data.source = 'array:{path}' lacks {', '.join(missing)}; it must hold x_train, "
@@ -684,11 +744,14 @@ def _as_nchw(array: NDArray[Any], name: str) -> Pixels:
     if array.shape[-1] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
         array = array.transpose(0, 3, 1, 2)
     if array.dtype != np.uint8:
-        low, high = float(array.min()), float(array.max())
-        if not np.issubdtype(array.dtype, np.floating) or low < 0 or high > 1:
+        numeric = np.issubdtype(array.dtype, np.number)
+        low, high = (float(array.min()), float(array.max())) if numeric else (0.0, 0.0)
+        # Written so that NaN is refused too.
+        if not np.issubdtype(array.dtype, np.floating) or not (low >= 0 and high <= 1):
+            found = f" between {low:g} and {high:g}" if numeric else ""
             raise ConfigError(
-                f"{name} must be uint8, or floating-point between 0 and 1, got {array.dtype} "
-                f"between {low:g} and {high:g}."
+                f"{name} must be uint8, or floating-point between 0 and 1, got {array.dtype}"
+                f"{found}."
             )
         array = np.rint(array * 255).astype(np.uint8)
     return np.ascontiguousarray(array)
@@ -745,6 +808,9 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
             f"data.source = '{config.source}' must return loaders (train, test) or (train, val, "
             f"test), or a dict with these keys, got {type(result).__name__}."
         )
+    for role in ("train", "val", "test"):
+        if given.get(role) is not None or role != "val":
+            check_loader(f"data.source = '{config.source}': {role}", given[role])
     train, val, test = given["train"], given.get("val"), in_order(given["test"])
     if val is not None:
         val = in_order(val)
@@ -752,10 +818,9 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
         train, val, test = _cut(train, test, config, seed)
     digest = hashlib.sha256(_settings(config.source, config, seed, "val" not in given))
     shape: tuple[int, int, int] = (0, 0, 0)
-    for loader in (val, test):
+    for role, loader in (("validation", val), ("test", test)):
+        check_repeats(f"data.source = '{config.source}': the {role} data", loader)
         batch = next(iter(loader), None)
-        if batch is None:
-            raise ConfigError(f"data.source = '{config.source}' gave an empty loader.")
         digest.update(str((len(train), len(loader))).encode())
         for value in batch if isinstance(batch, (tuple, list)) else ():
             if isinstance(value, Tensor):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.errors import AutocompressError
-from autocompress.task import Loader, Task, batches
+from autocompress.task import Loader, Task, batches, scores_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def evaluate(
     try:
         with torch.no_grad():
             scores = [
-                task.metric(task.forward(model, batch), batch).float().cpu().flatten()
+                scores_of(task.forward(model, batch), batch, task.metric)
                 for batch in batches(loader, task.device, batch_count)
             ]
     finally:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from autocompress.errors import ConfigError, did_you_mean
+
 Pair = tuple[int, int]
 
 
@@ -162,6 +164,28 @@ def inspect_layers(
         else:
             found[name] = spec_of(name, module, *shapes[0])
     return tuple(found[name] for name in calls if name in found), left_alone
+
+
+def check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a pattern that names no layer of the network: it is probably misspelt.
+
+    Args:
+        model: The network.
+        include: Shell patterns of layer names to look at.
+        exclude: Shell patterns of layer names to leave alone.
+
+    Raises:
+        ConfigError: Naming the first such pattern.
+    """
+    names = [n for n, module in model.named_modules() if isinstance(module, _WITH_WEIGHTS)]
+    for key, patterns in (("search.include", include), ("search.exclude", exclude)):
+        for pattern in patterns:
+            if any(fnmatchcase(name, pattern) for name in names):
+                continue
+            inside = f"{pattern}.*"
+            if any(fnmatchcase(name, inside) for name in names):
+                raise ConfigError(f"{key}: '{pattern}' holds layers but is none; give '{inside}'.")
+            raise ConfigError(f"{key}: no layer matches '{pattern}'.{did_you_mean(pattern, names)}")
 
 
 _WITH_WEIGHTS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
 )
 
 from autocompress.errors import ConfigError
-
-if TYPE_CHECKING:
-    from autocompress.task import Loader
+from autocompress.task import Loader, tensors_in
 
 Labels = NDArray[np.int64]
 
@@ -193,6 +192,49 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
         return LazyImages(self.read, self.targets, self.size, "none", self.normalization)
 
 
+def check_loader(name: str, loader: Any) -> None:
+    """Refuse what can't be read again and again, or is empty.
+
+    Raises:
+        ConfigError: If so.
+    """
+    try:
+        length = len(loader)
+    except TypeError:
+        length = None
+    if length is None or isinstance(loader, Iterator) or not hasattr(loader, "__iter__"):
+        raise ConfigError(
+            f"{name} must be batches that can be counted and read again, such as a "
+            f"torch.utils.data.DataLoader or a list, got a {type(loader).__name__}"
+            f"{'' if length is not None else ' without a length'}."
+        )
+    if not length:
+        raise ConfigError(f"{name} is empty; give at least one batch.")
+
+
+def check_repeats(name: str, loader: Loader) -> None:
+    """Refuse validation or test batches that are others in every pass.
+
+    Networks are compared image by image, so both must see the same ones. Only first batches are
+    compared.
+
+    Raises:
+        ConfigError: If two passes begin differently.
+    """
+    one, two = (tuple(tensors_in(next(iter(loader), ()))) for _ in range(2))
+    same = len(one) == len(two) and all(
+        a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(one, two, strict=True)
+    )
+    if not same:
+        raise ConfigError(
+            f"{name} begins with another batch in every pass, so networks can't be compared on it: "
+            "it is shuffled or augmented at random. Give batches that stay the same. (Where "
+            "validation data was cut from augmented training data: give val, or set data.val_from "
+            "= 'test'.)"
+        )
+
+
 def cut_validation(
     train: Loader, test: Loader, *, fraction: float, source: str, seed: int
 ) -> tuple[Loader, Loader, Loader]:
@@ -240,6 +282,7 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
     Raises:
         ConfigError: If the loader is of another kind.
     """
+    loader = _without_subset_sampler(loader)
     if isinstance(loader, ArrayLoader):
         rest, chosen = stratified_split(loader.labels.cpu().numpy(), fraction, seed)
         train = loader.subset(torch.from_numpy(rest))
@@ -270,10 +313,28 @@ def in_order(loader: Loader) -> Loader:
     """A loader that gives its samples in the same order in every pass.
 
     Scores of two networks are compared sample by sample. A shuffled DataLoader is replaced by one
-    that does not shuffle; of any other loader the order is taken for fixed.
+    that does not shuffle; of any other loader the order is taken for fixed, see `check_repeats`.
     """
+    loader = _without_subset_sampler(loader)
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         return like(loader, loader.dataset, False, loader.drop_last)
+    return loader
+
+
+def loader_labels(loader: Loader) -> Labels | None:
+    """All labels in a loader's order, or None where they can't be had cheaply."""
+    if isinstance(loader, ArrayLoader):
+        return loader.labels.cpu().numpy()
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler):
+        return labels_of(loader.dataset)
+    return None
+
+
+def _without_subset_sampler(loader: Loader) -> Loader:
+    """The same samples, shuffled, with a `Subset` in place of a SubsetRandomSampler."""
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, SubsetRandomSampler):
+        chosen = Subset(loader.dataset, list(loader.sampler.indices))
+        return like(loader, chosen, True, loader.drop_last)
     return loader
 
 

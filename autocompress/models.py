@@ -22,6 +22,7 @@ from autocompress.errors import ConfigError, did_you_mean
 from autocompress.zoo import ZOO
 
 PRETRAINED = "pretrained"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHOWN_MISMATCHES = 5
 """How many names of each kind an error about weights that don't fit may list."""
 
@@ -61,13 +62,13 @@ def build_model(
     return model.eval()
 
 
-def check_model(source: str, folder: Path | None = None) -> None:
-    """Refuse the name of a network that can't be found; nothing is built.
+def pretrained_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel that a library's pretrained network expects.
 
-    Raises:
-        ConfigError: If so.
+    timm writes them on the network; of torchvision's classifiers all but a few expect ImageNet's.
     """
-    _find(source, folder)
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(own.get("mean", IMAGENET_MEAN)), tuple(own.get("std", IMAGENET_STD))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -137,6 +138,10 @@ def load_function(source: str, key: str, folder: Path | None = None) -> Callable
             f"{key} = '{source}': there is no module '{module_name}' on Python's path, in the "
             "current folder or in the study file's."
         ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{key} = '{source}': '{module_name}' is no name of a module ({_first_line(error)})."
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [
@@ -192,16 +197,20 @@ def _call(
         inspect.signature(make).bind(**options)
     except TypeError as error:
         raise ConfigError(f"model.arguments don't fit {source}: {_first_line(error)}") from None
+    if source.startswith("zoo:"):
+        for key in ("num_classes", "in_channels", "width"):
+            if key in options and (not isinstance(options[key], int) or options[key] < 1):
+                raise ConfigError(
+                    f"model.arguments.{key} = {options[key]!r} must be a whole number >= 1"
+                )
     if source.startswith(("torchvision:", "timm:", "zoo:")):
         try:
             return make(**options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"model.arguments don't fit {source}: {_first_line(error)}"
-            ) from error
         except Exception as error:
-            if not pretrained:
-                raise
+            if not pretrained or isinstance(error, (TypeError, ValueError)):
+                raise ConfigError(
+                    f"model.arguments don't fit {source}: {_first_line(error)}"
+                ) from error
             # The libraries raise whatever their HTTP client raises.
             raise ConfigError(
                 f"model.weights = 'pretrained': the weights of {source} can't be downloaded "
@@ -256,6 +265,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Files of torch.save are zip archives, or plain pickles of protocol 2 before torch 1.6.
+        if path.read_bytes()[:2] not in (b"PK", b"\x80\x02"):
+            raise ConfigError(
+                f"model.weights = '{path}' is no file of weights: it begins with "
+                f"{path.read_bytes()[:12]!r}. Was a web page saved instead?"
+            ) from error
         raise ConfigError(
             f"model.weights = '{path}' holds Python objects, perhaps a whole pickled network, "
             "which could run any code and is refused. Save its weights instead: "

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.config import StudyConfig
+from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
 from autocompress.objective import Bench, has_weights, load_trial_model
@@ -206,22 +207,22 @@ def _finalists(
     """The best network within delta, fine-tuned at length, and the second best.
 
     A long fine-tuning wins back more than a trial's short one. So of the cheaper trials that missed
-    delta by no more than delta itself the nearest is tried first; if it still misses, the cheapest
-    trial within delta is the winner, whose weights from before are kept where they are better.
+    delta by no more than delta itself the cheapest is tried first, then the nearest; if both still
+    miss, the cheapest trial within delta is the winner, whose weights from before are kept where
+    they are better.
     """
     epochs = config.finetune.final_epochs
     limit = within[0][1].values[1] if within else math.inf
-    daring = sorted(
-        (
-            item
-            for item in labelled.items()
-            if config.delta < item[1].values[0] <= 2 * config.delta
-            and item[1].values[1] < 0.97 * limit
-        ),
-        key=lambda item: item[1].values[0],
-    )[:1]
+    cheaper = [
+        item
+        for item in labelled.items()
+        if config.delta < item[1].values[0] <= 2 * config.delta and item[1].values[1] < 0.97 * limit
+    ]
+    daring = sorted(cheaper, key=lambda item: item[1].values[1])[:1]
+    daring += sorted(cheaper, key=lambda item: item[1].values[0])[:1]
     found: list[Finalist] = []
-    for label, _ in [*(daring if epochs > 0 else []), *within]:
+    order = [*(daring if epochs > 0 else []), *within]
+    for label in dict.fromkeys(label for label, _ in order):
         if len(found) == 2:
             break
         long = epochs if not found else 0.0
@@ -255,16 +256,21 @@ def _final_fit(
         def on_step(done: float, total: float, loss: float) -> None:
             display.step("fine-tune", done, total, f"loss {loss:.3f}")
 
-        fit(
-            model,
-            task,
-            epochs=epochs,
-            learning_rate=config.finetune.learning_rate,
-            seed=config.seed,
-            teacher=bench.baseline.model,
-            distillation=config.finetune.distillation,
-            on_step=on_step,
-        )
+        try:
+            fit(
+                model,
+                task,
+                epochs=epochs,
+                learning_rate=config.finetune.learning_rate,
+                seed=config.seed,
+                teacher=bench.baseline.model,
+                distillation=config.finetune.distillation,
+                on_step=on_step,
+            )
+        except TrainingDiverged as error:
+            display.say(f"The final fine-tuning of {label} failed, so its weights stay: {error}")
+            model, _ = load_trial_model(bench, label)
+            return Finalist(label, model, plan, before, 0.0)
         write_weights(path, portable_state(model))
     after = evaluate(model, task, task.val)
     display.say(

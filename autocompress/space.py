@@ -221,10 +221,10 @@ class Knobs:
     methods: Mapping[str, float] | None = None
 
     @staticmethod
-    def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
+    def distributions(space: SearchSpace) -> dict[str, FloatDistribution]:
         """Optuna's distributions of the knobs; the rule is none: the knapsack wins."""
         low, high = budget_range(space)
-        found: dict[str, BaseDistribution] = {
+        found = {
             "budget": FloatDistribution(low, high, log=True),
             "sharpness": FloatDistribution(1.0, 3.0),
         }

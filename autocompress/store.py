@@ -77,6 +77,8 @@ class StudyFolder:
             raise ConfigError(
                 f"The study in {self.path} is being run by another process; wait for it or stop it."
             ) from error
+        except OSError as error:
+            raise ConfigError(f"run.out: can't write in {self.path}: {error.strerror}.") from error
 
     def claim(self, study: Study) -> str:
         """Tie the folder and a study in a database to each other, by an identity that both keep.
@@ -136,6 +138,11 @@ def open_storage(url: str) -> RDBStorage:
         raise ConfigError(
             f"run.storage = {hide_password(url)!r} is no database URL; give one such as "
             "sqlite:///study.db or postgresql://user@host/database."
+        ) from error
+    except RuntimeError as error:
+        # Optuna's words: the database has the tables of another version.
+        raise ConfigError(
+            f"run.storage = {hide_password(url)!r}: {str(error).strip().splitlines()[0]}"
         ) from error
     except (SQLAlchemyError, ImportError, sqlite3.Error, OSError) as error:
         cause = str(getattr(error, "orig", error)).strip().splitlines()[0]

@@ -127,7 +127,8 @@ def run(
     """
     import warnings
 
-    from autocompress.api import run as run_file
+    from autocompress.api import task_from_config
+    from autocompress.conductor import check_places, run_study
     from autocompress.progress import comparison_table, make_display
 
     # The storages' and samplers' notes to programmers mean nothing to the person who watches.
@@ -143,10 +144,13 @@ def run(
     config = _config(study, overrides)
     folder = _folder(config)
     command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
+    check_places(config)
     with _signals():
         try:
             with make_display() as display:
-                outcome = run_file(_study_file(study), overrides, display, command)
+                outcome = run_study(
+                    config, task_from_config(config, _modules(study)), display, command
+                )
         except KeyboardInterrupt:
             _say_kept(config, folder)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -170,20 +174,32 @@ def status(
     """
     from optuna.trial import TrialState
 
-    from autocompress.store import trials_spent
+    from autocompress.store import STAGES, trials_spent
 
     config = _config(study, {"run.storage": storage, "run.out": out})
+    folder = _folder(config)
     studies = _studies(config)
+    if folder.config.exists():
+        # The command line may have overridden the file when the study was run.
+        config = _stored(folder.config, {})
     totals = {
         "exploration": config.search.trials,
         "annealing": config.search.annealing_trials,
     }
+    wanted = STAGES if config.search.stage == "both" else (config.search.stage,)
     table = Table("stage", "trials", "stopped", "failed", "running", "within delta", box=None)
-    finished = True
-    for stage, one in studies.items():
+    finished = folder.result.exists()
+    for stage in STAGES:
+        if stage not in studies:
+            if stage in wanted:
+                finished = finished and not totals[stage]
+                table.add_row(stage, f"0/{totals[stage]}", *"0000")
+            continue
+        one = studies[stage]
         spent = trials_spent(one)
         running = one.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        finished = finished and len(spent) >= totals[stage]
+        if stage in wanted:
+            finished = finished and len(spent) >= totals[stage]
         table.add_row(
             stage,
             f"{len(spent)}/{totals[stage]}",
@@ -201,8 +217,6 @@ def status(
                 f"best of {stage}: {ratio:.2f}x {config.objective}, drop {best.values[0]:.2f} "
                 f"points (trial {best.number})"
             )
-    folder = _folder(config)
-    finished = finished and folder.result.exists()
     _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
 
 
@@ -222,8 +236,7 @@ def profile(
     from autocompress.task import check_outputs
 
     config = _config(study, {"run.device": device})
-    path = _study_file(study)
-    task = task_from_config(config, Path(path).resolve().parent if path else None)
+    task = task_from_config(config, _modules(study))
     check_outputs(task)
     found = profile_model(task.model, task.example())
     table = Table("layer", "kind", "params", "MACs", "activations (kB)")
@@ -293,10 +306,7 @@ def export(
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
-    path = _study_file(study)
-    written = export_trial(
-        config, folder, _studies(config), trial, target, Path(path).parent if path else None
-    )
+    written = export_trial(config, folder, _studies(config), trial, target, _modules(study))
     for name, size in written.files.items():
         _print(f"{target / name}  {size / 1e6:.3f} MB")
     for name, reason in written.skipped.items():
@@ -340,37 +350,43 @@ def models(
     for source, names in list_models().items():
         found = [name for name in names if pattern in name]
         if found:
-            _print(f"[bold]{source}[/bold]  " + ", ".join(found))
+            _print(f"{source}:  " + ", ".join(found))
 
 
-def _study_file(study: str | None) -> str | None:
-    """The study file that an argument means: itself, a ready study's, or none for a folder."""
-    if study is None or Path(study).suffix == ".toml" or Path(study).is_dir():
-        return None if study is not None and Path(study).is_dir() else study
-    ready = Path("studies") / f"{study}.toml"
-    return str(ready) if ready.exists() else study
+def _modules(study: str | None) -> Path | None:
+    """Where modules of the user are looked for: beside the study file."""
+    file = None if study is None else Path(study)
+    return file.absolute().parent if file is not None and file.is_file() else None
 
 
 def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
     """The checked settings of a study file, or of a study's folder."""
-    import json
-
-    from autocompress.config import flatten, load_config, parse_config
+    from autocompress.config import load_config
 
     if study is not None and Path(study).is_dir():
         stored = Path(study) / "study.json"
         if not stored.exists():
             raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
-        fields = flatten(json.loads(stored.read_text(encoding="utf-8")))
-        fields["run.out"] = str(Path(study).resolve().parent)
-        fields |= {k: v for k, v in overrides.items() if v is not None}
-        if ":***@" in str(fields.get("run.storage")):
+        place = str(Path(study).resolve().parent)
+        config = _stored(
+            stored, {"run.out": place} | {k: v for k, v in overrides.items() if v is not None}
+        )
+        if ":***@" in str(config.run.storage):
             raise ConfigError(
-                f"The study in {study} is in the database {fields['run.storage']}, whose password "
+                f"The study in {study} is in the database {config.run.storage}, whose password "
                 "is not kept in files; give --storage with the whole URL."
             )
-        return parse_config(fields)
-    return load_config(_study_file(study), overrides)
+        return config
+    return load_config(study, overrides)
+
+
+def _stored(path: Path, changes: dict[str, Any]) -> StudyConfig:
+    """The settings that a study was last run with."""
+    import json
+
+    from autocompress.config import flatten, parse_config
+
+    return parse_config(flatten(json.loads(path.read_text(encoding="utf-8"))) | changes)
 
 
 def _folder(config: StudyConfig) -> StudyFolder:
@@ -451,7 +467,8 @@ def _signals() -> Iterator[None]:
 
 
 def _print(what: Any) -> None:
-    Console().print(what, soft_wrap=True)
+    # Brackets in names and paths are no markup.
+    Console().print(what, markup=False, soft_wrap=True)
 
 
 def _complain(text: str) -> None:

@@ -117,8 +117,8 @@ class Task:
         val_seen: Whether the network has probably been trained on the validation images.
         forward: `forward(model, batch)` gives the network's output.
         loss: `loss(output, batch)` gives a scalar.
-        metric: `metric(output, batch)` gives one score in [0, 1] for each sample; accuracy is
-            100 times their mean.
+        metric: `metric(output, batch)` gives a score in [0, 1] for each sample, or for each of its
+            parts (pixels), which are averaged; accuracy is 100 times the mean over the samples.
         distillation: `distillation(student_output, teacher_output)` gives a scalar; None for none.
         optimizer: `optimizer(model, learning_rate)`.
         scheduler: `scheduler(optimizer, learning_rate, steps)`, stepped after every batch.
@@ -243,6 +243,37 @@ def batches(loader: Iterable[Batch], device: torch.device, count: int | None) ->
         yield to_device(batch, device)
 
 
+def scores_of(output: Any, batch: Batch, metric: Metric) -> Tensor:
+    """One score in [0, 1] for each sample; the scores of a sample's parts (pixels) are averaged.
+
+    Args:
+        output: The network's output for the batch.
+        batch: The batch.
+        metric: The task's metric.
+
+    Returns:
+        `n` scores, float32, on the CPU.
+
+    Raises:
+        ConfigError: If the metric gives something else.
+    """
+    scores = metric(output, batch)
+    count = samples_in(batch)
+    if not isinstance(scores, Tensor) or not scores.numel() or scores.numel() % count:
+        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+        raise ConfigError(
+            f"The metric must return a tensor with a score for each of the {count} samples, not "
+            f"their mean; got {got}."
+        )
+    found = scores.detach().float().cpu().reshape(count, -1).mean(dim=1)
+    if bool((found < 0).any()) or bool((found > 1).any()):
+        raise ConfigError(
+            "The metric's scores must lie between 0 and 1 (accuracy is 100 times their mean), got "
+            f"{float(found.min()):g} to {float(found.max()):g}."
+        )
+    return found
+
+
 def check_outputs(task: Task) -> None:
     """Run the network and the metric on two samples, before any work is spent.
 
@@ -268,19 +299,17 @@ def check_outputs(task: Task) -> None:
         ) from error
     finally:
         task.model.train(was_training)
-    outputs = output.shape[-1] if isinstance(output, Tensor) else None
+    outputs = output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else None
     if outputs is not None and len(task.classes) > outputs:
         raise ConfigError(
             f"The data has {len(task.classes)} classes, the network has {outputs} outputs; set "
             "model.arguments so that it has at least as many (num_classes)."
         )
     try:
-        scores = task.metric(output, samples)
+        scores_of(output, samples, task.metric)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             f"The metric failed on two samples with {type(error).__name__}: {error}."
         ) from error
-    if not isinstance(scores, Tensor) or not scores.numel():
-        raise ConfigError(
-            f"The metric must return a tensor with a score for each sample, got {scores!r}."
-        )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autocompress
 from autocompress import selection
-from autocompress.api import pick_device, task_from_config
+from autocompress.api import _like_pretrained, pick_device, task_from_config
 from autocompress.config import parse_config
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.export import save_model
@@ -201,3 +201,41 @@ def test_functions_are_found_beside_the_study_file(tmp_path: Path) -> None:
     assert task.model.get_submodule("0").out_channels == 6
     assert len(next(iter(task.train))[0]) == 10
     assert task.example()[0].shape == (1, 1, 4, 4)
+
+
+def test_augmented_validation_data_is_refused_with_the_cure(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    class Augmented(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            image, label = super().__getitem__(index)
+            return image + 0.1 * torch.randn(image.shape), label
+
+    train = DataLoader(Augmented(*make_images(256, 1)), batch_size=32, shuffle=True)
+    with pytest.raises(ConfigError, match=r"give val, or set data.val_from = 'test'"):
+        autocompress.compress(model, train, make_loader(64, 3), out=tmp_path, **QUICK)
+
+
+def test_what_is_no_network_or_loader_is_named(model: nn.Module, tmp_path: Path) -> None:
+    loader = make_loader(64, 3)
+    with pytest.raises(ConfigError, match="model must be a torch.nn.Module, got a str"):
+        autocompress.compress("resnet18", loader, loader, out=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="test must be batches"):
+        autocompress.compress(model, loader, iter(loader), out=tmp_path)  # type: ignore[arg-type]
+
+
+def test_pretrained_networks_get_their_own_normalization() -> None:
+    from autocompress.models import pretrained_normalization
+
+    network = nn.Conv2d(3, 4, 3)
+    assert pretrained_normalization(network)[0] == (0.485, 0.456, 0.406)
+    network.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}  # type: ignore[assignment]
+    assert pretrained_normalization(network) == ((0.5,) * 3, (0.5,) * 3)
+    fields = {"name": "s", "model.source": "timm:x", "data.source": "digits"}
+    config = parse_config(fields | {"model.weights": "pretrained"})
+    assert _like_pretrained(config, network).mean == (0.5,) * 3
+    assert _like_pretrained(parse_config(fields), network).mean is None
+    own = parse_config(
+        fields | {"model.weights": "pretrained", "data.mean": [0.1], "data.std": [0.2]}
+    )
+    assert _like_pretrained(own, network).mean == (0.1,)

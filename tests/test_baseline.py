@@ -9,11 +9,12 @@ import torch
 from conftest import TinyNet, make_loader
 
 from autocompress import baseline
-from autocompress.baseline import train_baseline
+from autocompress.baseline import check_better_than_guessing, train_baseline
 from autocompress.config import BaselineConfig
+from autocompress.errors import ConfigError
 from autocompress.evaluation import evaluate
 from autocompress.progress import NullDisplay
-from autocompress.task import Task
+from autocompress.task import Task, correct
 
 RECIPE = BaselineConfig(learning_rate=0.1)
 
@@ -76,3 +77,14 @@ def test_no_epochs_leave_the_network_as_it_is(fits: list[Any]) -> None:
     train_baseline(task, RECIPE, 0.0, 0, NullDisplay())
     assert fits == []
     assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())
+
+
+def test_a_network_that_guesses_is_refused(task: Task) -> None:
+    check_better_than_guessing(task, evaluate(task.model, task, task.val))
+    with torch.no_grad():
+        task.model.get_parameter("fc.weight").zero_()
+    scores = evaluate(task.model, task, task.val)
+    with pytest.raises(ConfigError, match=r"25.00 % of 256 .* most frequent class \(25.00 %\)"):
+        check_better_than_guessing(task, scores)
+    task.metric = lambda output, batch: correct(output, batch)
+    check_better_than_guessing(task, scores)

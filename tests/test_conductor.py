@@ -16,8 +16,13 @@ from optuna.trial import TrialState
 
 import autocompress
 from autocompress import selection
-from autocompress.conductor import Outcome, run_study
-from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.conductor import Outcome, check_places, run_study
+from autocompress.errors import (
+    AutocompressError,
+    ConfigError,
+    StudyMismatch,
+    TrainingDiverged,
+)
 from autocompress.export import save_model
 from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
@@ -377,3 +382,38 @@ def test_the_table_is_built_once(
 
     monkeypatch.setattr("autocompress.conductor.build_table", build)
     run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_final_fit_that_diverges_leaves_the_trials_weights(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverges(*_: Any, **__: Any) -> None:
+        raise TrainingDiverged("the loss became nan")
+
+    monkeypatch.setattr(selection, "fit", diverges)
+    said = Recorder()
+    outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=1), task, said)
+    assert outcome.met and outcome.summary["best"]["final_epochs"] == 0
+    assert any("the loss became nan" in line for line in said.lines)
+
+
+def test_a_stored_study_of_other_settings_is_refused_before_data_is_read(
+    finished: Outcome,
+) -> None:
+    out = finished.folder.parent
+    check_places(tiny_config(out, trials=9))
+    with pytest.raises(StudyMismatch, match="delta: 5.0 -> 6.0"):
+        check_places(tiny_config(out, delta=6.0))
+
+
+def test_annealing_needs_an_exploration(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="this study has none yet"):
+        run_study(tiny_config(tmp_path, **{"search.stage": "annealing"}), task, NullDisplay())
+
+
+def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) -> None:
+    task.model.get_parameter("fc.weight").data.zero_()
+    with pytest.raises(ConfigError, match="no better than always naming"):
+        run_study(tiny_config(tmp_path), task, NullDisplay())
+    assert ended(tmp_path / "tiny") == {"exploration": 0}

@@ -124,7 +124,16 @@ def test_without_feasible_trials_the_nearest_gets_the_note() -> None:
     study.set_user_attr("delta", 0.1)
     assert dashboard.annotate(study) == 2
     study = optuna.create_study(directions=["minimize", "minimize"])
+    study.set_user_attr("delta", 1.0)
     assert dashboard.annotate(study) == 1
+
+
+def test_nothing_is_noted_before_the_baseline_is_known() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    assert dashboard.annotate(study) == 0
+    import optuna_dashboard
+
+    assert not optuna_dashboard.get_note(study)
 
 
 def test_study_note_escapes_what_the_study_says() -> None:
@@ -159,3 +168,5 @@ def test_errors_name_the_cure(run: tuple[str, Path, optuna.Study], tmp_path: Pat
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"can't listen on 127.0.0.1:{port}.*another port"):
             dashboard.build_server(run[0], None, port=port)
+    with pytest.raises(ConfigError, match="can't listen on 127.0.0.1:99999"):
+        dashboard.build_server(run[0], None, port=99999)

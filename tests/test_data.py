@@ -205,6 +205,10 @@ def test_an_array_archive(shape: tuple[int, ...], kind: Any, tmp_path: Path) -> 
         ({"y_train": np.zeros(3, np.int64)}, "y_train must be 4 whole numbers, got 3"),
         ({"y_train": np.zeros(4)}, "y_train must be 4 whole numbers, got 4 of type float64"),
         ({"x_test": np.zeros((4, 9, 9), np.uint8)}, "differ in shape"),
+        ({"x_train": np.full((4, 8, 8), np.nan)}, "x_train must be uint8"),
+        ({"x_train": np.full((4, 8, 8), "a")}, "x_train must be uint8"),
+        ({"x_valid": np.zeros(1)}, "holds 'x_valid'. Did you mean 'x_val'?"),
+        ({"x_val": np.zeros((4, 8, 8), np.uint8)}, "only one of x_val and y_val"),
         ({"classes": np.array(["a"])}, "go from 0 to 1, but it names 1 classes"),
     ],
 )
@@ -333,7 +337,8 @@ def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
         "def named():\n"
         "    return {'train': loader(8, 4), 'val': loader(4, 4), 'test': loader(4, 4),\n"
         "            'classes': ['a', 'b']}\n"
-        "def wrong():\n    return loader(8, 4)\n",
+        "def wrong():\n    return loader(8, 4)\n"
+        "def once():\n    return (b for b in loader(8, 4)), loader(8, 4)\n",
         encoding="utf-8",
     )
     path = list(sys.path)
@@ -347,5 +352,56 @@ def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
         assert found.classes == ("a", "b") and len(found.val) == 1
         with pytest.raises(ConfigError, match=r"must return loaders .* got DataLoader"):
             load_data(DataConfig(source="my_data_1:wrong"), 0, folder=tmp_path)
+        with pytest.raises(ConfigError, match="train must be batches that can be counted"):
+            load_data(DataConfig(source="my_data_1:once"), 0, folder=tmp_path)
     finally:
         sys.path[:] = path
+
+
+def test_a_given_normalization_is_applied(tmp_path: Path) -> None:
+    found = load_data(DataConfig(source="digits", mean=(0.5,), std=(0.25,)), 0)
+    assert found.normalization == {"mean": [0.5], "std": [0.25]}
+    assert isinstance(found.test, ArrayLoader)
+    expected = (found.test.images.float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(all_images(found.test).contiguous(), expected)
+    assert found.fingerprint != load_data(DataConfig(source="digits"), 0).fingerprint
+    with pytest.raises(ConfigError, match="data.mean has 3 numbers, the images have 1 channels"):
+        load_data(DataConfig(source="digits", mean=(0.5,) * 3, std=(0.25,) * 3), 0)
+
+
+def test_hidden_folders_are_no_classes_and_empty_ones_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for part in ("train", "test"):
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+    assert load_data(DataConfig(source=f"folder:{tmp_path}"), 0).classes == ("ant", "bee", "cat")
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(ConfigError, match=r"no images in .* of dog"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+
+
+def test_the_first_image_may_be_broken_too(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "train" / "ant" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"ant.0\.png' can't be read"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+
+
+def test_images_of_16_bits_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    deep = Image.fromarray(np.full((8, 8), 30_000, np.uint16))
+    deep.save(tmp_path / "train" / "ant" / "0.png")
+    with pytest.raises(ConfigError, match="convert it to 8 bits"):
+        load_data(DataConfig(source=f"folder:{tmp_path}"), 0)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 cut off", b"no archive"])
+def test_broken_archives_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_data(DataConfig(source=f"array:{tmp_path / 'a.npz'}"), 0)
+
+
+def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    with pytest.raises(ConfigError, match=r"numpy.savez"):
+        load_data(DataConfig(source=f"array:{tmp_path / 'a.npy'}"), 0)

@@ -10,12 +10,21 @@ import pytest
 import torch
 from conftest import all_images, all_labels, make_images, make_loader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from autocompress.errors import ConfigError
 from autocompress.loaders import (
     ArrayLoader,
+    check_loader,
+    check_repeats,
     in_order,
+    loader_labels,
     split_loader,
     stratified_split,
     unaugmented,
@@ -196,3 +205,55 @@ def test_a_shuffled_loader_is_put_in_order() -> None:
     assert in_order(make_loader(8, 0)) is not None
     mine = [(torch.zeros(1), torch.zeros(1))]
     assert in_order(mine) is mine  # type: ignore[comparison-overlap]
+
+
+class Unending(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(int, 1)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (iter([1]), "read again"),
+        ((batch for batch in [1]), "without a length"),
+        (DataLoader(Unending()), "without a length"),
+        ([], "is empty"),
+        (3, "got a int"),
+    ],
+)
+def test_what_can_not_be_read_again_is_refused(loader: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_loader("train", loader)
+
+
+def test_data_that_changes_from_pass_to_pass_is_refused() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            image, label = super().__getitem__(index)
+            return image + torch.rand(()), label
+
+    check_repeats("val", make_loader(64, 1))
+    check_repeats("val", array_loader())
+    with pytest.raises(ConfigError, match="val begins with another batch"):
+        check_repeats("val", DataLoader(Noisy(*make_images(64, 1)), batch_size=8))
+    with pytest.raises(ConfigError, match="shuffled or augmented"):
+        check_repeats("val", array_loader(shuffle=True))
+
+
+def test_a_subset_sampler_becomes_a_subset() -> None:
+    dataset = TensorDataset(*make_images(64, 1))
+    chosen = DataLoader(dataset, batch_size=8, sampler=SubsetRandomSampler(range(0, 64, 4)))
+    ordered = in_order(chosen)
+    check_repeats("test", ordered)
+    assert torch.equal(all_labels(ordered), torch.zeros(16, dtype=torch.int64))
+    train, val = split_loader(chosen, 0.25, 0)
+    assert len(all_labels(train)) == 12 and len(all_labels(val)) == 4
+    assert not torch.equal(all_images(train), all_images(train))
+
+
+def test_labels_come_in_the_loaders_order() -> None:
+    ordered = make_loader(64, 1)
+    assert np.array_equal(loader_labels(ordered), all_labels(ordered).numpy())
+    assert np.array_equal(loader_labels(array_loader()), all_labels(array_loader()).numpy())
+    assert loader_labels(make_loader(64, 1, shuffle=True)) is None

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress.errors import ConfigError
-from autocompress.models import build_model, check_model, list_models, load_weights
+from autocompress.models import build_model, list_models, load_weights
 
 SMALL = {"width": 4, "num_classes": 3}
 
@@ -128,7 +128,7 @@ def test_files_without_names_are_refused(tmp_path: Path) -> None:
 )
 def test_unknown_networks_are_refused_without_building(source: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_model(source)
+        build_model(source, {}, None)
     assert message in str(caught.value)
 
 
@@ -209,4 +209,25 @@ def test_timm_networks_build() -> None:
     output: Tensor = model(torch.randn(1, 1, 32, 32))
     assert output.shape == (1, 3)
     with pytest.raises(ConfigError, match="Did you mean 'resnet18'"):
-        check_model("timm:resnt18")
+        build_model("timm:resnt18", {}, None)
+
+
+def test_a_web_page_is_no_file_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_text("<!DOCTYPE html>")
+    with pytest.raises(ConfigError, match="Was a web page saved instead"):
+        load_weights(build_model("zoo:resnet20", {}, None), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ("zoo:resnet20", {"num_classes": -1}, "num_classes = -1 must be a whole number >= 1"),
+        ("torchvision:vit_b_16", {"image_size": 100}, "don't fit torchvision:vit_b_16"),
+        (".net:make", {}, "is no name of a module"),
+    ],
+)
+def test_what_can_not_be_built_is_said_in_a_line(
+    source: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(source, arguments, None)

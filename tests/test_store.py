@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -217,3 +218,12 @@ def test_passwords_are_hidden() -> None:
 def test_a_folder_that_can_not_be_made_is_named() -> None:
     with pytest.raises(ConfigError, match=r"run.out: can't make the folder /proc/x"):
         StudyFolder(Path("/proc/x")).create()
+
+
+def test_a_database_of_another_optuna_is_named(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_storage(url)
+    with sqlite3.connect(tmp_path / "study.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
+    with pytest.raises(ConfigError, match=r"run.storage = .*study.db': .*optuna"):
+        open_storage(url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +82,30 @@ def test_run_is_the_default_command(small: Path) -> None:
     assert "Nothing to do" in call(*at(small)).output
 
 
+def test_a_folder_runs_its_own_study(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small.parent)
+    ended = call(str(small.parent / "small"))
+    assert "Nothing to do" in ended.output
+    assert not (small.parent / "runs").exists()
+
+
 def test_status_says_how_far_it_is(small: Path) -> None:
     said = call("status", *at(small)).output
     assert re.search(r"exploration.*3/3", said) and re.search(r"annealing.*1/1", said)
     assert "Finished" in said and "x params, drop" in said
-    more = small.with_name("more.toml")
-    more.write_text(STUDY.replace("trials = 3", "trials = 5"))
-    said = call("status", *at(more)).output
+
+
+def test_status_is_that_of_the_last_run(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small.parent / "small", tmp_path / "small")
+    stored = tmp_path / "small" / "study.json"
+    settings = json.loads(stored.read_text())
+    settings["search"] |= {"trials": 5, "annealing_trials": 2}
+    stored.write_text(json.dumps(settings))
+    said = call("status", str(small), "--out", str(tmp_path)).output
     assert re.search(r"exploration.*3/5", said) and "Not finished" in said
+    settings["search"] |= {"trials": 3, "stage": "exploration"}
+    stored.write_text(json.dumps(settings))
+    assert "\nFinished" in call("status", str(small), "--out", str(tmp_path)).output
 
 
 def test_a_studys_folder_stands_for_its_file(small: Path) -> None:
@@ -165,6 +182,12 @@ def test_exit_code_3_where_nothing_met_delta(
         (("num_classes = 10", "num_classes = 7"), "10 classes, the network has 7 outputs"),
         (("num_classes = 10", "classes = 10"), "unexpected keyword argument 'classes'"),
         (("in_channels = 1", "in_channels = 3"), "The network can't take this data"),
+        (("in_channels = 1", "in_channels = 0"), "in_channels = 0 must be a whole number >= 1"),
+        (
+            ("[search]", '[search]\nexclude = ["con1"]'),
+            "no layer matches 'con1'. Did you mean 'conv1'",
+        ),
+        (("[search]", '[search]\ninclude = ["layer1"]'), "give 'layer1.*'"),
         (('"digits"', '"folder:nowhere"'), "no such folder"),
         (('"digits"', '"array:nowhere.npz"'), "no such file"),
         (('"digits"', '"torchvision:CIFAR11"'), "Did you mean 'CIFAR1"),
@@ -202,6 +225,10 @@ def test_every_error_has_its_own_line(capsys: pytest.CaptureFixture[str], tmp_pa
         (["report", "quickstart"], "no result"),
         (["export", "quickstart"], "has not begun"),
         (["dashboard", "quickstart"], "has not begun"),
+        (
+            ["quickstart", "--stage", "annealing"],
+            "run search.stage = 'exploration' or 'both' first",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -241,7 +268,7 @@ def test_no_password_reaches_a_file(
     monkeypatch.setattr(sys, "argv", ["study", str(small), "--storage", url])
     out = small.parent / "hidden"
     ended = call("run", str(small), "--storage", url, "--out", str(out), "--trials", "1")
-    assert ended.exit_code == 0 and opened == [url]
+    assert ended.exit_code == 0 and set(opened) == {url}
     written = [path for path in out.rglob("*") if path.suffix in (".json", ".html", ".log")]
     assert len(written) > 5
     for path in written:
@@ -254,7 +281,7 @@ def test_an_interrupted_run_says_what_it_kept(small: Path, monkeypatch: pytest.M
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("autocompress.api.run", interrupted)
+    monkeypatch.setattr("autocompress.conductor.run_study", interrupted)
     ended = call(*at(small))
     assert ended.exit_code == 130
     assert "3 of exploration, 1 of annealing" in ended.output

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from conftest import TinyNet, make_loader
@@ -9,6 +11,7 @@ from autocompress.task import (
     correct,
     first_samples,
     logit_distillation,
+    scores_of,
     to_device,
 )
 
@@ -81,3 +84,25 @@ def test_batches_may_nest() -> None:
     moved = to_device(batch, torch.device("cpu"))
     assert moved["a"][1] == "name"
     assert first_samples({"b": batch["b"]}, 3)["b"].shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda output, batch: correct(output, batch).mean(), "not their mean"),
+        (lambda output, batch: 100 * torch.ones(len(output)), "between 0 and 1"),
+        (lambda output, batch: -torch.ones(len(output)), "between 0 and 1"),
+        (lambda output, batch: 0.5, "must return a tensor"),
+    ],
+)
+def test_a_metric_gives_a_share_for_each_sample(task: Task, metric: Any, message: str) -> None:
+    task.metric = metric
+    with pytest.raises(ConfigError, match=message):
+        check_outputs(task)
+
+
+def test_scores_of_pixels_are_averaged_over_each_sample() -> None:
+    output = torch.zeros(2, 3, 4, 4)
+    labels = torch.zeros(2, 4, 4, dtype=torch.int64)
+    labels[1, :2] = 1
+    assert scores_of(output, (output, labels), correct).tolist() == [1.0, 0.5]
