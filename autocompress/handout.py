@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from optuna.study import Study
 from safetensors.torch import load_file
 
-from autocompress.config import StudyConfig
 from autocompress.errors import ConfigError
 from autocompress.export import ExportReport, save_model
 from autocompress.models import build_model
@@ -21,7 +22,6 @@ from autocompress.surgery import build_plan
 
 
 def export_trial(
-    config: StudyConfig,
     folder: StudyFolder,
     studies: Mapping[str, Study],
     label: str,
@@ -31,7 +31,6 @@ def export_trial(
     """Write the network of a trial to a folder.
 
     Args:
-        config: The study's settings.
         folder: The study's folder.
         studies: The Optuna studies by stage.
         label: "best", or a trial such as "annealing/7".
@@ -55,6 +54,8 @@ def export_trial(
             raise ConfigError(f"There is no {folder.best}: the study has no winner (yet).")
         plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
         state = load_file(weights_file)
+        stored = json.loads((folder.best / "profile.json").read_text(encoding="utf-8"))
+        accuracy = stored["accuracy"]
     else:
         try:
             trial = find_trial(studies, label)
@@ -67,6 +68,7 @@ def export_trial(
             )
         plan = Plan.from_json(trial.user_attrs["plan"])
         state = fetch_weights(trial.user_attrs["weights"], folder.artifact_store())
+        accuracy = trial.user_attrs["metrics"]["accuracy"]
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, plan)
     model.load_state_dict(state)
@@ -77,7 +79,7 @@ def export_trial(
         plan,
         origin,
         example,
-        profile_model(model, example),
+        replace(profile_model(model, example), accuracy=accuracy),
         images=example,
         classes=tuple(attrs["classes"]),
         normalization=attrs["normalization"],

@@ -306,7 +306,7 @@ def export(
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
-    written = export_trial(config, folder, _studies(config), trial, target, _modules(study))
+    written = export_trial(folder, _studies(config), trial, target, _modules(study))
     for name, size in written.files.items():
         _print(f"{target / name}  {size / 1e6:.3f} MB")
     for name, reason in written.skipped.items():

@@ -131,6 +131,7 @@ def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> Non
     assert done.exit_code == 0
     names = {path.name for path in (tmp_path / "it").iterdir()}
     assert {"model.safetensors", "plan.json", "model.onnx", "model.pt2"} <= names
+    assert json.loads((tmp_path / "it" / "profile.json").read_text())["accuracy"] > 10
     model = autocompress.load(tmp_path / "it")
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
