@@ -23,7 +23,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import Plan
 from autocompress.space import (
-    RULES,
     STAGES,
     Knobs,
     Option,
@@ -48,6 +47,10 @@ not count either."""
 
 REACH = 0.2
 """How far around the best knobs new ones are sought, as a share of their ranges."""
+
+TILT_NOISE = 0.1
+"""Spread of the logarithms of the error weights of a child in annealing. At 0.5 children of a CIFAR
+ResNet-20 stood 7 to 14 points lower before fine-tuning than at 0."""
 
 NEARLY = 2.5
 """A trial that lost at most this many times delta may come within it by more fine-tuning."""
@@ -291,10 +294,9 @@ class AnnealingSampler(PlanSampler):
             budget=parent_cost
             / near.baseline_cost
             * (step if ripening else np.clip(step, 0.4, 0.97)),
-            rule=str(rng.choice(RULES, p=[0.8, 0.2])),
-            sharpness=float(rng.uniform(1.2, 2.5)),
-            stages=tuple(rng.normal(0.0, 0.5 / 2**turn, STAGES)),
-            methods={method: float(rng.normal(0.0, 0.2)) for method in near.methods},
+            sharpness=float(np.clip(rng.normal(2.0, 0.2), 1.0, 3.0)),
+            stages=tuple(rng.normal(0.0, TILT_NOISE, STAGES)),
+            methods={method: float(rng.normal(0.0, TILT_NOISE)) for method in near.methods},
         )
         storage, trial_id = study._storage, trial._trial_id
         storage.set_trial_user_attr(trial_id, PARENT, parent.label)
