@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,12 @@ from torch import nn
 
 from autocompress import __version__
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
-from autocompress.config import StudyConfig, bound_settings
+from autocompress.config import FinetuneConfig, StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import evaluate
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
-from autocompress.objective import Bench, best_so_far, find_trial, has_weights, run_trial
+from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
@@ -200,7 +201,10 @@ def _run(
     bench.studies["exploration"] = exploration
     _bury(exploration, "exploration", display)
     if config.search.stage != "annealing":
-        later = 0 if config.search.stage == "exploration" else config.search.annealing_trials
+        later = 0.0
+        if config.search.stage == "both":
+            longer = annealing_epochs(config.finetune) / max(config.finetune.epochs, 0.1)
+            later = config.search.annealing_trials * longer
         _run_stage(bench, "exploration", space, config, display, later)
     annealing = load_study(storage, config.name, "annealing")
     if annealing is not None:
@@ -371,7 +375,8 @@ def _run_stage(
     }
     total = planned[stage]
     # The winner's fine-tuning counts as the trials that would take as long.
-    later += config.finetune.final_epochs / max(config.finetune.epochs, 0.1)
+    epochs = float(study.user_attrs.get(EPOCHS, config.finetune.epochs))
+    later += config.finetune.final_epochs / max(epochs, 0.1)
     display.stage(
         stage,
         total,
@@ -419,6 +424,9 @@ def _anneal(
     annealing = open_study(
         storage, config.name, "annealing", bound=bound, cost_name=COST_NAMES[config.objective]
     )
+    if EPOCHS not in annealing.user_attrs:
+        # As final_epochs may change later, and the trials of one study must be alike.
+        annealing.set_user_attr(EPOCHS, annealing_epochs(config.finetune))
     annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
@@ -435,6 +443,15 @@ def _anneal(
     _bury(annealing, "annealing", display)
     _run_stage(bench, "annealing", narrowed, config, display)
     return annealing
+
+
+def annealing_epochs(finetune: FinetuneConfig) -> float:
+    """Passes over the training data in a trial of the annealing.
+
+    The geometric mean of an exploration trial's and the winner's, for a plan that misses delta in a
+    short trial may meet it at the end: few trials at a middle length tell better which.
+    """
+    return max(finetune.epochs, math.sqrt(finetune.epochs * finetune.final_epochs))
 
 
 def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:

@@ -135,7 +135,10 @@ class FinetuneConfig(_Section):
     """How a compressed network recovers."""
 
     epochs: float = Field(
-        default=1.0, ge=0, description="Passes over the training data in each trial."
+        default=1.0,
+        ge=0,
+        description="Passes over the training data in a trial of the exploration; one of the "
+        "annealing has the geometric mean of this and final_epochs.",
     )
     final_epochs: float = Field(
         default=10.0, ge=0, description="Passes over the training data for the winner."

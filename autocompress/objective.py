@@ -41,6 +41,10 @@ GATE_IMAGES = 1000
 RECALIBRATION_BATCHES = 50
 
 
+EPOCHS = "epochs"
+"""User attribute of a study: passes over the training data in each of its trials."""
+
+
 @dataclass
 class Bench:
     """All that a trial needs, made once per process.
@@ -177,7 +181,7 @@ def _carry_out(
     result = fit(
         model,
         task,
-        epochs=finetune.epochs,
+        epochs=float(bench.studies[stage].user_attrs.get(EPOCHS, finetune.epochs)),
         learning_rate=finetune.learning_rate,
         seed=seed,
         teacher=bench.baseline.model,

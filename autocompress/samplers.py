@@ -236,7 +236,8 @@ class AnnealingSampler(PlanSampler):
     the finished children: it gets bolder after a child within delta and more careful after one
     beyond it. The allocator shares the budget out in a narrow band around the parent. Every second
     child, where there is such a parent, is instead one of a cheaper trial that missed delta
-    narrowly: it keeps the parent's plan, or nearly so, and is only fine-tuned further.
+    narrowly: it keeps the parent's plan, or nearly so, and is only fine-tuned further, for a trial
+    of the annealing is longer than one of the exploration.
 
     Args:
         space: The space around the exploration's best trials.
@@ -282,7 +283,7 @@ class AnnealingSampler(PlanSampler):
             for t in finished
             if t.state == TrialState.COMPLETE and WEIGHTS in t.user_attrs
         ]
-        parent = self._unfinished(pool) if rng.random() < 0.5 else None
+        parent = self._unfinished(pool, rng) if rng.random() < 0.5 else None
         ripening = parent is not None
         parent = parent or self._choose(pool, rng)
         turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
@@ -312,14 +313,19 @@ class AnnealingSampler(PlanSampler):
         odds = np.array([0.6, 0.25, 0.15])[: len(within)]
         return within[int(rng.choice(len(odds), p=odds / odds.sum()))]
 
-    def _unfinished(self, pool: Sequence[Parent]) -> Parent | None:
-        """The trial beyond delta, but not far, that more fine-tuning may make the cheapest one."""
+    def _unfinished(self, pool: Sequence[Parent], rng: np.random.Generator) -> Parent | None:
+        """A trial beyond delta, but not far, that more fine-tuning may make the cheapest one.
+
+        It is the cheapest or the nearest of them, by lot.
+        """
         least = min((p.cost for p in pool if p.drop <= self._delta), default=math.inf)
         near = [
             p
             for p in pool
             if self._delta < p.drop <= NEARLY * self._delta and p.cost < 0.97 * least
         ]
+        if rng.random() < 0.5:
+            return min(near, key=lambda p: (p.cost, p.drop), default=None)
         return min(near, key=lambda p: p.drop, default=None)
 
     def _step(self, finished: Sequence[FrozenTrial]) -> float:

@@ -15,7 +15,7 @@ from conftest import TinyNet, count_reads, tiny_config, tiny_task
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import selection
+from autocompress import objective, selection
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.errors import (
     AutocompressError,
@@ -417,3 +417,24 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
     with pytest.raises(ConfigError, match="no better than always naming"):
         run_study(tiny_config(tmp_path), task, NullDisplay())
     assert ended(tmp_path / "tiny") == {"exploration": 0}
+
+
+@pytest.mark.usefixtures("quick")
+def test_trials_of_the_annealing_are_longer(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[float] = []
+    real = objective.fit
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["epochs"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(objective, "fit", watched)
+    settings: dict[str, Any] = {"trials": 2, "finetune.epochs": 0.5}
+    config = tiny_config(tmp_path, annealing_trials=1, **settings, **{"finetune.final_epochs": 2.0})
+    run_study(config, task, NullDisplay())
+    # Budgets may change later, but the trials of one study stay alike.
+    more = tiny_config(tmp_path, annealing_trials=2, **settings, **{"finetune.final_epochs": 0.0})
+    run_study(more, task, NullDisplay())
+    assert lengths == [0.5, 0.5, 1.0, 1.0]
