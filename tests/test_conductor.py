@@ -336,8 +336,8 @@ def test_two_processes_can_not_run_one_study(task: Task, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("quick")
 def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, **{"search.include": ["nothing*"]})
-    with pytest.raises(ConfigError, match="search.include does not name it"):
+    config = tiny_config(tmp_path, **{"search.exclude": ["*"]})
+    with pytest.raises(ConfigError, match="search.exclude names it"):
         run_study(config, task, NullDisplay())
 
 
