@@ -20,14 +20,7 @@ from autocompress.conductor import Outcome, run_study
 from autocompress.config import DataConfig, StudyConfig, parse_config
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
-from autocompress.loaders import (
-    check_loader,
-    check_repeats,
-    cut_validation,
-    in_order,
-    labels_of,
-    unaugmented,
-)
+from autocompress.loaders import given_loaders, labels_of, unaugmented
 from autocompress.models import PRETRAINED, build_model, pretrained_normalization
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.task import Loader, Task, tensors_in
@@ -146,9 +139,6 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}.")
-    for role, loader in (("train", train), ("test", test), ("val", val)):
-        if loader is not None or role != "val":
-            check_loader(role, loader)
     known = {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
     if "loss" in functions:
         # What imitates logits need not suit another loss.
@@ -171,19 +161,14 @@ def compress(
     config = parse_config(fields)
     device = pick_device(config.run.device)
     val_seen = val is None and config.data.val_from == "train"
-    test = in_order(test)
-    if val is not None:
-        val = in_order(val)
-    else:
-        train, val, test = cut_validation(
-            train,
-            test,
-            fraction=config.data.val_fraction,
-            source=config.data.val_from,
-            seed=config.seed,
-        )
-    check_repeats("The validation data", val)
-    check_repeats("The test data", test)
+    train, val, test = given_loaders(
+        train,
+        val,
+        test,
+        fraction=config.data.val_fraction,
+        source=config.data.val_from,
+        seed=config.seed,
+    )
     own = deepcopy(model).cpu()
     task = Task(
         model=own,

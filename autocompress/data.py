@@ -40,10 +40,8 @@ from autocompress.loaders import (
     ArrayLoader,
     Labels,
     LazyImages,
-    check_loader,
-    check_repeats,
     cut_validation,
-    in_order,
+    given_loaders,
     labels_of,
     like,
     stratified_split,
@@ -808,18 +806,18 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
             f"data.source = '{config.source}' must return loaders (train, test) or (train, val, "
             f"test), or a dict with these keys, got {type(result).__name__}."
         )
-    for role in ("train", "val", "test"):
-        if given.get(role) is not None or role != "val":
-            check_loader(f"data.source = '{config.source}': {role}", given[role])
-    train, val, test = given["train"], given.get("val"), in_order(given["test"])
-    if val is not None:
-        val = in_order(val)
-    else:
-        train, val, test = _cut(train, test, config, seed)
+    train, val, test = given_loaders(
+        given["train"],
+        given.get("val"),
+        given["test"],
+        fraction=config.val_fraction,
+        source=config.val_from,
+        seed=seed,
+        where=f"data.source = '{config.source}': ",
+    )
     digest = hashlib.sha256(_settings(config.source, config, seed, "val" not in given))
     shape: tuple[int, int, int] = (0, 0, 0)
-    for role, loader in (("validation", val), ("test", test)):
-        check_repeats(f"data.source = '{config.source}': the {role} data", loader)
+    for loader in (val, test):
         batch = next(iter(loader), None)
         digest.update(str((len(train), len(loader))).encode())
         for value in batch if isinstance(batch, (tuple, list)) else ():

@@ -17,6 +17,7 @@ from autocompress.models import build_model
 from autocompress.objective import find_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
+from autocompress.samplers import WEIGHTS
 from autocompress.store import StudyFolder, fetch_weights
 from autocompress.surgery import build_plan
 
@@ -62,12 +63,12 @@ def export_trial(
         except (KeyError, ValueError, IndexError) as error:
             known = ", ".join(f"{stage}/0 to {len(s.trials) - 1}" for stage, s in studies.items())
             raise ConfigError(f"There is no trial {label!r}. Known: best, {known}.") from error
-        if "weights" not in trial.user_attrs:
+        if WEIGHTS not in trial.user_attrs:
             raise ConfigError(
                 f"Trial {label} has no weights: {trial.user_attrs.get('reason', trial.state.name)}."
             )
         plan = Plan.from_json(trial.user_attrs["plan"])
-        state = fetch_weights(trial.user_attrs["weights"], folder.artifact_store())
+        state = fetch_weights(trial.user_attrs[WEIGHTS], folder.artifact_store())
         accuracy = trial.user_attrs["metrics"]["accuracy"]
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, plan)

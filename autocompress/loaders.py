@@ -235,6 +235,46 @@ def check_repeats(name: str, loader: Loader) -> None:
         )
 
 
+def given_loaders(
+    train: Loader,
+    val: Loader | None,
+    test: Loader,
+    *,
+    fraction: float,
+    source: str,
+    seed: int,
+    where: str = "",
+) -> tuple[Loader, Loader, Loader]:
+    """The user's loaders, checked and in order, with validation data cut off where none is given.
+
+    Args:
+        train: Training batches.
+        val: Validation batches, or None.
+        test: Test batches.
+        fraction: As for `cut_validation`.
+        source: As for `cut_validation`.
+        seed: As for `cut_validation`.
+        where: Where they come from, to begin messages with.
+
+    Returns:
+        Loaders of training, validation and test data.
+
+    Raises:
+        ConfigError: If one is empty, can't be read again, differs from pass to pass or can't be cut.
+    """
+    for role, loader in (("train", train), ("test", test), ("val", val)):
+        if loader is not None or role != "val":
+            check_loader(f"{where}{role}", loader)
+    test = in_order(test)
+    if val is not None:
+        val = in_order(val)
+    else:
+        train, val, test = cut_validation(train, test, fraction=fraction, source=source, seed=seed)
+    check_repeats(f"{where}The validation data", val)
+    check_repeats(f"{where}The test data", test)
+    return train, val, test
+
+
 def cut_validation(
     train: Loader, test: Loader, *, fraction: float, source: str, seed: int
 ) -> tuple[Loader, Loader, Loader]:

@@ -266,10 +266,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Files of torch.save are zip archives, or plain pickles of protocol 2 before torch 1.6.
-        if path.read_bytes()[:2] not in (b"PK", b"\x80\x02"):
+        with path.open("rb") as file:
+            head = file.read(12)
+        if not head.startswith((b"PK", b"\x80\x02")):
             raise ConfigError(
                 f"model.weights = '{path}' is no file of weights: it begins with "
-                f"{path.read_bytes()[:12]!r}. Was a web page saved instead?"
+                f"{head!r}. Was a web page saved instead?"
             ) from error
         raise ConfigError(
             f"model.weights = '{path}' holds Python objects, perhaps a whole pickled network, "
