@@ -260,7 +260,7 @@ def given_loaders(
         Loaders of training, validation and test data.
 
     Raises:
-        ConfigError: If one is empty, can't be read again, differs from pass to pass or can't be cut.
+        ConfigError: If one is empty, changes from pass to pass, or can't be read again or cut.
     """
     for role, loader in (("train", train), ("test", test), ("val", val)):
         if loader is not None or role != "val":
