@@ -283,7 +283,7 @@ class AnnealingSampler(PlanSampler):
             for t in finished
             if t.state == TrialState.COMPLETE and WEIGHTS in t.user_attrs
         ]
-        parent = self._unfinished(pool, rng) if rng.random() < 0.5 else None
+        parent = self._unfinished(pool, trial.number) if trial.number % 2 == 0 else None
         ripening = parent is not None
         parent = parent or self._choose(pool, rng)
         turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
@@ -313,10 +313,10 @@ class AnnealingSampler(PlanSampler):
         odds = np.array([0.6, 0.25, 0.15])[: len(within)]
         return within[int(rng.choice(len(odds), p=odds / odds.sum()))]
 
-    def _unfinished(self, pool: Sequence[Parent], rng: np.random.Generator) -> Parent | None:
+    def _unfinished(self, pool: Sequence[Parent], number: int) -> Parent | None:
         """A trial beyond delta, but not far, that more fine-tuning may make the cheapest one.
 
-        It is the cheapest or the nearest of them, by lot.
+        It is the nearest or the cheapest of them, in turn.
         """
         least = min((p.cost for p in pool if p.drop <= self._delta), default=math.inf)
         near = [
@@ -324,9 +324,9 @@ class AnnealingSampler(PlanSampler):
             for p in pool
             if self._delta < p.drop <= NEARLY * self._delta and p.cost < 0.97 * least
         ]
-        if rng.random() < 0.5:
-            return min(near, key=lambda p: (p.cost, p.drop), default=None)
-        return min(near, key=lambda p: p.drop, default=None)
+        if number // 2 % 2 == 0:
+            return min(near, key=lambda p: p.drop, default=None)
+        return min(near, key=lambda p: (p.cost, p.drop), default=None)
 
     def _step(self, finished: Sequence[FrozenTrial]) -> float:
         """Share of its parent's cost that the next child may have."""
