@@ -36,6 +36,7 @@ from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import (
+    AIM,
     NEARLY,
     AnnealingSampler,
     Parent,
@@ -427,10 +428,12 @@ def _anneal(
     if EPOCHS not in annealing.user_attrs:
         # As final_epochs may change later, and the trials of one study must be alike.
         annealing.set_user_attr(EPOCHS, annealing_epochs(config.finetune))
+    epochs = annealing.user_attrs[EPOCHS]
     annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
         delta=config.delta,
+        aim=config.delta * (AIM if config.finetune.final_epochs > epochs else 1.0),
         parents=[
             Parent(f"exploration/{trial.number}", plan, trial.values[0], trial.values[1])
             for trial, plan in zip(parents, plans, strict=True)

@@ -144,6 +144,11 @@ class FinetuneConfig(_Section):
         default=10.0, ge=0, description="Passes over the training data for the winner."
     )
     learning_rate: float = Field(default=0.01, gt=0, description="Peak of the schedule.")
+    final_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same for the winner; None: as in a trial. Longer fine-tuning stands more.",
+    )
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."
     )
@@ -203,6 +208,7 @@ _UNBOUND = {
     "search.annealing_trials",
     "search.stage",
     "finetune.final_epochs",
+    "finetune.final_learning_rate",
     "model.weights",
     "data.root",
 }

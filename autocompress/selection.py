@@ -30,6 +30,9 @@ from autocompress.progress import Display
 from autocompress.store import StudyFolder, portable_state, trials_spent, write_text, write_weights
 from autocompress.training import fit
 
+DARING = 1.5
+"""A trial that lost at most this many times delta may meet it after the winner's fine-tuning."""
+
 
 @dataclass(frozen=True)
 class Finalist:
@@ -132,6 +135,7 @@ def _still_stands(
         result["identity"] == bench.identity
         and result["candidates"] == sorted(labelled)
         and result["final_epochs"] == config.finetune.final_epochs
+        and result["final_learning_rate"] == config.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
     )
 
@@ -162,6 +166,7 @@ def _facts(
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
         "candidates": sorted(labelled),
         "final_epochs": config.finetune.final_epochs,
+        "final_learning_rate": config.finetune.final_learning_rate,
         "seconds": seconds,
         "versions": versions(),
         "device": str(bench.task.device),
@@ -207,7 +212,7 @@ def _finalists(
     """The best network within delta, fine-tuned at length, and the second best.
 
     A long fine-tuning wins back more than a trial's short one. So of the cheaper trials that missed
-    delta by no more than delta itself the cheapest is tried first, then the nearest; if both still
+    delta by no more than half of it the cheapest is tried first, then the nearest; if both still
     miss, the cheapest trial within delta is the winner, whose weights from before are kept where
     they are better.
     """
@@ -216,7 +221,8 @@ def _finalists(
     cheaper = [
         item
         for item in labelled.items()
-        if config.delta < item[1].values[0] <= 2 * config.delta and item[1].values[1] < 0.97 * limit
+        if config.delta < item[1].values[0] <= DARING * config.delta
+        and item[1].values[1] < 0.97 * limit
     ]
     daring = sorted(cheaper, key=lambda item: item[1].values[1])[:1]
     daring += sorted(cheaper, key=lambda item: item[1].values[0])[:1]
@@ -246,7 +252,8 @@ def _final_fit(
     before = evaluate(model, task, task.val)
     if epochs <= 0:
         return Finalist(label, model, plan, before, 0.0)
-    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}.safetensors"
+    rate = config.finetune.final_learning_rate or config.finetune.learning_rate
+    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}.safetensors"
     path = folder.finals / name
     if path.exists():
         model.load_state_dict(load_file(path))
@@ -261,7 +268,7 @@ def _final_fit(
                 model,
                 task,
                 epochs=epochs,
-                learning_rate=config.finetune.learning_rate,
+                learning_rate=rate,
                 seed=config.seed,
                 teacher=bench.baseline.model,
                 distillation=config.finetune.distillation,
