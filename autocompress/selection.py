@@ -135,7 +135,7 @@ def _still_stands(
         result["identity"] == bench.identity
         and result["candidates"] == sorted(labelled)
         and result["final_epochs"] == config.finetune.final_epochs
-        and result["final_learning_rate"] == config.finetune.final_learning_rate
+        and result.get("final_learning_rate") == config.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
     )
 

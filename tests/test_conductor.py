@@ -420,6 +420,26 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_winner_may_have_a_learning_rate_of_its_own(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    real = selection.fit
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        rates.append(kwargs["learning_rate"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(selection, "fit", watched)
+    settings = {"finetune.learning_rate": 0.01, "finetune.final_epochs": 0.5}
+    for rate in (None, 0.02, 0.02):
+        more = {**settings, "finetune.final_learning_rate": rate}
+        config = tiny_config(tmp_path, trials=1, annealing_trials=0, delta=100, **more)
+        run_study(config, task, NullDisplay())
+    assert rates == [0.01, 0.02]  # the third run has nothing to do
+
+
+@pytest.mark.usefixtures("quick")
 def test_trials_of_the_annealing_are_longer(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,40 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     assert SPACE.plan(SPACE.nearest(ripe.params)) == narrow_miss
 
 
+def next_child(lost: float, aim: float = 1.0) -> float:
+    """Cost of the third child of a parent whose first two lost so many points."""
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    cost = DEEP.cost(DEEP.pick(plan))
+    parent = Parent("exploration/0", plan, 0.4, cost)
+    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, aim=aim, parents=[parent]))
+    for _ in range(2):
+        trial = study.ask()
+        child = DEEP.suggest(trial)
+        study.tell(trial, (parent.drop + lost, float(DEEP.cost(DEEP.pick(child)))))
+    return float(DEEP.cost(DEEP.pick(DEEP.suggest(study.ask())))) / cost
+
+
+def test_children_save_more_where_others_lost_little() -> None:
+    assert 0.5 < next_child(0.1) < next_child(0.6) < next_child(5.0) < 1.0
+
+
+def test_children_save_more_where_more_may_be_lost() -> None:
+    assert next_child(0.6, aim=1.3) < next_child(0.6, aim=1.0)
+
+
+def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
+    plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.45, 0.2)]
+    costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
+    parents = [
+        Parent("exploration/0", plans[0], -2.0, costs[0]),  # dearer, but with much left to lose
+        Parent("exploration/1", plans[1], 0.99, costs[1]),
+        Parent("exploration/2", plans[2], 9.0, costs[2]),  # beyond delta
+    ]
+    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=parents))
+    DEEP.suggest(study.ask())
+    assert study.trials[0].user_attrs[PARENT] == "exploration/0"
+
+
 def test_seeds_bisect_for_the_least_budget_within_delta() -> None:
     study = make_study(KnobSampler(DEEP, 0, seed_count=8))
     run(study, DEEP, 8)
