@@ -426,6 +426,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for module in ("torch", "onnx", "onnxscript", "onnx_ir"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
+        # torch 2.11 says it of itself, in the name of `copyreg`.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         try:
