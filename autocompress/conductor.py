@@ -376,8 +376,7 @@ def _run_stage(
     }
     total = planned[stage]
     # The winner's fine-tuning counts as the trials that would take as long.
-    epochs = float(study.user_attrs.get(EPOCHS, config.finetune.epochs))
-    later += config.finetune.final_epochs / max(epochs, 0.1)
+    later += config.finetune.final_epochs / max(bench.epochs(stage), 0.1)
     display.stage(
         stage,
         total,

@@ -83,6 +83,10 @@ class Bench:
     rejected_as_complete: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
 
+    def epochs(self, stage: str) -> float:
+        """Passes over the training data in each trial of a stage."""
+        return float(self.studies[stage].user_attrs.get(EPOCHS, self.finetune.epochs))
+
 
 class Stopwatch:
     """Seconds by phase; each `lap` gives the time since the last one to a phase."""
@@ -181,7 +185,7 @@ def _carry_out(
     result = fit(
         model,
         task,
-        epochs=float(bench.studies[stage].user_attrs.get(EPOCHS, finetune.epochs)),
+        epochs=bench.epochs(stage),
         learning_rate=finetune.learning_rate,
         seed=seed,
         teacher=bench.baseline.model,

@@ -234,7 +234,7 @@ class Parent:
 
 
 class AnnealingSampler(PlanSampler):
-    """Annealing: children of the cheapest trials within delta, ever nearer to them.
+    """Annealing: children of the cheapest trials within the aim, ever nearer to them.
 
     A child's budget is what would bring its parent's drop to the aim, on a line through the
     finished children: so many points for each halving of the cost. The allocator shares the budget
@@ -291,33 +291,33 @@ class AnnealingSampler(PlanSampler):
             for t in finished
             if t.state == TrialState.COMPLETE and WEIGHTS in t.user_attrs
         ]
-        parent = self._unfinished(pool, finished, trial.number) if trial.number % 2 == 0 else None
-        ripening = parent is not None
+        ripe = self._unfinished(pool, finished, trial.number) if trial.number % 2 == 0 else None
         slope = self._slope(pool, finished)
-        parent = parent or self._choose(pool, slope, rng)
+        parent = ripe or self._choose(pool, slope, rng)
         turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
         band = 0.5 / 2**turn
         near = self._space.narrow([parent.plan], band)
-        parent_cost = near.cost(near.pick(parent.plan))
-        step = 1.0 if ripening else self._step(parent, slope, rng)
-        knobs = Knobs(
-            budget=parent_cost / near.baseline_cost * step,
-            sharpness=float(np.clip(rng.normal(2.0, 0.2), 1.0, 3.0)),
-            stages=tuple(rng.normal(0.0, TILT_NOISE, STAGES)),
-            methods={method: float(rng.normal(0.0, TILT_NOISE)) for method in near.methods},
-        )
+        step, picked = 1.0, near.pick(parent.plan)
+        if ripe is None:
+            step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.05))
+            step = float(np.clip(step, 0.55, 0.97))
+            knobs = Knobs(
+                budget=near.cost(picked) / near.baseline_cost * step,
+                sharpness=float(np.clip(rng.normal(2.0, 0.2), 1.0, 3.0)),
+                stages=tuple(rng.normal(0.0, TILT_NOISE, STAGES)),
+                methods={method: float(rng.normal(0.0, TILT_NOISE)) for method in near.methods},
+            )
+            picked = allocate(near, knobs)
         storage, trial_id = study._storage, trial._trial_id
         storage.set_trial_user_attr(trial_id, PARENT, parent.label)
-        record = {"step": step, "band": band, "ripening": ripening}
+        record = {"step": step, "band": band, "ripening": ripe is not None}
         storage.set_trial_system_attr(trial_id, KNOBS, record)
-        return near.pick(parent.plan) if ripening else allocate(near, knobs)
+        return picked
 
     def _choose(self, pool: Sequence[Parent], slope: float, rng: np.random.Generator) -> Parent:
         """The trial within the aim whose child promises to be the cheapest, at times the second or
         third where theirs promise nearly as much; where none is within the aim, the nearest."""
-        promise = {
-            p: p.cost * math.exp((p.drop - self._aim) / slope) for p in pool if p.drop <= self._aim
-        }
+        promise = {p: p.cost * self._share(p, slope) for p in pool if p.drop <= self._aim}
         if not promise:
             return min(pool, key=lambda p: p.drop)
         best = min(promise.values())
@@ -349,12 +349,12 @@ class AnnealingSampler(PlanSampler):
     def _slope(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
         """Points that a child loses for each unit of the logarithm of what it saves.
 
-        Ridge regression through the origin on the finished children, whose prior is four times
-        delta.
+        Ridge regression through the origin on the finished children, towards four times delta.
         """
         known = {p.label: p for p in pool}
         least = self._delta or 1.0
-        products, squares = 4.0 * least * 0.05, 0.05
+        squares = 0.05
+        products = 4.0 * least * squares
         for child in finished:
             elder = known.get(child.user_attrs.get(PARENT, ""))
             if child.state != TrialState.COMPLETE or elder is None or _is_ripened(child):
@@ -364,10 +364,9 @@ class AnnealingSampler(PlanSampler):
             squares += saving**2
         return max(products / squares, least)
 
-    def _step(self, parent: Parent, slope: float, rng: np.random.Generator) -> float:
-        """Share of its parent's cost that the next child may have."""
-        left = max(0.0, self._aim - parent.drop)
-        return float(np.clip(math.exp(rng.normal(0.0, 0.05) - left / slope), 0.55, 0.97))
+    def _share(self, parent: Parent, slope: float) -> float:
+        """Share of its parent's cost at which a child is expected to reach the aim."""
+        return math.exp(min(0.0, parent.drop - self._aim) / slope)
 
 
 def _is_ripened(trial: FrozenTrial) -> bool:

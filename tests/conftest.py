@@ -87,6 +87,19 @@ def count_reads(loader: Loader) -> tuple[Loader, list[str]]:
     return Counted(), reads
 
 
+def watch_fits(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[dict[str, Any]]:
+    """Keyword arguments of each later call of `fit` by a module."""
+    calls: list[dict[str, Any]] = []
+    real = module.fit
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "fit", watched)
+    return calls
+
+
 def all_images(loader: Any) -> Tensor:
     return torch.cat([images for images, _ in loader])
 

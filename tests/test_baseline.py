@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, make_loader
+from conftest import TinyNet, make_loader, watch_fits
 
 from autocompress import baseline
 from autocompress.baseline import check_better_than_guessing, train_baseline
@@ -30,15 +30,7 @@ def untrained(fingerprint: str = "tiny") -> Task:
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """One entry for each time that something is trained."""
-    calls: list[dict[str, Any]] = []
-    real = baseline.fit
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(baseline, "fit", counted)
-    return calls
+    return watch_fits(monkeypatch, baseline)
 
 
 def test_the_same_recipe_is_trained_once(fits: list[Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from conftest import TinyNet, count_reads, tiny_config, tiny_task
+from conftest import TinyNet, count_reads, tiny_config, tiny_task, watch_fits
 from optuna.trial import TrialState
 
 import autocompress
@@ -423,38 +423,24 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
 def test_the_winner_may_have_a_learning_rate_of_its_own(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates: list[float] = []
-    real = selection.fit
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        rates.append(kwargs["learning_rate"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(selection, "fit", watched)
+    fits = watch_fits(monkeypatch, selection)
     settings = {"finetune.learning_rate": 0.01, "finetune.final_epochs": 0.5}
     for rate in (None, 0.02, 0.02):
         more = {**settings, "finetune.final_learning_rate": rate}
         config = tiny_config(tmp_path, trials=1, annealing_trials=0, delta=100, **more)
         run_study(config, task, NullDisplay())
-    assert rates == [0.01, 0.02]  # the third run has nothing to do
+    assert [fit["learning_rate"] for fit in fits] == [0.01, 0.02]  # the third run has nothing to do
 
 
 @pytest.mark.usefixtures("quick")
 def test_trials_of_the_annealing_are_longer(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths: list[float] = []
-    real = objective.fit
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        lengths.append(kwargs["epochs"])
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(objective, "fit", watched)
+    fits = watch_fits(monkeypatch, objective)
     settings: dict[str, Any] = {"trials": 2, "finetune.epochs": 0.5}
     config = tiny_config(tmp_path, annealing_trials=1, **settings, **{"finetune.final_epochs": 2.0})
     run_study(config, task, NullDisplay())
     # Budgets may change later, but the trials of one study stay alike.
     more = tiny_config(tmp_path, annealing_trials=2, **settings, **{"finetune.final_epochs": 0.0})
     run_study(more, task, NullDisplay())
-    assert lengths == [0.5, 0.5, 1.0, 1.0]
+    assert [fit["epochs"] for fit in fits] == [0.5, 0.5, 1.0, 1.0]
