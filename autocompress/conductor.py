@@ -44,7 +44,7 @@ from autocompress.samplers import (
     reads_rejected_as_complete,
 )
 from autocompress.selection import conclude, timed
-from autocompress.sensitivity import LayerTable, build_table, collect_patches
+from autocompress.sensitivity import LayerTable, build_table, observe_layers
 from autocompress.space import SearchSpace
 from autocompress.store import (
     StudyFolder,
@@ -73,6 +73,8 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
+TABLE_FORMAT = 2
+"""Grows with every change of what the layer table holds: an older one is made anew."""
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
 MAX_FAILURES = 5
@@ -310,13 +312,13 @@ def _analyse(
     layers, left_alone = inspect_layers(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
-    patches = collect_patches(baseline.model, task, layers, seed=config.seed)
-    cache = FactorCache(baseline.model, patches)
-    key = f"{__version__}/{identity}/{baseline.digest}"
+    observations = observe_layers(baseline.model, task, layers, seed=config.seed)
+    cache = FactorCache(baseline.model, observations.patches)
+    key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}"
     table = _stored_table(folder, key, layers)
     if table is None:
         start = time.perf_counter()
-        table = build_table(baseline.model, layers, cache, patches, config.search.transforms)
+        table = build_table(baseline.model, layers, cache, observations, config.search.transforms)
         write_text(folder.table, json.dumps({"key": key, "table": table.to_json()}))
         rows = sum(len(choices) for choices in table.choices.values())
         display.say(
@@ -332,7 +334,7 @@ def _analyse(
         baseline=baseline,
         example=example,
         cache=cache,
-        patches=patches,
+        patches=observations.patches,
         errors={
             (name, choice.transform): choice.error
             for name, choices in table.choices.items()

@@ -2,25 +2,35 @@
 
 It is built once from one pass over real training images and makes the search small: an allocator
 can turn a single budget into a plan for all layers by looking things up here.
+
+What a choice breaks is told twice. `error` is the relative error of the layer's own output, which a
+person understands. `impact` predicts what the network's outputs make of it, which is what layers
+must be compared by: a layer may lose half of its output without harm, another not a tenth.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.layers import LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
 from autocompress.surgery import ErrorMeter, FactorCache
-from autocompress.task import Task, batches, samples_in
+from autocompress.task import Batch, Task, batches, samples_in, split_batch, tensors_in
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
+
+CHUNK = 32
+"""Images in a backward pass of `observe_layers`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Choice:
         macs: Multiply-adds of the replacement for one image.
         error: Relative error of the layer's output on real inputs, norm of the difference divided
             by norm of the output.
+        impact: Predicted mean squared change of the network's outputs for one image, summed over
+            the outputs (`output_change`); the squared error where that can't be told.
     """
 
     transform: Transform
@@ -41,6 +53,7 @@ class Choice:
     params: int
     macs: int
     error: float
+    impact: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,22 @@ def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:
     return LayerSpec(**fields)
 
 
-def collect_patches(
+@dataclass(frozen=True)
+class Observations:
+    """What one pass over training images showed of each layer, on the CPU.
+
+    Attributes:
+        patches: Layer name to real inputs, `n x in x kh x kw` (conv2d) or `n x in` (linear).
+        gradients: Layer name to derivatives of a random projection of the network's outputs by the
+            layer's outputs at the same places, `n x out`, times the square root of the number of
+            places in an image; no entry where the network has no derivative there.
+    """
+
+    patches: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+
+
+def observe_layers(
     model: nn.Module,
     task: Task,
     layers: Sequence[LayerSpec],
@@ -97,54 +125,139 @@ def collect_patches(
     images: int = 1024,
     patches: int = 1024,
     seed: int = 0,
-) -> dict[str, Tensor]:
-    """Sample real inputs of each layer in one pass over unaugmented training images.
+) -> Observations:
+    """Sample real inputs of each layer, and derivatives at its outputs, in one pass.
+
+    Batch norms work on the statistics of the batch, as they do after recalibration: what a shift of
+    a whole channel does is then no part of the derivative.
 
     Args:
-        model: The baseline, on the task's device.
+        model: The baseline, on the task's device; not edited.
         task: Gives the data and the forward pass.
         layers: Which layers to listen to.
-        images: About how many training images to read.
+        images: About how many unaugmented training images to read.
         patches: How many patches to keep of each layer.
-        seed: Fixes the places.
+        seed: Fixes the places and the projections.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chunks = list(islice(_chunks(task, images), -(-images // CHUNK)))
+    share = -(-patches // len(chunks))
+    model = deepcopy(model).eval().requires_grad_(True)
+    if samples_in(chunks[-1]) > 1:
+        for norm in _batch_norms(model):
+            norm.train()
+    listeners = {layer.name: _Listener(layer, share, generator) for layer in layers}
+    modules = dict(model.named_modules())
+    for name, listener in listeners.items():
+        modules[name].register_forward_hook(listener, with_kwargs=True)
+    with torch.enable_grad():
+        for chunk in chunks:
+            _backward(task.forward(model, chunk), generator)
+            model.zero_grad(set_to_none=True)
+    found = {name: listener.gradients for name, listener in listeners.items()}
+    return Observations(
+        {name: torch.cat(one.patches)[:patches].clone() for name, one in listeners.items()},
+        {
+            name: torch.cat([part for part in parts if part is not None])[:patches].clone()
+            for name, parts in found.items()
+            if all(part is not None for part in parts)
+        },
+    )
+
+
+def _chunks(task: Task, images: int) -> Iterator[Batch]:
+    """Batches of at most `CHUNK` images, which bounds the memory of the backward passes."""
+    loader = task.calibration or task.train
+    per_batch = max(1, samples_in(next(iter(loader))))
+    for batch in batches(loader, task.device, max(1, -(-images // per_batch))):
+        yield from split_batch(batch, CHUNK)
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _backward(output: Any, generator: torch.Generator) -> None:
+    """Derive a random projection of all outputs: its square is on average their summed square."""
+    parts = [part for part in tensors_in(output) if part.is_floating_point() and part.requires_grad]
+    if not parts:
+        return
+    signs = [torch.randn(part.shape, generator=generator).to(part) for part in parts]
+    total = sum((part * sign).sum() for part, sign in zip(parts, signs, strict=True))
+    assert isinstance(total, Tensor)
+    total.backward()  # type: ignore[no-untyped-call]
+
+
+class _Listener:
+    """A forward hook that keeps inputs and derivatives of a layer at random places.
+
+    Attributes:
+        patches: One tensor for each call.
+        gradients: The same; None until the derivative is known.
+    """
+
+    def __init__(self, layer: LayerSpec, share: int, generator: torch.Generator) -> None:
+        self._layer, self._share, self._generator = layer, share, generator
+        self.patches: list[Tensor] = []
+        self.gradients: list[Tensor | None] = []
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        if self._layer.kind == "linear":
+            count = output.numel() // output.shape[-1]
+            rows = self._draw(count, x)
+            self.patches.append(x.reshape(-1, x.shape[-1])[rows].float().cpu())
+            self._keep(output, count / len(output), lambda g: g.reshape(count, -1)[rows])
+            return
+        assert isinstance(module, nn.Conv2d)
+        image, row, column = (self._draw(n, x) for n in (len(output), *output.shape[-2:]))
+        self.patches.append(_cut(module, self._layer, x, image, row, column).cpu())
+        area = output.shape[-2] * output.shape[-1]
+        self._keep(output, area, lambda g: g[image, :, row, column])
+
+    def _draw(self, limit: int, like: Tensor) -> Tensor:
+        return torch.randint(limit, (self._share,), generator=self._generator).to(like.device)
+
+    def _keep(self, output: Tensor, places: float, at: Callable[[Tensor], Tensor]) -> None:
+        """Note the derivative by `output` once it is known."""
+        slot = len(self.gradients)
+        self.gradients.append(None)
+
+        def note(gradient: Tensor) -> None:
+            self.gradients[slot] = (at(gradient) * places**0.5).float().cpu()
+
+        if output.requires_grad:
+            output.register_hook(note)  # type: ignore[no-untyped-call]
+
+
+def output_change(exact: Tensor, approximate: Tensor, gradients: Tensor) -> float:
+    """Predict the squared change of the network's outputs from that of a layer's.
+
+    To first order an output changes by the sum of derivative times change; changes at different
+    places and channels are taken as independent. A change that a batch norm or a bias takes back
+    (another scale or mean of a channel) is no change.
+
+    Args:
+        exact: The layer's outputs at some places, `n x out`.
+        approximate: Those of its replacement.
+        gradients: Derivatives of the network's outputs there, as in `Observations`.
 
     Returns:
-        Layer name to `patches x in x kh x kw` (conv2d) or `patches x in` (linear), on the CPU.
+        Mean over the places of the sum over the channels.
     """
-    loader = task.calibration or task.train
-    generator = torch.Generator().manual_seed(seed)
-    per_batch = max(1, samples_in(next(iter(loader))))
-    batch_count = max(1, min(len(loader), -(-images // per_batch)))
-    share = -(-patches // batch_count)
-    found: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-    hooks = []
-    modules = dict(model.named_modules())
-
-    def listen(layer: LayerSpec) -> None:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            found[layer.name].append(_sample(module, layer, x, share, generator).cpu())
-
-        hooks.append(modules[layer.name].register_forward_pre_hook(hook, with_kwargs=True))
-
-    for layer in layers:
-        listen(layer)
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches(loader, task.device, batch_count):
-                task.forward(model, batch)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    return {name: torch.cat(parts)[:patches].clone() for name, parts in found.items()}
+    exact, approximate = exact - exact.mean(dim=0), approximate - approximate.mean(dim=0)
+    scale = (exact * approximate).sum(dim=0) / approximate.square().sum(dim=0).clamp_min(1e-30)
+    change = approximate * scale - exact
+    return float((gradients * change).square().sum(dim=1).mean())
 
 
 def build_table(
     model: nn.Module,
     layers: Sequence[LayerSpec],
     cache: FactorCache,
-    patches: Mapping[str, Tensor],
+    observations: Observations,
     methods: Sequence[str],
 ) -> LayerTable:
     """Fill the table: factor each layer once per method, cut to each rank, measure the error.
@@ -153,7 +266,7 @@ def build_table(
         model: The baseline.
         layers: The layers that may be transformed.
         cache: Holds the factorizations, so that trials find them ready.
-        patches: Real inputs, from `collect_patches`.
+        observations: Real inputs and derivatives, from `observe_layers`.
         methods: Names out of `TRANSFORMS`.
     """
     modules = dict(model.named_modules())
@@ -162,7 +275,8 @@ def build_table(
     for layer in layers:
         rows: list[Choice] = []
         refused[layer.name] = {}
-        meter = ErrorMeter(modules[layer.name], patches[layer.name])
+        meter = ErrorMeter(modules[layer.name], observations.patches[layer.name])
+        gradients = observations.gradients.get(layer.name)
         for method in methods:
             kind = TRANSFORMS[method]
             reason = kind.refusal(layer)
@@ -173,44 +287,32 @@ def build_table(
             for index, transform in enumerate(ladder):
                 kernels = cache.kernels(layer.name, transform)
                 cost = transform.cost(layer)
-                error = meter.relative_error(transform, kernels)
+                outputs = meter.outputs(transform, kernels)
+                error = meter.relative_error(outputs)
+                impact = error**2
+                if gradients is not None:
+                    impact = output_change(meter.exact, outputs, gradients)
                 fraction = (index + 1) / len(ladder)
-                rows.append(Choice(transform, fraction, cost.params, cost.macs, error))
+                rows.append(Choice(transform, fraction, cost.params, cost.macs, error, impact))
         if rows:
             choices[layer.name] = tuple(rows)
     return LayerTable(tuple(layers), choices, refused)
 
 
-def _sample(
-    module: nn.Module, layer: LayerSpec, x: Tensor, count: int, generator: torch.Generator
+def _cut(
+    module: nn.Conv2d, layer: LayerSpec, x: Tensor, image: Tensor, row: Tensor, column: Tensor
 ) -> Tensor:
-    """`count` inputs of `module` at random places: `count x in x kh x kw` or `count x in`."""
-    if layer.kind == "linear":
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[torch.randint(len(rows), (count,), generator=generator).to(x.device)].float()
-    assert isinstance(module, nn.Conv2d)
+    """What the kernel sees at some places of its output: `n x in x kh x kw`, float32."""
     # nn.Conv2d keeps its padding in the order that F.pad takes.
     before = list(module._reversed_padding_repeated_twice)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(x, before, mode=mode) if any(before) else x
-    # From what is really there: training images may be smaller than the example.
-    extents = [
-        (size - dilation * (kernel - 1) - 1) // stride + 1
-        for size, stride, kernel, dilation in zip(
-            padded.shape[-2:], layer.stride, layer.kernel_size, layer.dilation, strict=True
+    rows, columns = (
+        place[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
+        for place, stride, kernel, dilation in zip(
+            (row, column), layer.stride, layer.kernel_size, layer.dilation, strict=True
         )
-    ]
-
-    def places(limit: int) -> Tensor:
-        return torch.randint(limit, (count,), generator=generator).to(x.device)
-
-    image = places(len(x))
-    offsets = [
-        places(size)[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
-        for size, stride, kernel, dilation in zip(
-            extents, layer.stride, layer.kernel_size, layer.dilation, strict=True
-        )
-    ]
-    rows, columns = offsets[0][:, :, None], offsets[1][:, None, :]
+    )
     # Advanced indices around the channel slice put the channels last.
-    return padded[image[:, None, None], :, rows, columns].permute(0, 3, 1, 2).float()
+    found = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return found.permute(0, 3, 1, 2).float()

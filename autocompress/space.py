@@ -35,7 +35,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Option:
-    """One choice for one layer; `choice` is None for leaving it as it is."""
+    """One choice for one layer; `choice` is None for leaving it as it is.
+
+    Its error is the root of the choice's impact: errors of different layers can be compared.
+    """
 
     choice: Choice | None
     cost: int
@@ -79,7 +82,7 @@ class SearchSpace:
             keep = Option(None, getattr(layer.cost, unit), 0.0, KEEP)
             options[layer.name] = (
                 keep,
-                *(Option(c, getattr(c, unit), c.error, c.transform.name) for c in choices),
+                *(Option(c, getattr(c, unit), c.impact**0.5, c.transform.name) for c in choices),
             )
         return cls(options, total - sum(own[0].cost for own in options.values()))
 

@@ -138,22 +138,30 @@ class ErrorMeter:
     Args:
         module: The layer.
         patches: `n x in x kh x kw` or `n x in`.
+
+    Attributes:
+        exact: The layer's own outputs, `n x out`, without the bias.
     """
 
     def __init__(self, module: nn.Module, patches: Tensor) -> None:
         self._module = deepcopy(module).cpu().float()
         self._patches = patches.detach().cpu().float()
-        with torch.no_grad():
-            self._exact = _probe(self._module)(self._patches)
-        self._norm = float(self._exact.norm().clamp_min(1e-12))
+        self.exact = self._answer(self._module)
 
-    def relative_error(self, transform: Transform, kernels: Sequence[Tensor]) -> float:
-        """Norm of the difference of the outputs, divided by the norm of the exact ones."""
+    def outputs(self, transform: Transform, kernels: Sequence[Tensor]) -> Tensor:
+        """The outputs of a replacement with these kernels, `n x out`, without the bias."""
         replacement = transform.build(self._module)
         load_kernels(replacement, kernels)
+        return self._answer(replacement)
+
+    def relative_error(self, outputs: Tensor) -> float:
+        """Norm of the difference to the exact outputs, divided by the norm of these."""
+        return float((self.exact - outputs).norm() / self.exact.norm().clamp_min(1e-12))
+
+    def _answer(self, module: nn.Module) -> Tensor:
         with torch.no_grad():
-            approximate = _probe(replacement)(self._patches)
-        return float((self._exact - approximate).norm()) / self._norm
+            answers: Tensor = _probe(module)(self._patches)
+        return answers.flatten(1)
 
 
 def _probe(module: nn.Module) -> nn.Module:

@@ -209,14 +209,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def first_samples(batch: Batch, count: int) -> Batch:
     """The first `count` samples of `batch`; what has no samples, such as a number, stays."""
+    return _cut(batch, slice(count))
+
+
+def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
+    """`batch` in parts of at most `size` samples."""
+    for start in range(0, samples_in(batch), size):
+        yield _cut(batch, slice(start, start + size))
+
+
+def _cut(batch: Batch, place: slice) -> Batch:
     if isinstance(batch, Tensor):
-        return batch[:count] if batch.ndim else batch
+        return batch[place] if batch.ndim else batch
     if isinstance(batch, Mapping):
-        return {key: first_samples(value, count) for key, value in batch.items()}
+        return {key: _cut(value, place) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):
         if any(True for _ in tensors_in(batch)):
-            return tuple(first_samples(value, count) for value in batch)
-        return batch[:count]
+            return tuple(_cut(value, place) for value in batch)
+        return batch[place]
     return batch
 
 

@@ -29,7 +29,7 @@ from autocompress.config import ALL_TRANSFORMS, flatten, parse_config
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.progress import make_display
-from autocompress.sensitivity import build_table, collect_patches
+from autocompress.sensitivity import build_table, observe_layers
 from autocompress.store import load_study, open_storage
 from autocompress.surgery import FactorCache
 from autocompress.task import Task
@@ -82,8 +82,8 @@ def time_tables() -> None:
         task = Task(model, [batch] * 8, [batch], [batch])
         start = time.perf_counter()
         layers, _ = inspect_layers(model, task.example())
-        patches = collect_patches(model, task, layers)
-        table = build_table(model, layers, FactorCache(model, patches), patches, ALL_TRANSFORMS)
+        seen = observe_layers(model, task, layers)
+        table = build_table(model, layers, FactorCache(model, seen.patches), seen, ALL_TRANSFORMS)
         rows = sum(map(len, table.choices.values()))
         seconds = time.perf_counter() - start
         print(f"{source}: {rows} choices for {len(layers)} layers in {seconds:.1f} s")

@@ -9,7 +9,7 @@ from autocompress.export import check_onnx, export_onnx
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.profiler import profile_model
-from autocompress.sensitivity import build_table, collect_patches
+from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import Knobs, SearchSpace, allocate
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task
@@ -56,9 +56,9 @@ def test_it_is_compressed_by_half(
     task = Task(model, loader, loader, loader)  # type: ignore[arg-type]
     example = task.example()
     layers, _ = inspect_layers(model, example)
-    patches = collect_patches(model, task, layers, patches=64)
-    cache = FactorCache(model, patches)
-    table = build_table(model, layers, cache, patches, tuple(TRANSFORMS))
+    seen = observe_layers(model, task, layers, patches=64)
+    cache = FactorCache(model, seen.patches)
+    table = build_table(model, layers, cache, seen, tuple(TRANSFORMS))
     before = profile_model(model, example, latency=False)
     for objective, budget in (("params", 0.5), ("macs", 0.7)):
         space = SearchSpace.from_table(table, objective, getattr(before, objective))

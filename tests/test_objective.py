@@ -26,7 +26,7 @@ from autocompress.objective import (
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import INTERRUPTED, KnobSampler
-from autocompress.sensitivity import build_table, collect_patches
+from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.surgery import FactorCache
@@ -58,9 +58,9 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         "digest",
     )
     layers, _ = inspect_layers(task.model, example)
-    patches = collect_patches(task.model, task, layers, images=64, patches=128)
-    cache = FactorCache(task.model, patches)
-    table = build_table(task.model, layers, cache, patches, ("svd", "tucker2"))
+    seen = observe_layers(task.model, task, layers, images=64, patches=128)
+    cache = FactorCache(task.model, seen.patches)
+    table = build_table(task.model, layers, cache, seen, ("svd", "tucker2"))
     space = SearchSpace.from_table(table, "params", baseline.profile.params)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
     return Bench(
@@ -68,7 +68,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         baseline=baseline,
         example=example,
         cache=cache,
-        patches=patches,
+        patches=seen.patches,
         errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
         finetune=config.finetune,
         delta=config.delta,

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 from autocompress.layers import inspect_layers
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
-from autocompress.sensitivity import LayerTable, build_table, collect_patches
+from autocompress.sensitivity import (
+    LayerTable,
+    Observations,
+    build_table,
+    observe_layers,
+    output_change,
+)
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task
 from autocompress.transforms import TRANSFORMS
 
 
-def table_of(task: Task) -> tuple[LayerTable, dict[str, Tensor]]:
+def table_of(task: Task) -> tuple[LayerTable, Observations]:
     layers, _ = inspect_layers(task.model, task.example())
-    patches = collect_patches(task.model, task, layers, images=64, patches=256)
-    cache = FactorCache(task.model, patches)
-    return build_table(task.model, layers, cache, patches, tuple(TRANSFORMS)), patches
+    seen = observe_layers(task.model, task, layers, images=64, patches=256)
+    cache = FactorCache(task.model, seen.patches)
+    return build_table(task.model, layers, cache, seen, tuple(TRANSFORMS)), seen
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def test_training_images_may_be_smaller_than_the_example() -> None:
     loader = [(torch.randn(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))]
     task = Task(conv, loader, loader, loader)  # type: ignore[arg-type]
     layers, _ = inspect_layers(conv, (torch.randn(1, 1, 24, 24),))
-    assert collect_patches(conv, task, layers, patches=64)[""].shape == (64, 1, 3, 3)
+    assert observe_layers(conv, task, layers, patches=64).patches[""].shape == (64, 1, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +127,99 @@ def test_patches_are_what_the_kernel_sees(settings: dict[str, object]) -> None:
     loader = [(images, torch.zeros(2, dtype=torch.long))]
     task = Task(conv, loader, loader, loader)  # type: ignore[arg-type]
     layers, _ = inspect_layers(conv, (images[:1],))
-    found = collect_patches(conv, task, layers, patches=40)[""]
+    found = observe_layers(conv, task, layers, patches=40).patches[""]
     with torch.no_grad():
         answers = F.conv2d(found, conv.weight)[:, :, 0, 0]
         places = conv(images).permute(0, 2, 3, 1).reshape(-1, 4)
     nearest = (answers[:, None] - places[None]).abs().amax(dim=2).amin(dim=1)
     assert float(nearest.max()) < 1e-5
+
+
+class Chain(nn.Module):
+    """Two layers, the second of which passes on little of what the first gives it."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 4)
+        with torch.no_grad():
+            self.second.weight *= gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+def observed(model: nn.Module, images: Tensor) -> Observations:
+    loader = [(images, torch.zeros(len(images), dtype=torch.long))]
+    task = Task(model, loader, loader, loader)  # type: ignore[arg-type]
+    layers, _ = inspect_layers(model, (images[:1],))
+    return observe_layers(model, task, layers, images=len(images), patches=4096)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1])
+def test_the_impact_is_the_change_of_the_networks_outputs(gain: float) -> None:
+    """In a linear network the prediction is exact, but for the places and projections drawn."""
+    torch.manual_seed(0)
+    model = Chain(gain)
+    images = torch.randn(256, 8)
+    seen = observed(model, images)
+    noise = 0.1 * torch.randn(4096, 8)
+    exact = seen.patches["first"] @ model.first.weight.detach().T
+    # As the scale and mean of each channel can be taken back, the noise must have neither.
+    predicted = output_change(exact, exact + noise, seen.gradients["first"])
+    changed = (noise @ model.second.weight.detach().T).square().sum(dim=1).mean()
+    assert predicted == pytest.approx(float(changed), rel=0.2)
+
+
+def test_another_scale_and_mean_of_a_channel_are_no_change() -> None:
+    torch.manual_seed(0)
+    exact, gradients = torch.randn(64, 3), torch.randn(64, 3)
+    moved = exact * torch.tensor([2.0, 0.5, 1.0]) + torch.tensor([1.0, 0.0, -3.0])
+    assert output_change(exact, moved, gradients) < 1e-8
+    assert output_change(exact, exact.flip(0), gradients) > 0.1
+
+
+def test_the_gradient_of_a_convolution_is_taken_where_the_patch_is() -> None:
+    """With outputs that weigh one place only, all other places have none."""
+    torch.manual_seed(0)
+
+    class Corner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x)[:, :, 0, 0]
+            return out
+
+    seen = observed(Corner(), torch.rand(64, 1, 6, 6) + 1)
+    # The corner's patch is the one whose first row and column are padding.
+    corner = (seen.patches["conv"][:, 0, 0] == 0).all(1) & (
+        seen.patches["conv"][:, 0, :, 0] == 0
+    ).all(1)
+    given = seen.gradients["conv"].abs().sum(dim=1) > 0
+    assert corner.any() and torch.equal(given, corner)
+
+
+def test_without_derivatives_the_impact_is_the_squared_error() -> None:
+    class Closed(Chain):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    model = Closed(1.0)
+    seen = observed(model, torch.randn(64, 8))
+    assert not seen.gradients and seen.patches["first"].shape == (4096, 8)
+    layers, _ = inspect_layers(model, (torch.randn(1, 8),))
+    table = build_table(model, layers, FactorCache(model, seen.patches), seen, ("svd",))
+    for choices in table.choices.values():
+        assert all(choice.impact == choice.error**2 for choice in choices)
+
+
+def test_the_network_is_left_as_it_was(task: Task) -> None:
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    layers, _ = inspect_layers(task.model, task.example())
+    observe_layers(task.model, task, layers, images=64, patches=64)
+    assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
+    assert not task.model.training and all(p.grad is None for p in task.model.parameters())

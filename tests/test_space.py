@@ -43,7 +43,7 @@ def make_space(sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3)) -> SearchSpac
                 transform = kind(rank=step * 3)
                 cost = transform.cost(layer)
                 error = factor * (1 - share) ** 2 / cheaper / 4
-                rows.append(Choice(transform, share, cost.params, cost.macs, error))
+                rows.append(Choice(transform, share, cost.params, cost.macs, error, error**2))
         layers.append(layer)
         choices[layer.name] = tuple(rows)
     table = LayerTable(tuple(layers), choices, {})

@@ -12,6 +12,7 @@ from autocompress.task import (
     first_samples,
     logit_distillation,
     scores_of,
+    split_batch,
     to_device,
 )
 
@@ -106,3 +107,11 @@ def test_scores_of_pixels_are_averaged_over_each_sample() -> None:
     labels = torch.zeros(2, 4, 4, dtype=torch.int64)
     labels[1, :2] = 1
     assert scores_of(output, (output, labels), correct).tolist() == [1.0, 0.5]
+
+
+def test_a_batch_is_split_into_all_of_its_samples() -> None:
+    batch = {"x": torch.arange(7), "names": list("abcdefg"), "scale": 2.0}
+    parts = list(split_batch(batch, 3))
+    assert [len(part["x"]) for part in parts] == [3, 3, 1]
+    assert torch.equal(torch.cat([part["x"] for part in parts]), batch["x"])
+    assert "".join("".join(part["names"]) for part in parts) == "abcdefg"
