@@ -28,7 +28,7 @@ from autocompress.baseline import Baseline, check_better_than_guessing, train_ba
 from autocompress.config import FinetuneConfig, StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
-from autocompress.evaluation import evaluate
+from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
@@ -64,6 +64,7 @@ from autocompress.store import (
 from autocompress.surgery import FactorCache, build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import fastest_precision
+from autocompress.trials import violation, within_delta
 
 COST_NAMES = {
     "params": "parameters",
@@ -241,6 +242,7 @@ def _prepare(
     task.model.eval()
     val = evaluate(task.model, task, task.val)
     check_better_than_guessing(task, val)
+    _check_enough_images(config, val)
     example = task.example()
     profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
     display.say(
@@ -254,6 +256,22 @@ def _prepare(
             "data, or set data.val_from = 'test'."
         )
     return Baseline(task.model, val, profile, digest), example
+
+
+def _check_enough_images(config: StudyConfig, val: Evaluation) -> None:
+    """Refuse a tolerance that so few validation images can never show to be kept.
+
+    Raises:
+        ConfigError: If not even a network that changes no answer would be within delta.
+    """
+    least = drop_bound(val, val, config.confidence)
+    if least > config.delta:
+        raise ConfigError(
+            f"{len(val.scores)} validation images are too few for delta = {config.delta:g} at "
+            f"confidence = {config.confidence:g}: even a network that errs on no further image may "
+            f"be {least:.2f} points worse. Give more validation images, a larger delta, or a "
+            "smaller confidence (0.5 trusts the measured drop)."
+        )
 
 
 def _first_steps(task: Task) -> torch.dtype | None:
@@ -342,6 +360,7 @@ def _analyse(
         },
         finetune=config.finetune,
         delta=config.delta,
+        confidence=config.confidence,
         objective=config.objective,
         seed=config.seed,
         store=folder.artifact_store(),
@@ -436,7 +455,12 @@ def _anneal(
         delta=config.delta,
         aim=config.delta * (AIM if config.finetune.final_epochs > epochs else 1.0),
         parents=[
-            Parent(f"exploration/{trial.number}", plan, trial.values[0], trial.values[1])
+            Parent(
+                f"exploration/{trial.number}",
+                plan,
+                config.delta + violation(trial),
+                trial.values[1],
+            )
             for trial, plan in zip(parents, plans, strict=True)
         ],
         trials=config.search.annealing_trials,
@@ -464,10 +488,10 @@ def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
     usable = [t for t in study.get_trials(deepcopy=False) if has_weights(t)]
     front = [t for t in usable if not any(_dominates(other, t) for other in usable)]
     front.sort(key=lambda t: t.values[1])
-    within = [t for t in front if t.values[0] <= bench.delta]
-    nearly = [t for t in front if bench.delta < t.values[0] <= NEARLY * bench.delta]
+    within = [t for t in front if within_delta(t)]
+    nearly = [t for t in front if 0 < violation(t) <= (NEARLY - 1) * bench.delta]
     chosen = within[:MAX_PARENTS] + nearly[-MAX_PARENTS // 2 :]
-    return chosen or sorted(usable, key=lambda t: t.values[0])[:1]
+    return chosen or sorted(usable, key=violation)[:1]
 
 
 def _dominates(one: FrozenTrial, other: FrozenTrial) -> bool:

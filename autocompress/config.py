@@ -185,6 +185,13 @@ class StudyConfig(_Section):
     delta: float = Field(
         default=1.0, ge=0, description="Largest accepted accuracy drop, in points."
     )
+    confidence: float = Field(
+        default=0.95,
+        ge=0.5,
+        lt=1,
+        description="How sure the drop on new images must be within delta; 0.5 trusts the "
+        "measured drop.",
+    )
     objective: Literal["params", "size", "macs", "latency"] = Field(
         default="params", description="The cost to make small."
     )
@@ -221,6 +228,7 @@ _UNITS = {
     "baseline.epochs": "passes over the training data",
     "data.batch_size": "images",
     "data.image_size": "pixels",
+    "confidence": "probability",
     "data.val_fraction": "share of the images",
     "finetune.distillation": "share of the loss",
 }

@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError
 from autocompress.errors import ConfigError
 from autocompress.report import OBJECTIVES, pareto_trials, plan_layers, quantity, transform_text
 from autocompress.store import hide_password, open_storage
+from autocompress.trials import violation, within_delta
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -59,8 +60,8 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
             study.set_metric_names(names)
     written = _save_once(study, _study_note(study))
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    nearest = sorted(trials, key=lambda trial: trial.values[0])[:1]
-    for trial in pareto_trials(trials, delta) or nearest:
+    nearest = sorted(trials, key=violation)[:1]
+    for trial in pareto_trials(trials) or nearest:
         files = []
         if artifact_store is not None:
             # FrozenTrial has no storage of its own, so it is passed along.
@@ -194,11 +195,12 @@ def _trial_note(
     attributes = trial.user_attrs
     errors = attributes.get("layer_errors") or {}
     drop = trial.values[0]
-    verdict = "within" if drop <= delta else "above"
+    verdict = "within" if within_delta(trial) else "above"
     lines = [
         f"## Trial {trial.number}",
         "",
-        f"Drop {drop:.2f} points, {verdict} the allowed {delta:.2f}.",
+        f"Drop {drop:.2f} points, at most {delta + violation(trial):.2f} at the study's "
+        f"confidence: {verdict} the allowed {delta:.2f}.",
     ]
     if attributes.get("parent"):
         lines += ["", f"Parent: {_cell(attributes['parent'])}"]

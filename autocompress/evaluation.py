@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,23 @@ def accuracy_drop(baseline: Evaluation, compressed: Evaluation) -> float:
     return round(drop, 9)
 
 
+def drop_bound(baseline: Evaluation, compressed: Evaluation, confidence: float) -> float:
+    """Upper end of a one-sided confidence interval of the accuracy drop, in points.
+
+    Args:
+        baseline: Where it has more samples, its first ones count.
+        compressed: Its scores of the same samples.
+        confidence: Probability that the drop on new data is below the bound; 0.5 for the measured
+            drop itself.
+    """
+    drop = accuracy_drop(baseline, compressed)
+    first = Evaluation(baseline.scores[: len(compressed.scores)])
+    _, bound = _interval(first, compressed, NormalDist().inv_cdf(confidence))
+    return drop if confidence == 0.5 else round(max(drop, bound), 9)
+
+
 def paired_drop(baseline: Evaluation, compressed: Evaluation) -> tuple[float, float, float]:
     """The accuracy drop and its 95 % confidence interval, both networks on the same samples.
-
-    For 0/1 scores the interval is Agresti and Min's (2005, Statistics in Medicine 24:729), which
-    adds half a sample to each cell of the 2 x 2 table and so stays honest when few samples differ;
-    for other scores it is the normal interval of the paired differences.
 
     Returns:
         Drop, lower and upper end, in points; positive where the compressed network is worse.
@@ -104,16 +116,26 @@ def paired_drop(baseline: Evaluation, compressed: Evaluation) -> tuple[float, fl
             f"Paired scores must have one length, got {len(baseline.scores)} and "
             f"{len(compressed.scores)}."
         )
+    drop = 100.0 * float((baseline.scores.double() - compressed.scores.double()).mean())
+    low, high = _interval(baseline, compressed, NormalDist().inv_cdf(0.975))
+    return drop, min(low, drop), max(high, drop)
+
+
+def _interval(baseline: Evaluation, compressed: Evaluation, width: float) -> tuple[float, float]:
+    """Confidence interval of the drop, `width` standard errors to each side, in points.
+
+    For 0/1 scores it is Agresti and Min's (2005, Statistics in Medicine 24:729), which adds half a
+    sample to each cell of the 2 x 2 table and so stays honest when few samples differ; for other
+    scores it is the normal interval of the paired differences.
+    """
     difference = baseline.scores.double() - compressed.scores.double()
     count = len(difference)
-    drop = float(difference.mean())
     both = torch.cat([baseline.scores, compressed.scores])
     if bool(((both == 0) | (both == 1)).all()):
         lost, won = int((difference > 0).sum()), int((difference < 0).sum())
         centre = (lost - won) / (count + 2)
         spread = sqrt(lost + won + 1 - (lost - won) ** 2 / (count + 2)) / (count + 2)
     else:
-        centre = drop
+        centre = float(difference.mean())
         spread = float(difference.std()) / sqrt(count) if count > 1 else float("inf")
-    low, high = centre - 1.96 * spread, centre + 1.96 * spread
-    return 100 * drop, 100 * min(low, drop), 100 * max(high, drop)
+    return 100 * (centre - width * spread), 100 * (centre + width * spread)

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from autocompress.baseline import Baseline
 from autocompress.config import FinetuneConfig
-from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
+from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
+from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
 from autocompress.progress import Display
-from autocompress.samplers import PARENT, WEIGHTS, trial_seed
+from autocompress.samplers import NEARLY, PARENT, WEIGHTS, trial_seed
 from autocompress.space import SearchSpace
 from autocompress.store import (
     STAGES,
@@ -28,19 +29,19 @@ from autocompress.store import (
     mark_interrupted,
     save_text,
     save_weights,
-    set_constraint,
 )
 from autocompress.surgery import FactorCache, apply_plan, build_plan
-from autocompress.task import Task, samples_in
+from autocompress.task import Task
 from autocompress.training import fit
+from autocompress.trials import set_constraint, violation, within_delta
 
 logger = logging.getLogger("autocompress")
 
-GATE_IMAGES = 1000
-"""About how many validation images the gate looks at."""
 RECALIBRATION_BATCHES = 50
 
 
+EARLY = "early_drops"
+"""User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
 
@@ -58,6 +59,7 @@ class Bench:
         errors: `(layer, transform)` to the relative error in the layer table.
         finetune: Length, learning rate, distillation and gate.
         delta: The tolerance, in points.
+        confidence: How sure it must be that the drop is within it.
         objective: "params", "size", "macs" or "latency".
         seed: The study's seed.
         store: Optuna's artifact store.
@@ -75,6 +77,7 @@ class Bench:
     errors: Mapping[tuple[str, object], float]
     finetune: FinetuneConfig
     delta: float
+    confidence: float
     objective: str
     seed: int
     store: FileSystemArtifactStore
@@ -136,7 +139,7 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace) -> FrozenTrial:
         trial.number,
         drop,
         ratio,
-        state == TrialState.COMPLETE and drop is not None and drop <= bench.delta,
+        within_delta(frozen),
         state.name,
         reason,
     )
@@ -167,42 +170,61 @@ def _carry_out(
 
     recalibrate(model, task, RECALIBRATION_BATCHES)
     watch.lap("recalibrate")
-    gate = gate_batches(task)
-    early = evaluate(model, task, task.val, gate)
-    early_drop = accuracy_drop(bench.baseline.val, early)
-    trial.set_user_attr("gate_accuracy", early.accuracy)
+    gate = _gate(bench, stage)
+    watch.lap("other")
+    closed = gate.closes(model, 0)
     watch.lap("gate")
-    if early_drop > finetune.gate:
-        # Larger than any violation after fine-tuning, so that a sampler ranks it last.
-        set_constraint(trial, early_drop - bench.delta)
-        _record(trial, watch, early.accuracy, early_drop, profile, latency)
-        reason = f"{early_drop:.1f} points lost before fine-tuning > gate {finetune.gate:g}"
-        return (early_drop, cost), reason
-
-    def on_step(done: float, total: float, loss: float) -> None:
-        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
-
-    result = fit(
-        model,
-        task,
-        epochs=bench.epochs(stage),
-        learning_rate=finetune.learning_rate,
-        seed=seed,
-        teacher=bench.baseline.model,
-        distillation=finetune.distillation,
-        on_step=on_step,
-    )
+    if not closed:
+        result = fit(
+            model,
+            task,
+            epochs=bench.epochs(stage),
+            learning_rate=finetune.learning_rate,
+            seed=seed,
+            teacher=bench.baseline.model,
+            distillation=finetune.distillation,
+            on_step=lambda done, total, loss: bench.display.step(
+                "fine-tune", done, total, f"loss {loss:.3f}"
+            ),
+            rungs=RUNGS,
+            hopeless=lambda rung: gate.closes(model, rung),
+        )
+        watch.lap("finetune")
+    trial.set_user_attr(EARLY, gate.drops)
+    if gate.reason is not None:
+        # Mostly larger than a violation at the end, so that a sampler ranks it behind.
+        drop = gate.drops[-1]
+        set_constraint(trial, gate.lost - bench.delta)
+        accuracy = bench.baseline.val.accuracy - drop
+        _record(trial, watch, accuracy, drop, gate.lost, profile, latency)
+        return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
-    watch.lap("finetune")
     after = evaluate(model, task, task.val)
     drop = accuracy_drop(bench.baseline.val, after)
     watch.lap("evaluate")
-    set_constraint(trial, drop - bench.delta)
+    bound = drop_bound(bench.baseline.val, after, bench.confidence)
+    set_constraint(trial, bound - bench.delta)
     trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)
     watch.lap("store")
-    _record(trial, watch, after.accuracy, drop, profile, latency)
+    _record(trial, watch, after.accuracy, drop, bound, profile, latency)
     return (drop, cost), None
+
+
+def _gate(bench: Bench, stage: str) -> Gate:
+    """The gate of a trial, which knows how the stage's trials before it went."""
+    records = [
+        Record(other.user_attrs[EARLY], bench.delta + violation(other))
+        for other in bench.studies[stage].get_trials(deepcopy=False)
+        if has_weights(other) and EARLY in other.user_attrs
+    ]
+    return Gate(
+        bench.task,
+        bench.baseline.val,
+        records,
+        most=bench.finetune.gate,
+        useful=NEARLY * bench.delta,
+    )
 
 
 def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
@@ -223,7 +245,7 @@ def has_weights(trial: FrozenTrial) -> bool:
 def best_so_far(bench: Bench) -> tuple[float, float] | None:
     """Compression ratio and drop of the cheapest trial within delta, of all stages."""
     trials = [t for study in bench.studies.values() for t in study.get_trials(deepcopy=False)]
-    within = [t for t in trials if has_weights(t) and t.values[0] <= bench.delta]
+    within = [t for t in trials if has_weights(t) and within_delta(t)]
     best = min(within, key=lambda t: t.values[1], default=None)
     return None if best is None else (_ratio(bench, best.values[1]), best.values[0])
 
@@ -254,12 +276,6 @@ def cost_of(objective: str, profile: Profile, latency_ms: float) -> float:
     return costs[objective]
 
 
-def gate_batches(task: Task) -> int:
-    """How many validation batches make about `GATE_IMAGES`."""
-    size = max(1, samples_in(next(iter(task.val))))
-    return max(1, min(len(task.val), -(-GATE_IMAGES // size)))
-
-
 def _ratio(bench: Bench, cost: float) -> float:
     latency = bench.baseline.profile.latency
     full = cost_of(bench.objective, bench.baseline.profile, latency.median_ms if latency else 0.0)
@@ -271,6 +287,7 @@ def _record(
     watch: Stopwatch,
     accuracy: float,
     drop: float,
+    bound: float,
     profile: Profile,
     latency_ms: float,
 ) -> None:
@@ -279,6 +296,7 @@ def _record(
         {
             "accuracy": accuracy,
             "drop": drop,
+            "drop_bound": bound,
             "params": profile.params,
             "macs": profile.macs,
             "size_bytes": profile.size_bytes,

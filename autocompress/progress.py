@@ -84,7 +84,7 @@ class Display(Protocol):
             number: Of the trial in its study.
             drop: Accuracy drop in points, if it was measured.
             cost_ratio: Baseline cost / cost of the trial, if it was measured.
-            feasible: Whether the trial is complete with `drop <= delta`.
+            feasible: Whether the trial is complete and surely enough within delta.
             state: Optuna's name, such as "COMPLETE".
             reason: Why it was stopped or failed.
         """
@@ -205,19 +205,30 @@ class _Tally:
         return f"{self.name} {self.done}/{self.total}" if self.has_trials else self.name
 
     def outcome(
-        self, drop: float | None, cost_ratio: float | None, state: str, reason: str | None
+        self,
+        drop: float | None,
+        cost_ratio: float | None,
+        feasible: bool,
+        state: str,
+        reason: str | None,
     ) -> list[str]:
         """The words about one finished trial."""
         words = []
         if drop is not None:
-            sign = "" if self.delta is None else ("<=" if drop <= self.delta else ">")
-            words.append(f"drop {drop:.2f} {sign} {self.delta:.2f}" if sign else f"drop {drop:.2f}")
+            words.append(f"drop {drop:.2f}{self._verdict(drop, feasible)}")
         if cost_ratio is not None:
             words.append(f"{self.objective} {format_ratio(cost_ratio)}")
         if state != "COMPLETE" or reason:
             word = {"COMPLETE": "", "PRUNED": "stopped", "FAIL": "failed"}.get(state, state.lower())
             words.append(": ".join(part for part in (word, clean(reason or "")) if part))
         return words
+
+    def _verdict(self, drop: float, feasible: bool) -> str:
+        if self.delta is None:
+            return ""
+        if drop > self.delta:
+            return f" > {self.delta:.2f}"
+        return f" <= {self.delta:.2f}" if feasible else f", not surely within {self.delta:.2f}"
 
 
 class PlainDisplay:
@@ -282,7 +293,7 @@ class PlainDisplay:
     ) -> None:
         tally = self._tally
         tally.trial_finished(number, drop, cost_ratio, feasible)
-        words = tally.outcome(drop, cost_ratio, state, reason)
+        words = tally.outcome(drop, cost_ratio, feasible, state, reason)
         if tally.best is not None:
             words.append(f"best {format_ratio(tally.best[0])}")
         words += _eta_words(tally)
@@ -366,7 +377,7 @@ class LiveDisplay:
     ) -> None:
         tally = self._tally
         is_best = tally.trial_finished(number, drop, cost_ratio, feasible)
-        words = "  ".join(tally.outcome(drop, cost_ratio, state, reason))
+        words = "  ".join(tally.outcome(drop, cost_ratio, feasible, state, reason))
         line = f"{tally.name} {number}".ljust(16) + words + ("  best so far" if is_best else "")
         logger.info("[%s] trial %d  %s", tally.counter(), number, words)
         style = "bold" if is_best else ("" if feasible else "dim")
@@ -466,7 +477,7 @@ class NullDisplay:
         state: str,
         reason: str | None,
     ) -> None:
-        words = _Tally(time.monotonic).outcome(drop, cost_ratio, state, reason)
+        words = _Tally(time.monotonic).outcome(drop, cost_ratio, feasible, state, reason)
         logger.info("trial %d  %s", number, "  ".join(words))
 
     def close(self) -> None:

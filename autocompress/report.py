@@ -22,6 +22,8 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.trials import within_delta
+
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
 
 OBJECTIVES = {
@@ -49,23 +51,22 @@ _SYMBOLS = {
 }
 
 
-def outcome(trial: FrozenTrial, delta: float) -> Outcome:
-    """What became of a trial; feasible means complete with a drop of at most `delta` points."""
+def outcome(trial: FrozenTrial) -> Outcome:
+    """What became of a trial; feasible means complete and within delta at the confidence."""
     if trial.state == TrialState.COMPLETE:
-        return "feasible" if trial.values[0] <= delta else "infeasible"
+        return "feasible" if within_delta(trial) else "infeasible"
     if trial.state == TrialState.PRUNED:
         return "stopped"
     return "failed" if trial.state == TrialState.FAIL else "unfinished"
 
 
-def pareto_trials(trials: Iterable[FrozenTrial], delta: float) -> list[FrozenTrial]:
+def pareto_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """The feasible trials that no other feasible trial beats, by rising drop.
 
     Args:
         trials: With values (accuracy drop in points, cost); any states, of one or more studies.
-        delta: Allowed accuracy drop in points.
     """
-    feasible = [trial for trial in trials if outcome(trial, delta) == "feasible"]
+    feasible = [trial for trial in trials if outcome(trial) == "feasible"]
     front: list[FrozenTrial] = []
     for trial in sorted(feasible, key=lambda trial: tuple(trial.values)):
         if not front or trial.values[1] < front[-1].values[1]:
@@ -214,7 +215,7 @@ class _View:
         chosen = (result.get("best") if result.get("met") else None) or result.get("nearest")
         cost = _metrics_of_profile(baseline.get("profile")).get(key)
         records = {stage: study.get_trials(deepcopy=False) for stage, study in studies.items()}
-        front = {id(t) for t in pareto_trials((t for ts in records.values() for t in ts), delta)}
+        front = {id(t) for t in pareto_trials(t for ts in records.values() for t in ts)}
         trials = [
             _trial_view(trial, stage, delta, key, cost, id(trial) in front)
             for stage, found in records.items()
@@ -419,7 +420,7 @@ def _trial_view(
     return TrialView(
         stage=stage,
         number=trial.number,
-        outcome=outcome(trial, delta),
+        outcome=outcome(trial),
         drop=drop,
         cost=cost,
         ratio=baseline_cost / cost if baseline_cost and cost else None,

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
-from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, paired_drop
+from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate, paired_drop
 from autocompress.export import save_model
 from autocompress.objective import Bench, has_weights, load_trial_model
 from autocompress.plan import Plan
@@ -29,6 +29,7 @@ from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
 from autocompress.store import StudyFolder, portable_state, trials_spent, write_text, write_weights
 from autocompress.training import fit
+from autocompress.trials import violation, within_delta
 
 DARING = 1.5
 """A trial that lost at most this many times delta may meet it after the winner's fine-tuning."""
@@ -43,14 +44,18 @@ class Finalist:
         model: The network with its final weights.
         plan: What was done to it.
         val: Its scores on the validation data.
+        bound: Upper confidence bound of its drop on them, in points.
         epochs: Length of the final fine-tuning that its weights had.
+        seeds: The bounds that the final fine-tuning reached, by its seed.
     """
 
     label: str
     model: nn.Module
     plan: Plan
     val: Evaluation
-    epochs: float
+    bound: float
+    epochs: float = 0.0
+    seeds: Mapping[int, float] = field(default_factory=dict)
 
 
 def conclude(
@@ -87,7 +92,7 @@ def conclude(
         display.say("Nothing to do: the study is finished.")
         return previous
     within = sorted(
-        (item for item in labelled.items() if item[1].values[0] <= config.delta),
+        (item for item in labelled.items() if within_delta(item[1])),
         key=lambda item: item[1].values[1],
     )
     summary = _facts(config, bench, labelled, seconds, command)
@@ -107,10 +112,11 @@ def conclude(
                 summary["second"] = _describe_finalist(bench, second, config)
                 _export(bench, second, summary["second"], folder.second, display)
     elif labelled:
-        summary["nearest"] = nearest = _nearest(labelled)
+        summary["nearest"] = nearest = _nearest(labelled, config.delta)
         display.say(
             f"No trial kept the drop within {config.delta:g} points; the nearest is "
-            f"{nearest['stage']}/{nearest['trial']} with {nearest['val_drop']:.2f}."
+            f"{nearest['stage']}/{nearest['trial']} with {nearest['val_drop']:.2f}, at most "
+            f"{nearest['val_drop_bound']:.2f} at confidence {config.confidence:g}."
         )
     write_text(folder.result, json.dumps(summary, indent=1))
     return summary
@@ -152,6 +158,7 @@ def _facts(
         "study": config.name,
         "identity": bench.identity,
         "delta": config.delta,
+        "confidence": config.confidence,
         "objective": config.objective,
         "met": False,
         "baseline": {
@@ -188,14 +195,15 @@ def _stage_best(bench: Bench, within: Sequence[tuple[str, FrozenTrial]]) -> dict
     return found
 
 
-def _nearest(labelled: Mapping[str, FrozenTrial]) -> dict[str, Any]:
+def _nearest(labelled: Mapping[str, FrozenTrial], delta: float) -> dict[str, Any]:
     """The trial that lost least, where all lost too much."""
-    label, trial = min(labelled.items(), key=lambda item: item[1].values[0])
+    label, trial = min(labelled.items(), key=lambda item: violation(item[1]))
     return {
         "stage": label.partition("/")[0],
         "trial": trial.number,
         "val_accuracy": trial.user_attrs["metrics"]["accuracy"],
         "val_drop": trial.values[0],
+        "val_drop_bound": delta + violation(trial),
         "metrics": trial.user_attrs["metrics"],
         "plan": json.loads(trial.user_attrs["plan"]),
     }
@@ -221,39 +229,68 @@ def _finalists(
     cheaper = [
         item
         for item in labelled.items()
-        if config.delta < item[1].values[0] <= DARING * config.delta
+        if 0 < violation(item[1]) <= (DARING - 1) * config.delta
         and item[1].values[1] < 0.97 * limit
     ]
     daring = sorted(cheaper, key=lambda item: item[1].values[1])[:1]
-    daring += sorted(cheaper, key=lambda item: item[1].values[0])[:1]
+    daring += sorted(cheaper, key=lambda item: violation(item[1]))[:1]
     found: list[Finalist] = []
     order = [*(daring if epochs > 0 else []), *within]
     for label in dict.fromkeys(label for label, _ in order):
         if len(found) == 2:
             break
         long = epochs if not found else 0.0
-        finalist = _final_fit(config, bench, folder, label, long, display)
-        if accuracy_drop(bench.baseline.val, finalist.val) <= config.delta:
+        finalist = _finalist(config, bench, folder, label, long, display)
+        if finalist is not None:
             found.append(finalist)
     return found
 
 
-def _final_fit(
+def _finalist(
     config: StudyConfig,
     bench: Bench,
     folder: StudyFolder,
     label: str,
     epochs: float,
     display: Display,
-) -> Finalist:
-    """Fine-tune a trial's network at length; keep the weights that are better on validation."""
-    task = bench.task
+) -> Finalist | None:
+    """A trial's network, fine-tuned at length, if it is within delta with one seed and another.
+
+    A plan that meets delta by one seed's luck alone is no winner. Of the two networks, and the
+    trial's own, the one with the lowest bound is handed out.
+    """
     model, plan = load_trial_model(bench, label)
-    before = evaluate(model, task, task.val)
+    val = evaluate(model, bench.task, bench.task.val)
+    before = Finalist(label, model, plan, val, _bound(bench, val))
     if epochs <= 0:
-        return Finalist(label, model, plan, before, 0.0)
+        return before if before.bound <= config.delta else None
+    tuned: list[Finalist] = []
+    for seed in (config.seed, config.seed + 1):
+        one = _final_fit(config, bench, folder, before, epochs, seed, display)
+        if one is None or one.bound > config.delta:
+            break
+        tuned.append(one)
+    if len(tuned) < 2:
+        return before if before.bound <= config.delta else None
+    best = min([before, *tuned], key=lambda finalist: finalist.bound)
+    seeds = {config.seed + index: one.bound for index, one in enumerate(tuned)}
+    return replace(best, seeds=seeds)
+
+
+def _final_fit(
+    config: StudyConfig,
+    bench: Bench,
+    folder: StudyFolder,
+    before: Finalist,
+    epochs: float,
+    seed: int,
+    display: Display,
+) -> Finalist | None:
+    """A trial's network after a long fine-tuning; None if that diverged."""
+    task, label = bench.task, before.label
+    model, _ = load_trial_model(bench, label)
     rate = config.finetune.final_learning_rate or config.finetune.learning_rate
-    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}.safetensors"
+    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}-{seed}.safetensors"
     path = folder.finals / name
     if path.exists():
         model.load_state_dict(load_file(path))
@@ -269,25 +306,27 @@ def _final_fit(
                 task,
                 epochs=epochs,
                 learning_rate=rate,
-                seed=config.seed,
+                seed=seed,
                 teacher=bench.baseline.model,
                 distillation=config.finetune.distillation,
                 on_step=on_step,
             )
         except TrainingDiverged as error:
             display.say(f"The final fine-tuning of {label} failed, so its weights stay: {error}")
-            model, _ = load_trial_model(bench, label)
-            return Finalist(label, model, plan, before, 0.0)
+            return None
         write_weights(path, portable_state(model))
-    after = evaluate(model, task, task.val)
+    val = evaluate(model, task, task.val)
+    after = replace(before, model=model, val=val, bound=_bound(bench, val), epochs=epochs)
     display.say(
-        f"Fine-tuned {label} for {epochs:g} epochs: {before.accuracy:.2f} % -> "
-        f"{after.accuracy:.2f} % on validation data."
+        f"Fine-tuned {label} for {epochs:g} epochs, seed {seed}: {before.val.accuracy:.2f} % -> "
+        f"{val.accuracy:.2f} % on validation data, a drop of at most {after.bound:.2f} at "
+        f"confidence {config.confidence:g}."
     )
-    if after.accuracy < before.accuracy:
-        model, _ = load_trial_model(bench, label)
-        return Finalist(label, model, plan, before, 0.0)
-    return Finalist(label, model, plan, after, epochs)
+    return after
+
+
+def _bound(bench: Bench, val: Evaluation) -> float:
+    return drop_bound(bench.baseline.val, val, bench.confidence)
 
 
 def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:
@@ -304,7 +343,9 @@ def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) ->
         "baseline_latency": asdict(before),
         "val_accuracy": finalist.val.accuracy,
         "val_drop": drop,
+        "val_drop_bound": finalist.bound,
         "tolerance_unused": config.delta - drop,
+        "final_bounds": {str(seed): bound for seed, bound in finalist.seeds.items()},
         "final_epochs": finalist.epochs,
     }
 

@@ -236,8 +236,8 @@ def output_change(exact: Tensor, approximate: Tensor, gradients: Tensor) -> floa
     """Predict the squared change of the network's outputs from that of a layer's.
 
     To first order an output changes by the sum of derivative times change; changes at different
-    places and channels are taken as independent. A change that a batch norm or a bias takes back
-    (another scale or mean of a channel) is no change.
+    places and channels are taken as independent of each other and of the derivatives. A change that
+    a batch norm or a bias takes back (another scale or mean of a channel) is no change.
 
     Args:
         exact: The layer's outputs at some places, `n x out`.
@@ -245,12 +245,12 @@ def output_change(exact: Tensor, approximate: Tensor, gradients: Tensor) -> floa
         gradients: Derivatives of the network's outputs there, as in `Observations`.
 
     Returns:
-        Mean over the places of the sum over the channels.
+        Sum over the channels of mean squared change times mean squared derivative.
     """
     exact, approximate = exact - exact.mean(dim=0), approximate - approximate.mean(dim=0)
     scale = (exact * approximate).sum(dim=0) / approximate.square().sum(dim=0).clamp_min(1e-30)
     change = approximate * scale - exact
-    return float((gradients * change).square().sum(dim=1).mean())
+    return float((gradients.square().mean(dim=0) * change.square().mean(dim=0)).sum())
 
 
 def build_table(

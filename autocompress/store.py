@@ -251,14 +251,6 @@ def mark_interrupted(study: Study, trial_id: int, number: int) -> None:
     study.tell(number, state=TrialState.FAIL)
 
 
-def set_constraint(trial: Trial, value: float) -> None:
-    """Record `value <= 0` as the trial's constraint.
-
-    The old list key is what both Optuna 5's samplers and the dashboard read.
-    """
-    trial.study._storage.set_trial_system_attr(trial._trial_id, "constraints", [value])
-
-
 def save_weights(model: nn.Module, trial: Trial, store: FileSystemArtifactStore) -> str:
     """Upload a network's weights as safetensors; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:

@@ -206,11 +206,11 @@ def status(
             str(sum(t.state == TrialState.PRUNED for t in spent)),
             str(sum(t.state == TrialState.FAIL for t in spent)),
             str(len(running)),
-            str(len(_within(one, config.delta))),
+            str(len(_within(one))),
         )
     _print(table)
     for stage, one in studies.items():
-        best = min(_within(one, config.delta), key=lambda t: t.values[1], default=None)
+        best = min(_within(one), key=lambda t: t.values[1], default=None)
         if best is not None:
             ratio = _baseline_cost(one, config.objective) / best.values[1]
             _print(
@@ -413,11 +413,10 @@ def _studies(config: StudyConfig) -> dict[str, Study]:
     return present
 
 
-def _within(study: Study, delta: float) -> list[FrozenTrial]:
-    from optuna.trial import TrialState
+def _within(study: Study) -> list[FrozenTrial]:
+    from autocompress.trials import within_delta
 
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in complete if trial.values[0] <= delta]
+    return [trial for trial in study.get_trials(deepcopy=False) if within_delta(trial)]
 
 
 def _baseline_cost(study: Study, objective: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ from autocompress.task import Loader, Task, samples_in, to_device
 MAX_GRADIENT_NORM = 5.0
 """A freshly factored layer can send one huge gradient; longer ones are scaled to this length."""
 
+Hopeless = Callable[[int], bool]
+"""Called at each rung as `hopeless(rung)`, from 1; where it says so, the run ends there."""
 OnStep = Callable[[float, float, float], None]
 """Called as `on_step(epochs done, epochs in all, loss)`."""
 
@@ -32,13 +34,15 @@ class FitResult:
         steps: Batches that were learned from.
         loss: Mean loss over the last tenth of them.
         images_per_second: Images learned from, per second.
-        seconds: Time spent.
+        seconds: Time spent, without that at rungs.
+        stopped: Whether it ended at a rung.
     """
 
     steps: int
     loss: float
     images_per_second: float
     seconds: float
+    stopped: bool = False
 
 
 def fit(
@@ -51,6 +55,8 @@ def fit(
     teacher: nn.Module | None = None,
     distillation: float = 0.0,
     on_step: OnStep | None = None,
+    rungs: Sequence[float] = (),
+    hopeless: Hopeless | None = None,
 ) -> FitResult:
     """Train `model` in place on the task's training data.
 
@@ -64,6 +70,8 @@ def fit(
         teacher: The baseline, for distillation.
         distillation: Share of the distillation loss in the whole, 0 to 1.
         on_step: Told about the progress after every batch.
+        rungs: Shares of the length, 0 to 1, rising, at which `hopeless` is asked.
+        hopeless: Whether to end at a rung; it may evaluate the network.
 
     Raises:
         TrainingDiverged: If the loss stops being finite.
@@ -80,6 +88,8 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses: list[torch.Tensor] = []
     images = 0
+    stopped = False
+    marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -108,10 +118,16 @@ def fit(
                     )
                 if on_step is not None:
                     on_step((step + 1) / len(task.train), epochs, value)
+            if hopeless is not None and step + 1 in marks:
+                paused = time.perf_counter()
+                stopped = hopeless(marks[step + 1])
+                start += time.perf_counter() - paused
+                if stopped:
+                    break
     seconds = time.perf_counter() - start
     tail = torch.stack(losses[-max(1, steps // 10) :])
     _lay_out(model, torch.contiguous_format).eval()
-    return FitResult(steps, float(tail.mean()), images / seconds, seconds)
+    return FitResult(len(losses), float(tail.mean()), images / seconds, seconds, stopped)
 
 
 def autocast(task: Task) -> AbstractContextManager[Any]:

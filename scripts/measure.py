@@ -25,7 +25,7 @@ import torch
 
 from autocompress.api import task_from_config
 from autocompress.conductor import run_study
-from autocompress.config import ALL_TRANSFORMS, flatten, parse_config
+from autocompress.config import ALL_TRANSFORMS, StudyConfig, flatten, parse_config
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.progress import make_display
@@ -56,18 +56,23 @@ def main() -> None:
         run(options)
 
 
+def study_of(what: str, images: str | None, weights: str | None, out: str) -> StudyConfig:
+    """A ready study by its short name, with the places that the command line gave."""
+    path = ROOT / "studies" / f"{STUDIES[what]}.toml"
+    fields = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+    fields["run.out"] = out
+    if images and what == "cifar10":
+        fields["data.source"] = f"folder:{Path(images).resolve()}"
+    elif images:
+        fields["data.root"] = str(Path(images).resolve())
+    if weights:
+        fields["model.weights"] = str(Path(weights).resolve())
+    return parse_config(fields)
+
+
 def run(options: argparse.Namespace) -> None:
     """Run a ready study, or go on with it, and print its figures."""
-    path = ROOT / "studies" / f"{STUDIES[options.what]}.toml"
-    fields = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
-    fields["run.out"] = options.out
-    if options.images and options.what == "cifar10":
-        fields["data.source"] = f"folder:{Path(options.images).resolve()}"
-    elif options.images:
-        fields["data.root"] = str(Path(options.images).resolve())
-    if options.weights:
-        fields["model.weights"] = str(Path(options.weights).resolve())
-    config = parse_config(fields)
+    config = study_of(options.what, options.images, options.weights, options.out)
     with make_display() as display:
         outcome = run_study(config, task_from_config(config), display, "scripts/measure.py")
     print_figures(config.name, outcome.folder)

@@ -30,7 +30,9 @@ TRIALS = [
 ]
 
 
-def fill(study: optuna.Study, store: FileSystemArtifactStore | None = None) -> None:
+def fill(
+    study: optuna.Study, store: FileSystemArtifactStore | None = None, delta: float = DELTA
+) -> None:
     """Five trials as the conductor records them, with weights if there is a store."""
     plan = {"version": 1, "layers": {"layer1.0|x": {"transform": "svd", "rank": 12}}}
     for drop, params, state in TRIALS:
@@ -39,7 +41,7 @@ def fill(study: optuna.Study, store: FileSystemArtifactStore | None = None) -> N
         trial.set_user_attr("metrics", {"accuracy": 92.3 - drop, "drop": drop, "params": params})
         trial.set_user_attr("layer_errors", {"layer1.0|x": 0.125})
         trial.set_user_attr("parent", "exploration/3")
-        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - DELTA])
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - delta])
         if store is not None:
             with TemporaryDirectory() as folder:
                 weights = Path(folder, "weights.safetensors")
@@ -98,7 +100,7 @@ def test_server_shows_study_constraints_notes_and_artifacts(address: str) -> Non
     noted = [trial["number"] for trial in trials if trial["note"]["body"]]
     assert noted == [0, 1]
     note = trials[1]["note"]["body"]
-    assert "Drop 0.70 points, within the allowed 1.00." in note
+    assert "Drop 0.70 points, at most 0.70 at the study's confidence: within the allowed" in note
     assert "| params | 270 k | 50.0 k | 5.40x |" in note
     assert "| `layer1.0\\|x` | svd (rank 12) | 0.125 |" in note
     assert "Artifacts: `weights.safetensors`" in note
@@ -120,7 +122,7 @@ def test_notes_of_users_stay(run: tuple[str, Path, optuna.Study]) -> None:
 
 def test_without_feasible_trials_the_nearest_gets_the_note() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
-    fill(study)
+    fill(study, delta=0.1)
     study.set_user_attr("delta", 0.1)
     assert dashboard.annotate(study) == 2
     study = optuna.create_study(directions=["minimize", "minimize"])

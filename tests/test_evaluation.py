@@ -6,6 +6,7 @@ from autocompress.errors import AutocompressError
 from autocompress.evaluation import (
     Evaluation,
     accuracy_drop,
+    drop_bound,
     evaluate,
     paired_drop,
     recalibrate,
@@ -66,8 +67,29 @@ def test_paired_drop_counts_each_image_once() -> None:
     assert drop == pytest.approx(6.0)
     # Agresti and Min: 10 lost, 4 won, n = 100.
     centre, spread = 6 / 102, (15 - 36 / 102) ** 0.5 / 102
-    assert low == pytest.approx(100 * (centre - 1.96 * spread))
-    assert high == pytest.approx(100 * (centre + 1.96 * spread))
+    assert low == pytest.approx(100 * (centre - 1.959964 * spread))
+    assert high == pytest.approx(100 * (centre + 1.959964 * spread))
+    assert drop_bound(before, after, 0.95) == pytest.approx(100 * (centre + 1.644854 * spread))
+    assert drop_bound(before, after, 0.5) == pytest.approx(6.0)
+
+
+def test_the_bound_holds_as_often_as_it_says() -> None:
+    """Of 2,000 pairs of networks whose true drop is 2 points, about 95 % have a bound above it."""
+    generator = torch.Generator().manual_seed(0)
+    kept = 0
+    for _ in range(2000):
+        lost, won = (
+            torch.rand(2, 400, generator=generator) < torch.tensor([[0.05], [0.03]])
+        ).bool()
+        before = Evaluation((~won).float())
+        after = Evaluation((~(lost & ~won)).float())
+        kept += drop_bound(before, after, 0.95) >= 100 * (0.05 * 0.97 - 0.03)
+    assert 0.93 <= kept / 2000 <= 0.98
+
+
+def test_the_bound_is_of_the_first_samples_where_there_are_fewer() -> None:
+    before = Evaluation(torch.tensor([1.0] * 50 + [0.0] * 50))
+    assert drop_bound(before, Evaluation(torch.ones(50)), 0.5) == 0.0
 
 
 def test_equal_networks_still_have_an_interval() -> None:

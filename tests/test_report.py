@@ -362,14 +362,14 @@ def test_pareto_trials_are_feasible_and_not_beaten() -> None:
         trial(0.1, 5.0, TrialState.PRUNED, "gate"),
         trial(0.1, 5.0, TrialState.FAIL, "NaN"),
     ]
-    assert [t.values for t in pareto_trials(trials, DELTA)] == [
+    assert [t.values for t in pareto_trials(trials)] == [
         [0.2, 100.0],
         [0.5, 50.0],
         [1.0, 40.0],
     ]
-    found = [outcome(t, DELTA) for t in trials[4:]]
+    found = [outcome(t) for t in trials[4:]]
     assert found == ["feasible", "infeasible", "stopped", "failed"]
-    assert pareto_trials([], DELTA) == []
+    assert pareto_trials([]) == []
 
 
 def test_plan_texts() -> None:

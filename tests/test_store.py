@@ -29,12 +29,12 @@ from autocompress.store import (
     open_study,
     portable_state,
     save_weights,
-    set_constraint,
     state_digest,
     trials_spent,
     write_text,
     write_weights,
 )
+from autocompress.trials import set_constraint
 
 BOUND = {"delta": 1.0, "search.transforms": ["svd"]}
 

@@ -163,7 +163,9 @@ def test_exit_code_3_where_nothing_met_delta(
 ) -> None:
     monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
     file = tmp_path / "strict.toml"
-    text = STUDY.replace("epochs = 1\n", "epochs = 0\n").replace("delta = 40.0", "delta = 0.0")
+    text = STUDY.replace("epochs = 1\n", "epochs = 0\n").replace(
+        "delta = 40.0", "delta = 0.0\nconfidence = 0.5"
+    )
     file.write_text(text.replace("[search]", '[search]\nexclude = ["fc", "*conv2"]'))
     ended = call(str(file), "--out", str(tmp_path), "--trials", "1")
     summary = json.loads((tmp_path / "small" / "result.json").read_text())

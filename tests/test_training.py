@@ -132,3 +132,18 @@ def test_optimizer_scheduler_loss_and_forward_are_replaceable() -> None:
     task.optimizer, task.scheduler, task.forward, task.loss = optimizer, scheduler, forward, loss
     fit(task.model, task, epochs=1, learning_rate=1e-3, seed=0)
     assert called == {"optimizer", "scheduler", "forward", "loss"}
+
+
+def test_a_run_ends_at_the_rung_that_says_so(task: Task) -> None:
+    asked: list[int] = []
+
+    def hopeless(rung: int) -> bool:
+        asked.append(rung)
+        assert task.model.training
+        return rung == 2
+
+    settings = {"epochs": 1.0, "learning_rate": 0.01, "seed": 0}
+    result = fit(task.model, task, **settings, rungs=(0.25, 0.5, 0.75), hopeless=hopeless)
+    assert asked == [1, 2] and result.stopped
+    assert result.steps == len(task.train) // 2 and not task.model.training
+    assert not fit(task.model, task, **settings, rungs=(0.5,), hopeless=lambda rung: False).stopped

@@ -1,0 +1,125 @@
+"""Where a trial stops because it can't come near delta any more, learned from the study's trials.
+
+A trial is looked at on part of the validation data before it is fine-tuned, and again at some
+rungs on the way. What it has lost there is compared with what earlier trials of the stage had lost
+at the same place and had lost in the end. Optuna's pruners compare drops among trials, and would
+stop all that compress more than others do; and they don't serve studies of two objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from autocompress.evaluation import Evaluation, accuracy_drop, evaluate
+from autocompress.task import Task, samples_in
+
+GATE_IMAGES = 1000
+"""About how many validation images a gate looks at."""
+
+RUNGS = (1 / 3, 2 / 3)
+"""Shares of a trial's length at which it is looked at, besides its beginning."""
+
+LIKE = 0.5
+"""Earlier trials that had lost at least this share of what a trial has lost are like it."""
+ENOUGH = 3
+"""How many trials like it must have been carried out before one is stopped."""
+SLACK = 0.5
+"""A trial may keep, of what it has lost, as little as this share of the least that any trial like
+it kept."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a trial that was carried out to its end had lost on its way.
+
+    Attributes:
+        early: Accuracy drop before fine-tuning and at each rung, in points, on the gate's images.
+        lost: Upper confidence bound of the drop at its end, in points.
+    """
+
+    early: Sequence[float]
+    lost: float
+
+
+def least_loss(records: Sequence[Record], place: int, drop: float) -> float | None:
+    """The least that a trial may lose at its end, by all that is known; None if too little is.
+
+    Args:
+        records: Trials of the same stage, and so of the same length.
+        place: 0 for before fine-tuning, then 1 for the first rung and so on.
+        drop: What the trial has lost there, in points.
+
+    Returns:
+        Points: `SLACK` times the share of its early drop that the luckiest of the trials like it
+        kept, of `drop`.
+    """
+    if drop <= 0:
+        return None
+    known = [record for record in records if len(record.early) > place]
+    like = [record for record in known if record.early[place] >= LIKE * drop]
+    if len(like) < ENOUGH:
+        return None
+    kept = min(record.lost / record.early[place] for record in like)
+    return SLACK * kept * drop
+
+
+class Gate:
+    """Looks at a trial's network before fine-tuning and at rungs, and may stop the trial.
+
+    Args:
+        task: Gives the validation data.
+        baseline: The baseline's scores on them.
+        records: How earlier trials of the stage went.
+        most: The most that may be lost before fine-tuning, in points.
+        useful: A trial that loses more than this at its end is of no use, in points.
+
+    Attributes:
+        drops: What the network had lost before fine-tuning and at each rung so far, in points.
+        reason: Why the trial was stopped, if it was.
+        lost: What then counts as lost, in points.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        baseline: Evaluation,
+        records: Sequence[Record],
+        *,
+        most: float,
+        useful: float,
+    ) -> None:
+        self._task, self._baseline, self._records = task, baseline, records
+        self._most, self._useful = most, useful
+        self._batches = gate_batches(task)
+        self.drops: list[float] = []
+        self.reason: str | None = None
+        self.lost = 0.0
+
+    def closes(self, model: nn.Module, place: int) -> bool:
+        """Whether the trial must stop here.
+
+        Args:
+            model: Its network.
+            place: 0 for before fine-tuning, then 1 for the first rung and so on.
+        """
+        early = evaluate(model, self._task, self._task.val, self._batches)
+        drop = accuracy_drop(self._baseline, early)
+        self.drops.append(drop)
+        when = f"after {100 * RUNGS[place - 1]:.0f} % of the" if place else "before"
+        words = f"{drop:.1f} points lost {when} fine-tuning"
+        least = least_loss(self._records, place, drop)
+        if place == 0 and drop > self._most:
+            self.reason = f"{words} > gate {self._most:g}"
+        elif least is not None and least > self._useful:
+            self.reason = f"{words}: earlier trials tell that {least:.1f} or more would remain"
+        self.lost = max(drop, least or 0.0)
+        return self.reason is not None
+
+
+def gate_batches(task: Task) -> int:
+    """How many validation batches make about `GATE_IMAGES`."""
+    size = max(1, samples_in(next(iter(task.val))))
+    return max(1, min(len(task.val), -(-GATE_IMAGES // size)))
