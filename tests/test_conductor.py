@@ -11,7 +11,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from conftest import TinyNet, count_reads, tiny_config, tiny_task, watch_fits
+from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, watch_fits
 from optuna.trial import TrialState
 
 import autocompress
@@ -446,3 +446,11 @@ def test_trials_of_the_annealing_are_longer(
     more = tiny_config(tmp_path, annealing_trials=2, **settings, **{"finetune.final_epochs": 0.0})
     run_study(more, task, NullDisplay())
     assert [fit["epochs"] for fit in fits] == [0.5, 0.5, 1.0, 1.0]
+
+
+def test_too_few_validation_images_for_delta_are_refused(task: Task, tmp_path: Path) -> None:
+    task.val = make_loader(32, 2)
+    with pytest.raises(ConfigError, match="32 validation images are too few for delta = 2 at conf"):
+        run_study(tiny_config(tmp_path, delta=2.0), task, NullDisplay())
+    trusting = tiny_config(tmp_path, name="trusting", delta=2.0, confidence=0.5, trials=1)
+    run_study(trusting, task, NullDisplay())

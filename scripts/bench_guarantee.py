@@ -1,0 +1,138 @@
+"""How often the selected network keeps delta on test data, over many small studies.
+
+    python scripts/bench_guarantee.py [--images /usr/share/datasets/fashion-mnist] [--studies 20]
+
+Each study has other training images (4,000 of Fashion-MNIST, shrunk to 14 x 14 pixels, of which a
+third are for validation), another seed, and so another baseline; all are tested on the same 10,000
+test images. For each `confidence` it prints in how many studies the winner's test drop was within
+delta, the mean drop, and the mean compression: what the margin costs. A study that was finished
+before is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from autocompress.api import task_from_config
+from autocompress.conductor import run_study
+from autocompress.config import DataConfig, parse_config
+from autocompress.data import load_data
+from autocompress.loaders import unaugmented
+from autocompress.progress import NullDisplay
+
+TRAIN = 4000
+
+
+def main() -> None:
+    """Run the studies and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", help="folder of Fashion-MNIST")
+    parser.add_argument("--studies", type=int, default=20)
+    parser.add_argument("--delta", type=float, default=2.0)
+    parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
+    parser.add_argument("--out", default="runs", help="folder of the studies' folders")
+    options = parser.parse_args()
+    out = Path(options.out).resolve()
+    rows: dict[float, list[dict[str, Any]]] = {c: [] for c in options.confidences}
+    images = fashion(options.images)
+    for seed in range(options.studies):
+        source = images_of(images, out, seed)
+        for confidence in options.confidences:
+            found = run(source, out, seed, confidence, options.delta)
+            rows[confidence].append(found)
+            best = found["best"] or {}
+            print(
+                f"seed {seed}, confidence {confidence:g}: test drop "
+                f"{best.get('test_drop', float('nan')):.2f}, validation drop "
+                f"{best.get('val_drop', float('nan')):.2f}, {ratio(found):.2f}x parameters",
+                flush=True,
+            )
+    print("\n| confidence | studies | kept delta on test data | test drop, mean (sd) | params |")
+    print("|---|---|---|---|---|")
+    for confidence, found in rows.items():
+        met = [one for one in found if one["met"]]
+        drops = np.array([one["best"]["test_drop"] for one in met])
+        # A study that found nothing hands out nothing, and so breaks no promise.
+        kept = int((drops <= options.delta).sum()) + len(found) - len(met)
+        mean = float(np.exp(np.mean([np.log(ratio(one)) for one in found])))
+        print(
+            f"| {confidence:g} | {len(found)} | {kept} | {drops.mean():.2f} ({drops.std():.2f}) | "
+            f"{mean:.2f}x |"
+        )
+
+
+def fashion(root: str | None) -> tuple[np.ndarray, ...]:
+    """Training and test images as bytes, 14 x 14 pixels, each with its labels."""
+    config = DataConfig(source="torchvision:FashionMNIST", root=root, val_fraction=0.01)
+    data = load_data(config, 0, torch.device("cpu"), Path())
+    assert data.normalization is not None
+    mean, std = data.normalization["mean"][0], data.normalization["std"][0]
+    parts: list[np.ndarray] = []
+    for loader in (unaugmented(data.train), data.test):
+        assert loader is not None
+        images, labels = (torch.cat(column) for column in zip(*loader, strict=True))
+        small = F.avg_pool2d(255 * (images * std + mean), 2)
+        parts += [small.round().clamp(0, 255).byte().numpy(), labels.numpy()]
+    return tuple(parts)
+
+
+def images_of(images: Sequence[np.ndarray], out: Path, seed: int) -> Path:
+    """An `.npz` of the seed's training images and all test images."""
+    path = out / f"guarantee-{seed}.npz"
+    if not path.exists():
+        x, y, x_test, y_test = images
+        rows = np.random.default_rng(seed).permutation(len(x))[:TRAIN]
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez(path, x_train=x[rows], y_train=y[rows], x_test=x_test, y_test=y_test)
+    return path
+
+
+def run(source: Path, out: Path, seed: int, confidence: float, delta: float) -> dict[str, Any]:
+    """The `result.json` of one study."""
+    config = parse_config(
+        {
+            "name": f"guarantee-{confidence:g}-{seed}",
+            "seed": seed,
+            "delta": delta,
+            "confidence": confidence,
+            "model.source": "zoo:resnet_small",
+            "model.arguments": {"num_classes": 10, "in_channels": 1, "width": 16},
+            "data.source": f"array:{source}",
+            "data.augment": "none",
+            "data.val_fraction": 1 / 3,
+            "data.batch_size": 64,
+            "baseline.epochs": 6,
+            "baseline.learning_rate": 0.1,
+            "search.transforms": ("svd", "spatial_svd", "tucker2"),
+            "search.trials": 8,
+            "search.annealing_trials": 4,
+            "finetune.epochs": 1,
+            "finetune.final_epochs": 4,
+            "finetune.learning_rate": 0.03,
+            "run.out": str(out),
+        }
+    )
+    result = out / config.name / "result.json"
+    if not result.exists():
+        run_study(config, task_from_config(config), NullDisplay(), "scripts/bench_guarantee.py")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return found
+
+
+def ratio(found: dict[str, Any]) -> float:
+    """How many times fewer parameters the study's network has; 1 where it found none."""
+    if not found["met"]:
+        return 1.0
+    return found["baseline"]["profile"]["params"] / found["best"]["profile"]["params"]
+
+
+if __name__ == "__main__":
+    main()
