@@ -331,7 +331,7 @@ def _analyse(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
     observations = observe_layers(baseline.model, task, layers, seed=config.seed)
-    cache = FactorCache(baseline.model, observations.patches)
+    cache = FactorCache(baseline.model, observations.patches, observations.output_weights)
     key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}"
     table = _stored_table(folder, key, layers)
     if table is None:
@@ -352,7 +352,7 @@ def _analyse(
         baseline=baseline,
         example=example,
         cache=cache,
-        patches=observations.patches,
+        observations=observations,
         errors={
             (name, choice.transform): choice.error
             for name, choices in table.choices.items()

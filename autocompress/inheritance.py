@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from autocompress.plan import Plan
+from autocompress.sensitivity import Observations
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 
 
@@ -42,7 +42,7 @@ def inherit(
     parent_plan: Plan,
     plan: Plan,
     baseline: nn.Module,
-    patches: Mapping[str, Tensor] | None,
+    observations: Observations | None,
 ) -> nn.Module:
     """The network of `plan` with the parent's weights.
 
@@ -50,7 +50,10 @@ def inherit(
     to a dense kernel and cut anew.
     """
     dense = multiply_out(parent, parent_plan, baseline)
-    child = apply_plan(dense, plan, FactorCache(dense, patches))
+    cache = FactorCache(dense)
+    if observations is not None:
+        cache = FactorCache(dense, observations.patches, observations.output_weights)
+    child = apply_plan(dense, plan, cache)
     for name, transform in plan.layers.items():
         if parent_plan.layers.get(name) == transform:
             state = parent.get_submodule(name).state_dict()

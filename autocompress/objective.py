@@ -22,6 +22,7 @@ from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
 from autocompress.progress import Display
 from autocompress.samplers import NEARLY, PARENT, WEIGHTS, trial_seed
+from autocompress.sensitivity import Observations
 from autocompress.space import SearchSpace
 from autocompress.store import (
     STAGES,
@@ -55,7 +56,7 @@ class Bench:
         baseline: The network to compress.
         example: Its inputs for one image.
         cache: Factorizations of the baseline's layers.
-        patches: Real inputs of the layers.
+        observations: Real inputs of the layers, and derivatives at their outputs.
         errors: `(layer, transform)` to the relative error in the layer table.
         finetune: Length, learning rate, distillation and gate.
         delta: The tolerance, in points.
@@ -73,7 +74,7 @@ class Bench:
     baseline: Baseline
     example: tuple[Tensor, ...]
     cache: FactorCache
-    patches: Mapping[str, Tensor]
+    observations: Observations
     errors: Mapping[tuple[str, object], float]
     finetune: FinetuneConfig
     delta: float
@@ -234,7 +235,7 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
     if label is None:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     parent, parent_plan = load_trial_model(bench, label)
-    return inherit(parent, parent_plan, plan, bench.baseline.model, bench.patches)
+    return inherit(parent, parent_plan, plan, bench.baseline.model, bench.observations)
 
 
 def has_weights(trial: FrozenTrial) -> bool:

@@ -116,6 +116,19 @@ class Observations:
     patches: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
 
+    @property
+    def output_weights(self) -> dict[str, Tensor]:
+        """Layer name to how much the network's outputs make of each of its output channels.
+
+        `out` numbers: the root of the mean squared derivative, 1 in the mean square. A channel that
+        made nothing of 1,000 images counts a little still.
+        """
+        found = {}
+        for name, gradients in self.gradients.items():
+            squares = gradients.square().mean(dim=0)
+            found[name] = (squares / squares.mean().clamp_min(1e-30)).clamp_min(1e-3).sqrt()
+        return found
+
 
 def observe_layers(
     model: nn.Module,

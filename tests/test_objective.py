@@ -58,7 +58,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
     )
     layers, _ = inspect_layers(task.model, example)
     seen = observe_layers(task.model, task, layers, images=64, patches=128)
-    cache = FactorCache(task.model, seen.patches)
+    cache = FactorCache(task.model, seen.patches, seen.output_weights)
     table = build_table(task.model, layers, cache, seen, ("svd", "tucker2"))
     space = SearchSpace.from_table(table, "params", baseline.profile.params)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
@@ -67,7 +67,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         baseline=baseline,
         example=example,
         cache=cache,
-        patches=seen.patches,
+        observations=seen,
         errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
         finetune=config.finetune,
         delta=config.delta,

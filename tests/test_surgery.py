@@ -177,3 +177,21 @@ def test_load_kernels_wants_as_many_as_there_are_weights() -> None:
     replacement = SVD(2).build(nn.Linear(4, 4))
     with pytest.raises(ValueError):
         load_kernels(replacement, [torch.zeros(2, 4)])
+
+
+@pytest.mark.parametrize("transform", [SVD(4), Tucker2(6, 4)])
+def test_outputs_that_weigh_more_lose_less(transform: SVD | Tucker2) -> None:
+    """And at full rank the weights change nothing."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, bias=False)
+    importance = torch.tensor([10.0, 10.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    weight = conv.weight.detach()
+
+    def lost(cache: FactorCache, choice: SVD | Tucker2) -> torch.Tensor:
+        new = choice.build(conv)
+        load_kernels(new, cache.kernels("", choice))
+        return (dense_weight(new, conv) - weight).flatten(1).norm(dim=1)
+
+    plain, aware = FactorCache(conv), FactorCache(conv, None, {"": importance})
+    assert lost(aware, transform)[:2].sum() < 0.5 * lost(plain, transform)[:2].sum()
+    assert lost(aware, SVD(8)).max() < 1e-5 and lost(aware, Tucker2(8, 8)).max() < 1e-5
