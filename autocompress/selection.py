@@ -134,8 +134,8 @@ def _still_stands(
     return (
         result["identity"] == bench.identity
         and result["candidates"] == sorted(labelled)
-        and result["final_epochs"] == config.finetune.final_epochs
-        and result.get("final_learning_rate") == config.finetune.final_learning_rate
+        and result["final_epochs"] == bench.finetune.final_epochs
+        and result.get("final_learning_rate") == bench.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
     )
 
@@ -165,8 +165,8 @@ def _facts(
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
         "candidates": sorted(labelled),
-        "final_epochs": config.finetune.final_epochs,
-        "final_learning_rate": config.finetune.final_learning_rate,
+        "final_epochs": bench.finetune.final_epochs,
+        "final_learning_rate": bench.finetune.final_learning_rate,
         "seconds": seconds,
         "versions": versions(),
         "device": str(bench.task.device),
@@ -216,7 +216,7 @@ def _finalists(
     miss, the cheapest trial within delta is the winner, whose weights from before are kept where
     they are better.
     """
-    epochs = config.finetune.final_epochs
+    epochs = bench.finetune.final_epochs
     limit = within[0][1].values[1] if within else math.inf
     cheaper = [
         item
@@ -252,7 +252,7 @@ def _final_fit(
     before = evaluate(model, task, task.val)
     if epochs <= 0:
         return Finalist(label, model, plan, before, 0.0)
-    rate = config.finetune.final_learning_rate or config.finetune.learning_rate
+    rate = bench.finetune.final_learning_rate
     name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}.safetensors"
     path = folder.finals / name
     if path.exists():
@@ -271,7 +271,7 @@ def _final_fit(
                 learning_rate=rate,
                 seed=config.seed,
                 teacher=bench.baseline.model,
-                distillation=config.finetune.distillation,
+                distillation=bench.finetune.distillation,
                 on_step=on_step,
             )
         except TrainingDiverged as error:

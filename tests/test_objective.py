@@ -31,6 +31,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.surgery import FactorCache
 from autocompress.task import Task, cross_entropy
+from autocompress.training import Recipe
 
 
 class Ends(NullDisplay):
@@ -70,7 +71,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         cache=cache,
         patches=patches,
         errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
-        finetune=config.finetune,
+        finetune=Recipe.from_config(config.finetune),
         delta=config.delta,
         objective="params",
         seed=0,
