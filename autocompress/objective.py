@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from optuna.artifacts import FileSystemArtifactStore
@@ -38,7 +39,8 @@ logger = logging.getLogger("autocompress")
 GATE_IMAGES = 1000
 """About how many validation images the gate looks at."""
 RECALIBRATION_BATCHES = 50
-
+WORK = ("recalibrate", "gate", "finetune", "evaluate")
+"""Phases of a trial in which images go through its network; all else is overhead."""
 
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
@@ -227,6 +229,24 @@ def best_so_far(bench: Bench) -> tuple[float, float] | None:
     within = [t for t in trials if has_weights(t) and t.values[0] <= bench.delta]
     best = min(within, key=lambda t: t.values[1], default=None)
     return None if best is None else (_ratio(bench, best.values[1]), best.values[0])
+
+
+def pace(studies: Mapping[str, Study]) -> dict[str, float | None]:
+    """How well the time of the trials that were carried out was spent; None without such trials.
+
+    Returns:
+        "overhead", the share of their time in which neither training nor evaluation ran (0 to 1),
+        and "images_per_second", the median speed of fine-tuning.
+    """
+    trials = [t for study in studies.values() for t in study.get_trials(deepcopy=False)]
+    done = [t.user_attrs for t in trials if has_weights(t)]
+    spent = sum(sum(attrs["seconds"].values()) for attrs in done)
+    worked = sum(attrs["seconds"].get(phase, 0.0) for attrs in done for phase in WORK)
+    speeds = [s for attrs in done if (s := attrs["images_per_second"]) > 0]
+    return {
+        "overhead": round(1 - worked / spent, 4) if spent else None,
+        "images_per_second": median(speeds) if speeds else None,
+    }
 
 
 def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:

@@ -221,32 +221,36 @@ def probe(
     ladder = [best]
     for length in lengths[1:]:
         ladder.append(run(length, best.learning_rate))
-        if epochs is None and _next_gain(ladder) <= WORTH * delta:
+        gain, following = _gains(ladder)
+        if gain > WORTH * delta:
+            best = ladder[-1]
+        if following <= WORTH * delta:
             break
-    best = min(ladder, key=lambda r: r.loss) if epochs is None else ladder[-1]
-    return Probe(best.epochs, best.learning_rate, tuple(runs), perf_counter() - start)
+    length = best.epochs if epochs is None else epochs
+    return Probe(length, best.learning_rate, tuple(runs), perf_counter() - start)
 
 
 def _lengths(steps: int, epochs: float | None) -> list[float]:
-    """Doubling lengths, in passes over the training data; up to the given one, if there is one."""
-    lengths = [FIRST_STEPS * 2**index / steps for index in range(DOUBLINGS + 1)]
-    if epochs is None:
-        return lengths
-    return [lengths[0], epochs] if epochs > lengths[0] else [epochs]
+    """Doubling lengths, in passes over the training data; just one where a trial's is given."""
+    first = FIRST_STEPS / steps
+    if epochs is not None:
+        return [min(first, epochs or first)]
+    return [first * 2**index for index in range(DOUBLINGS + 1)]
 
 
-def _next_gain(ladder: Sequence[ProbeRun]) -> float:
-    """Points that another doubling would win back, if gains go on to fall as they did.
+def _gains(ladder: Sequence[ProbeRun]) -> tuple[float, float]:
+    """Points that the last doubling won back, and another would if gains go on to fall as they did.
 
-    Gains are told by the loss, which is less noisy than the accuracy of few images, and turned into
+    They are told by the loss, which is less noisy than the accuracy of few images, and turned into
     points by the slope of the line through the runs so far.
     """
     losses, drops = [run.loss for run in ladder], [run.drop for run in ladder]
     if len(set(losses)) < 2 or math.isinf(losses[-1]):
-        return 0.0
+        return 0.0, 0.0
     gains = [before - after for before, after in pairwise(losses)]
     falling = min(1.0, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 1.0
-    return max(0.0, linear_regression(losses, drops).slope) * gains[-1] * falling
+    gain = max(0.0, linear_regression(losses, drops).slope) * gains[-1]
+    return gain, gain * falling
 
 
 def _best_rate(first: ProbeRun, run: Callable[[float], ProbeRun]) -> ProbeRun:

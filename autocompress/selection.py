@@ -23,7 +23,7 @@ from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
-from autocompress.objective import Bench, has_weights, load_trial_model
+from autocompress.objective import Bench, has_weights, load_trial_model, pace
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
@@ -168,6 +168,7 @@ def _facts(
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,
         "seconds": seconds,
+        "pace": pace(bench.studies),
         "versions": versions(),
         "device": str(bench.task.device),
         "precision": str(bench.task.amp_dtype or torch.float32).removeprefix("torch."),
