@@ -37,7 +37,8 @@ near delta have: 5 to 20 times on digits, Fashion-MNIST and CIFAR-10. So many ar
 FIRST_STEPS = 50
 """Batches in the shortest runs."""
 DOUBLINGS = 3
-"""At most; so that a trial has at most 400 steps, and the probe costs two to three trials."""
+"""At most; so a trial has at most 400 steps. The whole probe takes 250 to some 900 of them: as much
+as five trials where they are short, two where they are long."""
 FIRST_RATE, RATE_FACTOR, RATE_LIMITS = 0.01, 3.0, (1e-5, 1.0)
 """Where the search for the learning rate starts, its steps, and where it ends."""
 WORTH = 0.25
@@ -62,6 +63,11 @@ class ProbeRun:
     loss: float
     drop: float
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its loss is not finite."""
+        return math.isinf(self.loss)
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -70,7 +76,7 @@ class Probe:
     Attributes:
         epochs: Length of a trial, in passes over the training data.
         learning_rate: Peak of its schedule.
-        runs: What that is concluded from.
+        runs: What that is concluded from; the first is the candidate before fine-tuning.
         seconds: Time spent.
     """
 
@@ -80,21 +86,17 @@ class Probe:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; the inverse of `from_json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> Probe:
-        """The probe of `to_json`."""
-        return cls(**{**stored, "runs": tuple(ProbeRun(**run) for run in stored["runs"])})
+        """JSON values; None for the loss of runs that diverged."""
+        runs = [{**asdict(run), "loss": None if run.diverged else run.loss} for run in self.runs]
+        return {**asdict(self), "runs": runs}
 
     def __str__(self) -> str:
         runs = ", ".join(
-            f"{run.drop:.2f} at {run.learning_rate:g} for {run.epochs:.2g}" for run in self.runs
+            f"{run.drop:.2f} at {run.learning_rate:g} for {run.epochs:.2g}" for run in self.runs[1:]
         )
         return (
             f"Probe: learning rate {self.learning_rate:g} and {self.epochs:.2g} epochs for a trial "
-            f"(points lost: {runs}; {self.seconds:.0f} s)."
+            f"(points lost: {self.runs[0].drop:.2f} before, {runs}; {self.seconds:.0f} s)."
         )
 
 
@@ -185,8 +187,8 @@ def probe(
         TrainingDiverged: If the loss stayed finite at no learning rate.
     """
     start = perf_counter()
-    runs: list[ProbeRun] = []
     judge = _Judge(task, teacher)
+    runs = [ProbeRun(0.0, 0.0, *judge(model))]
 
     def run(length: float, rate: float) -> ProbeRun:
         student = deepcopy(model)
@@ -205,23 +207,23 @@ def probe(
             loss, drop = judge(student)
         except TrainingDiverged:
             pass
-        runs.append(ProbeRun(length, rate, loss, drop))
+        runs.append(ProbeRun(length, rate, loss if math.isfinite(loss) else math.inf, drop))
         return runs[-1]
 
     lengths = _lengths(len(task.train), epochs)
     best = run(lengths[0], learning_rate or FIRST_RATE)
     if learning_rate is None:
         best = _best_rate(best, lambda rate: run(lengths[0], rate))
-    if math.isinf(best.loss):
+    if best.diverged:
         raise TrainingDiverged(
-            f"The loss of the probe's candidate became infinite at learning rates from "
-            f"{min(run.learning_rate for run in runs):g} to {FIRST_RATE:g}; check the loss, or set "
-            "finetune.learning_rate."
+            "The loss didn't stay finite at any learning rate from "
+            f"{min(one.learning_rate for one in runs[1:]):g} to {runs[1].learning_rate:g}; check "
+            "the loss, or set finetune.learning_rate."
         )
     ladder = [best]
     for length in lengths[1:]:
         ladder.append(run(length, best.learning_rate))
-        gain, following = _gains(ladder)
+        gain, following = _gains(runs[0], ladder)
         if gain > WORTH * delta:
             best = ladder[-1]
         if following <= WORTH * delta:
@@ -238,28 +240,28 @@ def _lengths(steps: int, epochs: float | None) -> list[float]:
     return [first * 2**index for index in range(DOUBLINGS + 1)]
 
 
-def _gains(ladder: Sequence[ProbeRun]) -> tuple[float, float]:
+def _gains(before: ProbeRun, ladder: Sequence[ProbeRun]) -> tuple[float, float]:
     """Points that the last doubling won back, and another would if gains go on to fall as they did.
 
     They are told by the loss, which is less noisy than the accuracy of few images, and turned into
-    points by the slope of the line through the runs so far.
+    points by the slope of the line through the candidate and its runs.
     """
-    losses, drops = [run.loss for run in ladder], [run.drop for run in ladder]
-    if len(set(losses)) < 2 or math.isinf(losses[-1]):
+    losses = [run.loss for run in (before, *ladder)]
+    if len(set(losses)) < 2 or not all(map(math.isfinite, losses)):
         return 0.0, 0.0
-    gains = [before - after for before, after in pairwise(losses)]
+    points = max(0.0, linear_regression(losses, [run.drop for run in (before, *ladder)]).slope)
+    gains = [points * (shorter.loss - longer.loss) for shorter, longer in pairwise(ladder)]
     falling = min(1.0, gains[-1] / gains[-2]) if len(gains) > 1 and gains[-2] > 0 else 1.0
-    gain = max(0.0, linear_regression(losses, drops).slope) * gains[-1]
-    return gain, gain * falling
+    return gains[-1], gains[-1] * falling
 
 
 def _best_rate(first: ProbeRun, run: Callable[[float], ProbeRun]) -> ProbeRun:
     """The best rate around the first one: upwards, or else downwards, until it is worse."""
     best = first
-    for factor in (RATE_FACTOR, 1 / RATE_FACTOR):
+    for factor in (1 / RATE_FACTOR,) if first.diverged else (RATE_FACTOR, 1 / RATE_FACTOR):
         while RATE_LIMITS[0] <= best.learning_rate * factor <= RATE_LIMITS[1]:
             found = run(best.learning_rate * factor)
-            if found.loss >= best.loss:
+            if found.loss >= best.loss and not best.diverged:
                 break
             best = found
         if best is not first:
