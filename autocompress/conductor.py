@@ -25,13 +25,14 @@ from torch import nn
 
 from autocompress import __version__
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
-from autocompress.config import FinetuneConfig, StudyConfig, bound_settings
+from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, has_weights, run_trial
 from autocompress.plan import Plan
+from autocompress.probe import settle
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
@@ -63,7 +64,7 @@ from autocompress.store import (
 )
 from autocompress.surgery import FactorCache, build_plan
 from autocompress.task import Task, check_outputs
-from autocompress.training import fastest_precision
+from autocompress.training import Recipe, fastest_precision
 from autocompress.trials import violation, within_delta
 
 COST_NAMES = {
@@ -203,11 +204,13 @@ def _run(
     facts = _facts(config, bench, table, left_alone)
     _describe(exploration, facts)
     bench.studies["exploration"] = exploration
+    with timed(seconds, "probe"):
+        bench.finetune = settle(bench, space, config.finetune, exploration)
     _bury(exploration, "exploration", display)
     if config.search.stage != "annealing":
         later = 0.0
         if config.search.stage == "both":
-            longer = annealing_epochs(config.finetune) / max(config.finetune.epochs, 0.1)
+            longer = annealing_epochs(bench.finetune) / max(bench.finetune.epochs, 0.1)
             later = config.search.annealing_trials * longer
         _run_stage(bench, "exploration", space, config, display, later)
     annealing = load_study(storage, config.name, "annealing")
@@ -358,7 +361,7 @@ def _analyse(
             for name, choices in table.choices.items()
             for choice in choices
         },
-        finetune=config.finetune,
+        finetune=Recipe.from_config(config.finetune),
         delta=config.delta,
         confidence=config.confidence,
         objective=config.objective,
@@ -397,7 +400,7 @@ def _run_stage(
     }
     total = planned[stage]
     # The winner's fine-tuning counts as the trials that would take as long.
-    later += config.finetune.final_epochs / max(bench.epochs(stage), 0.1)
+    later += bench.finetune.final_epochs / max(bench.epochs(stage), 0.1)
     display.stage(
         stage,
         total,
@@ -447,13 +450,13 @@ def _anneal(
     )
     if EPOCHS not in annealing.user_attrs:
         # As final_epochs may change later, and the trials of one study must be alike.
-        annealing.set_user_attr(EPOCHS, annealing_epochs(config.finetune))
+        annealing.set_user_attr(EPOCHS, annealing_epochs(bench.finetune))
     epochs = annealing.user_attrs[EPOCHS]
     annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
         delta=config.delta,
-        aim=config.delta * (AIM if config.finetune.final_epochs > epochs else 1.0),
+        aim=config.delta * (AIM if bench.finetune.final_epochs > epochs else 1.0),
         parents=[
             Parent(
                 f"exploration/{trial.number}",
@@ -473,7 +476,7 @@ def _anneal(
     return annealing
 
 
-def annealing_epochs(finetune: FinetuneConfig) -> float:
+def annealing_epochs(finetune: Recipe) -> float:
     """Passes over the training data in a trial of the annealing.
 
     The geometric mean of an exploration trial's and the winner's, for a plan that misses delta in a

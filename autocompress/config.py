@@ -29,6 +29,9 @@ _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list)
 Names = Annotated[tuple[str, ...], _AsTuple]
 
 Positive = Annotated[float, Field(gt=0)]
+
+# In memory None stands for what the study finds out by itself; TOML has no such value.
+_AutoIsNone = BeforeValidator(lambda value: None if value == "auto" else value)
 Numbers = Annotated[tuple[float, ...], _AsTuple]
 
 # A source is `kind:name`; only `digits` needs no name.
@@ -134,20 +137,27 @@ class SearchConfig(_Section):
 class FinetuneConfig(_Section):
     """How a compressed network recovers."""
 
-    epochs: float = Field(
-        default=1.0,
+    epochs: Annotated[float | None, _AutoIsNone] = Field(
+        default=None,
         ge=0,
-        description="Passes over the training data in a trial of the exploration; one of the "
-        "annealing has the geometric mean of this and final_epochs.",
+        description="Passes over the training data in a trial of the exploration, or 'auto': as a "
+        "probe tells. A trial of the annealing has the geometric mean of this and final_epochs.",
     )
-    final_epochs: float = Field(
-        default=10.0, ge=0, description="Passes over the training data for the winner."
+    final_epochs: Annotated[float | None, _AutoIsNone] = Field(
+        default=None,
+        ge=0,
+        description="Passes over the training data for the winner, or 'auto': ten times epochs.",
     )
-    learning_rate: float = Field(default=0.01, gt=0, description="Peak of the schedule.")
-    final_learning_rate: float | None = Field(
+    learning_rate: Annotated[float | None, _AutoIsNone] = Field(
         default=None,
         gt=0,
-        description="The same for the winner; None: as in a trial. Longer fine-tuning stands more.",
+        description="Peak of the schedule, or 'auto': as a probe tells.",
+    )
+    final_learning_rate: Annotated[float | None, _AutoIsNone] = Field(
+        default=None,
+        gt=0,
+        description="The same for the winner, or 'auto': twice that of a trial where it is "
+        "fine-tuned for four times as long or longer, else the same.",
     )
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."

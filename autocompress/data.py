@@ -56,6 +56,8 @@ Pixels = NDArray[np.uint8]
 
 MEMORY_LIMIT = 4 * 2**30
 """Decoded images up to this many bytes are held in memory."""
+_SHARE_OF_GPU = 0.25
+"""Images are kept on the GPU if they take no more than this share of what is free there."""
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -189,6 +191,7 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
     if val is None and config.val_from == "train":
         # The split below is the same; the statistics must not see validation images.
         rest, _ = stratified_split(train.labels, config.val_fraction, seed)
+    keep_on = _place(device, sum(part.pixels.nbytes for part in (train, val, test) if part))
     channels, height, width = train.pixels.shape[1:]
     normalization = _given_normalization(config, channels) or _statistics(train.pixels, rest)
 
@@ -203,6 +206,7 @@ def _array_data(found: _Arrays, config: DataConfig, seed: int, device: torch.dev
             shuffle=training,
             seed=seed,
             device=device,
+            keep_on=keep_on,
         )
 
     learned: Loader = loader(train, True)
@@ -277,6 +281,13 @@ def _cut(
     return cut_validation(
         train, test, fraction=config.val_fraction, source=config.val_from, seed=seed
     )
+
+
+def _place(device: torch.device, size: int) -> torch.device:
+    """Where `size` bytes of images are kept: on the device, unless they crowd its memory."""
+    if device.type == "cuda" and size > _SHARE_OF_GPU * torch.cuda.mem_get_info(device)[0]:
+        return torch.device("cpu")
+    return device
 
 
 def _workers() -> int:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from optuna.artifacts import FileSystemArtifactStore
@@ -14,7 +15,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
 from autocompress.baseline import Baseline
-from autocompress.config import FinetuneConfig
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
@@ -33,13 +33,14 @@ from autocompress.store import (
 )
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
-from autocompress.training import fit
+from autocompress.training import Recipe, fit
 from autocompress.trials import set_constraint, violation, within_delta
 
 logger = logging.getLogger("autocompress")
 
 RECALIBRATION_BATCHES = 50
-
+WORK = ("recalibrate", "gate", "finetune", "evaluate")
+"""Phases of a trial in which images go through its network; all else is overhead."""
 
 EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
@@ -76,7 +77,7 @@ class Bench:
     cache: FactorCache
     observations: Observations
     errors: Mapping[tuple[str, object], float]
-    finetune: FinetuneConfig
+    finetune: Recipe
     delta: float
     confidence: float
     objective: str
@@ -165,7 +166,9 @@ def _carry_out(
     model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
-    latency = measure_latency(model, bench.example, seconds=0.25).median_ms
+    # Where it is not what the study makes small, a glance at it is enough.
+    timing = (0.25, 20) if bench.objective == "latency" else (0.02, 5)
+    latency = measure_latency(model, bench.example, seconds=timing[0], min_runs=timing[1]).median_ms
     watch.lap("profile")
     cost = cost_of(bench.objective, profile, latency)
 
@@ -249,6 +252,24 @@ def best_so_far(bench: Bench) -> tuple[float, float] | None:
     within = [t for t in trials if has_weights(t) and within_delta(t)]
     best = min(within, key=lambda t: t.values[1], default=None)
     return None if best is None else (_ratio(bench, best.values[1]), best.values[0])
+
+
+def pace(studies: Mapping[str, Study]) -> dict[str, float | None]:
+    """How well the time of the trials that were carried out was spent; None without such trials.
+
+    Returns:
+        "overhead", the share of their time in which neither training nor evaluation ran (0 to 1),
+        and "images_per_second", the median speed of fine-tuning.
+    """
+    trials = [t for study in studies.values() for t in study.get_trials(deepcopy=False)]
+    done = [t.user_attrs for t in trials if has_weights(t)]
+    spent = sum(sum(attrs["seconds"].values()) for attrs in done)
+    worked = sum(attrs["seconds"].get(phase, 0.0) for attrs in done for phase in WORK)
+    speeds = [s for attrs in done if (s := attrs["images_per_second"]) > 0]
+    return {
+        "overhead": round(1 - worked / spent, 4) if spent else None,
+        "images_per_second": median(speeds) if speeds else None,
+    }
 
 
 def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:

@@ -23,7 +23,7 @@ from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate, paired_drop
 from autocompress.export import save_model
-from autocompress.objective import Bench, has_weights, load_trial_model
+from autocompress.objective import Bench, has_weights, load_trial_model, pace
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
@@ -140,8 +140,8 @@ def _still_stands(
     return (
         result["identity"] == bench.identity
         and result["candidates"] == sorted(labelled)
-        and result["final_epochs"] == config.finetune.final_epochs
-        and result.get("final_learning_rate") == config.finetune.final_learning_rate
+        and result["final_epochs"] == bench.finetune.final_epochs
+        and result.get("final_learning_rate") == bench.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
     )
 
@@ -172,9 +172,10 @@ def _facts(
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
         "candidates": sorted(labelled),
-        "final_epochs": config.finetune.final_epochs,
-        "final_learning_rate": config.finetune.final_learning_rate,
+        "final_epochs": bench.finetune.final_epochs,
+        "final_learning_rate": bench.finetune.final_learning_rate,
         "seconds": seconds,
+        "pace": pace(bench.studies),
         "versions": versions(),
         "device": str(bench.task.device),
         "precision": str(bench.task.amp_dtype or torch.float32).removeprefix("torch."),
@@ -224,7 +225,7 @@ def _finalists(
     miss, the cheapest trial within delta is the winner, whose weights from before are kept where
     they are better.
     """
-    epochs = config.finetune.final_epochs
+    epochs = bench.finetune.final_epochs
     limit = within[0][1].values[1] if within else math.inf
     cheaper = [
         item
@@ -289,7 +290,7 @@ def _final_fit(
     """A trial's network after a long fine-tuning; None if that diverged."""
     task, label = bench.task, before.label
     model, _ = load_trial_model(bench, label)
-    rate = config.finetune.final_learning_rate or config.finetune.learning_rate
+    rate = bench.finetune.final_learning_rate
     name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}-{seed}.safetensors"
     path = folder.finals / name
     if path.exists():
@@ -308,7 +309,7 @@ def _final_fit(
                 learning_rate=rate,
                 seed=seed,
                 teacher=bench.baseline.model,
-                distillation=config.finetune.distillation,
+                distillation=bench.finetune.distillation,
                 on_step=on_step,
             )
         except TrainingDiverged as error:

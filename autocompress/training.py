@@ -14,16 +14,68 @@ from typing import Any
 import torch
 from torch import nn
 
+from autocompress.config import FinetuneConfig
 from autocompress.errors import TrainingDiverged
+from autocompress.evaluation import recalibrate
 from autocompress.task import Loader, Task, samples_in, to_device
 
 MAX_GRADIENT_NORM = 5.0
 """A freshly factored layer can send one huge gradient; longer ones are scaled to this length."""
 
+FINAL_LENGTH = 10.0
+"""How many times as long as a trial the winner is fine-tuned, where the study file doesn't say."""
+
+LAST_BATCHES = 20
+"""Batch norm's running mean lags behind the weights: after a short run its statistics are those of
+networks that no longer exist, so they are taken anew on this many batches. On digits, 42 steps at a
+learning rate of 0.01 end with 2.3 points lost so, and with 3.7 otherwise (three seeds)."""
+
 Hopeless = Callable[[int], bool]
 """Called at each rung as `hopeless(rung)`, from 1; where it says so, the run ends there."""
 OnStep = Callable[[float, float, float], None]
 """Called as `on_step(epochs done, epochs in all, loss)`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How networks are fine-tuned: the study file's settings, with nothing left open.
+
+    Attributes:
+        epochs: Passes over the training data in a trial of the exploration.
+        final_epochs: The same for the winner.
+        learning_rate: Peak of a trial's schedule.
+        final_learning_rate: The same for the winner.
+        distillation: Share of the loss that imitates the baseline.
+        gate: Accuracy drop before fine-tuning, in points, at which a trial stops.
+    """
+
+    epochs: float
+    final_epochs: float
+    learning_rate: float
+    final_learning_rate: float
+    distillation: float
+    gate: float
+
+    @classmethod
+    def from_config(
+        cls, finetune: FinetuneConfig, epochs: float = 1.0, learning_rate: float = 0.01
+    ) -> Recipe:
+        """The settings, and for those left open what follows from a length and a learning rate.
+
+        Args:
+            finetune: The study file's settings.
+            epochs: A trial's length, where the file leaves it open.
+            learning_rate: A trial's learning rate, likewise.
+        """
+        epochs = epochs if finetune.epochs is None else finetune.epochs
+        rate = learning_rate if finetune.learning_rate is None else finetune.learning_rate
+        final_epochs, final_rate = finetune.final_epochs, finetune.final_learning_rate
+        if final_epochs is None:
+            final_epochs = FINAL_LENGTH * epochs
+        if final_rate is None:
+            # Longer fine-tuning stands more.
+            final_rate = 2 * rate if final_epochs >= 4 * epochs else rate
+        return cls(epochs, final_epochs, rate, final_rate, finetune.distillation, finetune.gate)
 
 
 @dataclass(frozen=True)
@@ -61,8 +113,9 @@ def fit(
     """Train `model` in place on the task's training data.
 
     Args:
-        model: The network; moved to the task's device, left in evaluation mode. In between its
-            kernels are channels last, which trains faster.
+        model: The network; moved to the task's device, left in evaluation mode, with batch-norm
+            statistics of its last weights. In between its kernels are channels last, which trains
+            faster.
         task: Data, loss, optimizer and schedule.
         epochs: Length, in passes over the training data; fractions allowed.
         learning_rate: Peak of the schedule.
@@ -127,6 +180,7 @@ def fit(
     seconds = time.perf_counter() - start
     tail = torch.stack(losses[-max(1, steps // 10) :])
     _lay_out(model, torch.contiguous_format).eval()
+    recalibrate(model, task, LAST_BATCHES)
     return FitResult(len(losses), float(tail.mean()), images / seconds, seconds, stopped)
 
 

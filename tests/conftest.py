@@ -64,6 +64,7 @@ def tiny_config(out: Path, **settings: Any) -> StudyConfig:
             "search.trials": 6,
             "search.annealing_trials": 3,
             "finetune.epochs": 1.0,
+            "finetune.learning_rate": 0.01,
             "finetune.final_epochs": 1.0,
             "finetune.gate": 100.0,
             "run.out": str(out),

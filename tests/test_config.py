@@ -216,3 +216,14 @@ def test_a_study_is_bound_to_all_but_budgets_and_places() -> None:
         "delta: 1.0 -> 2.0",
         "model.arguments.num_classes: 10 -> 12",
     ]
+
+
+def test_auto_is_what_the_study_finds_out() -> None:
+    names = ("epochs", "final_epochs", "learning_rate", "final_learning_rate")
+    auto = parse_config({**MINIMAL, **{f"finetune.{name}": "auto" for name in names}})
+    assert auto == parse_config(MINIMAL)
+    assert parse_config(json.loads(auto.model_dump_json())) == auto
+    with pytest.raises(ConfigError, match=r"finetune.epochs: expected a number, got 'often'"):
+        parse_config({**MINIMAL, "finetune.epochs": "often"})
+    given = bound_settings(parse_config({**MINIMAL, "finetune.epochs": 2.0}))
+    assert differences(bound_settings(auto), given) == ["finetune.epochs: not set -> 2.0"]

@@ -399,3 +399,13 @@ def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(ConfigError, match=r"numpy.savez"):
         load_data(DataConfig(source=f"array:{tmp_path / 'a.npy'}"), 0)
+
+
+def test_images_that_would_crowd_the_gpu_stay_in_main_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert data_module._place(gpu, 250) == gpu
+    assert data_module._place(gpu, 251) == cpu
+    assert data_module._place(cpu, 10**12) == cpu

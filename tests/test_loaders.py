@@ -74,6 +74,18 @@ def test_an_incomplete_batch_is_left_out_only_where_others_come_next_time() -> N
     assert len(array_loader(8, shuffle=True)) == 1 and len(all_labels(array_loader(8))) == 8
 
 
+def test_images_may_be_kept_elsewhere_than_batches_are_made() -> None:
+    """The device "meta" stands for one that isn't here: it has shapes, but no contents."""
+    loader = array_loader(augment="crop-flip", shuffle=True, device="meta", keep_on="cpu")
+    for part in (loader, loader.subset(torch.arange(16, 48))):
+        assert part.images.device.type == "cpu" and part.images.float().std() > 0
+        images, labels = next(iter(part))
+        assert images.device.type == labels.device.type == "meta"
+        assert images.shape == (16, 3, 8, 8) and images.dtype == torch.float32
+    whole = array_loader(device="meta")
+    assert whole.images.device.type == "meta" and next(iter(whole))[0].device.type == "meta"
+
+
 def test_a_flip_mirrors_about_half_of_the_images() -> None:
     loader = array_loader(256, augment="flip", mean=[0.0] * 3, std=[1 / 255] * 3)
     images, plain = all_images(loader), loader.images.float()

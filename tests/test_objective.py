@@ -9,8 +9,9 @@ import optuna
 import pytest
 import torch
 from conftest import tiny_config
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
+from autocompress import objective
 from autocompress.baseline import Baseline
 from autocompress.evaluation import evaluate
 from autocompress.layers import inspect_layers
@@ -20,9 +21,10 @@ from autocompress.objective import (
     cost_of,
     find_trial,
     load_trial_model,
+    pace,
     run_trial,
 )
-from autocompress.profiler import Profile, profile_model
+from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import INTERRUPTED, KnobSampler
 from autocompress.sensitivity import build_table, observe_layers
@@ -30,6 +32,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.surgery import FactorCache
 from autocompress.task import Task, cross_entropy
+from autocompress.training import Recipe
 
 
 class Ends(NullDisplay):
@@ -69,7 +72,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         cache=cache,
         observations=seen,
         errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
-        finetune=config.finetune,
+        finetune=Recipe.from_config(config.finetune),
         delta=config.delta,
         confidence=0.5,
         objective="params",
@@ -184,6 +187,35 @@ def test_a_trial_has_the_seconds_of_its_phases(bench: Bench) -> None:
     seconds = frozen.user_attrs["seconds"]
     assert frozen.duration is not None
     assert sum(seconds.values()) == pytest.approx(frozen.duration.total_seconds(), abs=0.5)
+
+
+def test_the_pace_of_a_study(bench: Bench) -> None:
+    assert pace(bench.studies) == {"overhead": None, "images_per_second": None}
+    work = {"recalibrate": 1.0, "gate": 1.0, "finetune": 7.0, "evaluate": 1.0}
+    other = {"suggest": 0.5, "build": 0.5, "profile": 0.5, "store": 0.5}
+    study = bench.studies["exploration"]
+    for speed, seconds in ((100.0, work), (300.0, work), (200.0, work | other)):
+        attrs = {"weights": "w", "images_per_second": speed, "seconds": seconds}
+        study.add_trial(create_trial(values=[0.0, 1.0], user_attrs=attrs))
+    study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs={"seconds": other}))
+    assert pace(bench.studies) == {"overhead": 0.0625, "images_per_second": 200.0}
+
+
+def test_latency_is_measured_with_care_where_it_is_the_objective(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def measure(*_: Any, **settings: Any) -> Latency:
+        asked.append(settings)
+        return Latency(2.5, 0.1, 1, 20, "cpu", 1)
+
+    monkeypatch.setattr(objective, "measure_latency", measure)
+    for name in ("latency", "params"):
+        bench.objective = name
+        run_trial(bench, "exploration", space_of(bench))
+    careful, glance = asked
+    assert careful["seconds"] > glance["seconds"] and careful["min_runs"] > glance["min_runs"]
 
 
 def test_costs_are_in_their_own_units() -> None:

@@ -5,10 +5,11 @@ import torch
 from conftest import TinyNet, make_loader
 from torch import nn
 
+from autocompress.config import FinetuneConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import evaluate
 from autocompress.task import Task, check_outputs, logit_distillation
-from autocompress.training import fit
+from autocompress.training import Recipe, fit
 
 
 def untrained() -> Task:
@@ -147,3 +148,29 @@ def test_a_run_ends_at_the_rung_that_says_so(task: Task) -> None:
     assert asked == [1, 2] and result.stopped
     assert result.steps == len(task.train) // 2 and not task.model.training
     assert not fit(task.model, task, **settings, rungs=(0.5,), hopeless=lambda rung: False).stopped
+
+
+def test_batch_norm_ends_with_statistics_of_the_last_weights(task: Task) -> None:
+    """After a short fast run the running means are those of networks that no longer exist."""
+    fit(task.model, task, epochs=0.25, learning_rate=0.3, seed=0)
+    seen: list[torch.Tensor] = []
+    hook = task.model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        for images, _ in task.train:
+            task.model(images)
+    hook.remove()
+    true = torch.cat(seen).mean((0, 2, 3))
+    kept = task.model.get_buffer("bn1.running_mean")
+    torch.testing.assert_close(kept, true, atol=0.02, rtol=0.02)
+
+
+def test_what_a_study_file_leaves_open_follows_from_length_and_rate() -> None:
+    found = Recipe.from_config(FinetuneConfig(gate=60.0), epochs=0.5, learning_rate=0.03)
+    assert (found.epochs, found.learning_rate, found.gate) == (0.5, 0.03, 60.0)
+    assert (found.final_epochs, found.final_learning_rate) == (5.0, 0.06)
+    short = FinetuneConfig(epochs=2.0, learning_rate=0.01, final_epochs=7.0)
+    assert Recipe.from_config(short, epochs=0.5, learning_rate=0.03).final_learning_rate == 0.01
+    all_given = FinetuneConfig(
+        epochs=1.0, learning_rate=0.1, final_epochs=0.0, final_learning_rate=0.2
+    )
+    assert Recipe.from_config(all_given, 0.5, 0.03) == Recipe(1.0, 0.0, 0.1, 0.2, 0.5, 50.0)
