@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import __version__
+from autocompress.annealing import AIM, NEARLY, AnnealingSampler, Parent, lost
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.config import FinetuneConfig, StudyConfig, bound_settings
 from autocompress.dashboard import annotate
@@ -35,14 +36,7 @@ from autocompress.plan import Plan
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
-from autocompress.samplers import (
-    AIM,
-    NEARLY,
-    AnnealingSampler,
-    Parent,
-    make_sampler,
-    reads_rejected_as_complete,
-)
+from autocompress.samplers import make_sampler, reads_rejected_as_complete
 from autocompress.selection import conclude, timed
 from autocompress.sensitivity import LayerTable, build_table, collect_patches
 from autocompress.space import SearchSpace
@@ -434,7 +428,7 @@ def _anneal(
         delta=config.delta,
         aim=config.delta * (AIM if config.finetune.final_epochs > epochs else 1.0),
         parents=[
-            Parent(f"exploration/{trial.number}", plan, trial.values[0], trial.values[1])
+            Parent(f"exploration/{trial.number}", plan, lost(trial, config.delta), trial.values[1])
             for trial, plan in zip(parents, plans, strict=True)
         ],
         trials=config.search.annealing_trials,
