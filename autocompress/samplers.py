@@ -188,14 +188,21 @@ class KnobSampler(PlanSampler):
         self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator
     ) -> Proposal:
         """Decode the next seed, or what TPE makes of the finished trials."""
-        seed = self._next_seed(others, number) if attempt < 2 else None
-        if seed is not None:
-            return self._decoded(seed[1], seed=seed[0])
-        known = [t for t in others if t.state in FINISHED and t.constraints and _record(t)]
-        best = self._best(known)
+        seed = self._next_seed(others, number)
+        if seed is None:
+            return self._after_seeds(others, number, rng)
+        index, knobs = seed
+        if attempt >= 2:  # its plan is known: the seed counts as tried
+            knobs = self._near(others, rng)
+        return self._decoded(knobs, seed=index)
+
+    def _after_seeds(
+        self, others: Sequence[FrozenTrial], number: int, rng: np.random.Generator
+    ) -> Proposal:
+        best = _best(others)
         if best is not None and violation(best) <= 0 and number % SCATTERED == 0:
             return self._scattered(best, rng)
-        return self._decoded(self._near(best, known, others, rng))
+        return self._decoded(self._near(others, rng))
 
     def _decoded(self, knobs: Knobs, **more: Any) -> Proposal:
         return Proposal(allocate(self._space, knobs), knobs.to_params(self._space) | more)
@@ -219,13 +226,6 @@ class KnobSampler(PlanSampler):
         index = free[waiting]
         return index, next_seed(self._space, index, self._seed_count, tried, pending)
 
-    def _best(self, known: Sequence[FrozenTrial]) -> FrozenTrial | None:
-        """The trial of the least budget within delta; if there is none, the nearest to it."""
-        met = [t for t in known if violation(t) <= 0]
-        if met:
-            return min(met, key=lambda t: float(_record(t)["budget"]))
-        return min(known, key=violation, default=None)
-
     def _scattered(self, best: FrozenTrial, rng: np.random.Generator) -> Proposal:
         """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it."""
         old = self._space.nearest(best.params)
@@ -234,16 +234,13 @@ class KnobSampler(PlanSampler):
             moved = self._space.scatter(old, rng)
             if self._space.cost(moved) < self._space.cost(old):
                 break
-        budget = self._space.cost(moved) / self._space.baseline_cost
-        return Proposal(moved, {**_record(best), "budget": budget, "rule": "scattered"})
+        knobs = {k: v for k, v in _record(best).items() if k != "seed"}
+        knobs["budget"] = self._space.cost(moved) / self._space.baseline_cost
+        return Proposal(moved, knobs | {"rule": "scattered"})
 
-    def _near(
-        self,
-        best: FrozenTrial | None,
-        known: Sequence[FrozenTrial],
-        others: Sequence[FrozenTrial],
-        rng: np.random.Generator,
-    ) -> Knobs:
+    def _near(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> Knobs:
+        """Knobs near the best trial's, for a network that is a little cheaper."""
+        best = _best(others)
         ranges = Knobs.distributions(self._space)
         budget = ranges.pop("budget")
         low, high = budget.low, budget.high
@@ -253,11 +250,10 @@ class KnobSampler(PlanSampler):
             low, high = (0.82, 0.97) if violation(best) <= 0 else (1.0, 1.25)
             low, high = low * centre["budget"], high * centre["budget"]
         near = {key: _around(centre[key], full) for key, full in ranges.items()}
-        running = [t for t in others if t.state == TrialState.RUNNING and _record(t)]
-        params = _ask([*known, *running], near, rng)
+        params = _ask(others, near, rng)
         params["budget"] = float(np.clip(rng.uniform(low, high), budget.low, budget.high))
         layers = self._space.options
-        spread = min(MAX_SPREAD, SPREAD * (len(known) / len(layers)) ** 0.5)
+        spread = min(MAX_SPREAD, SPREAD * (len(_known(others)) / len(layers)) ** 0.5)
         old: Mapping[str, float] = centre.get("layers", {})
         params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}
         return Knobs.from_params(params)
@@ -271,9 +267,10 @@ def _ask(
     """What TPE makes of the finished and running trials whose knobs lie in `near`."""
     sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
     inner = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    running = [t for t in trials if t.state == TrialState.RUNNING and _record(t)]
     inside = [
         trial
-        for trial in trials
+        for trial in [*_known(trials), *running]
         if _record(trial)["rule"] == "knapsack"
         and all(key in _record(trial) for key in near)
         and all(one.low <= _record(trial)[key] <= one.high for key, one in near.items())
@@ -289,6 +286,20 @@ def _ask(
             )
         )
     return dict(inner.ask(dict(near)).params)
+
+
+def _known(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that tell something about knobs."""
+    return [t for t in trials if t.state in FINISHED and t.constraints and _record(t)]
+
+
+def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The trial of the least budget within delta; if there is none, the nearest to it."""
+    known = _known(trials)
+    met = [t for t in known if violation(t) <= 0]
+    if met:
+        return min(met, key=lambda t: float(_record(t)["budget"]))
+    return min(known, key=violation, default=None)
 
 
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
