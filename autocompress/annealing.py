@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
@@ -48,15 +49,20 @@ class Parent:
 
     Attributes:
         label: "<stage>/<number>".
-        plan: What it did to each layer.
+        text: Its plan, as JSON; of many parents few are chosen, so the others' is never read.
         drop: The drop that it is judged by (`lost`), in points.
         cost: Its cost, in the objective's unit.
     """
 
     label: str
-    plan: Plan
+    text: str
     drop: float
     cost: float
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What it did to each layer."""
+        return Plan.from_json(self.text)
 
 
 class AnnealingSampler(PlanSampler):
@@ -135,9 +141,8 @@ class AnnealingSampler(PlanSampler):
         return Proposal(picked, {"kind": kind, "step": step, "band": band}, parent.label)
 
     def _as_parent(self, trial: FrozenTrial) -> Parent:
-        plan = Plan.from_json(trial.user_attrs["plan"])
-        drop = lost(trial, self._delta)
-        return Parent(f"annealing/{trial.number}", plan, drop, trial.values[1])
+        text, drop = trial.user_attrs["plan"], lost(trial, self._delta)
+        return Parent(f"annealing/{trial.number}", text, drop, trial.values[1])
 
     def _tilted(self, near: SearchSpace, cost: float, rng: np.random.Generator) -> Knobs:
         return Knobs(

@@ -428,8 +428,13 @@ def _anneal(
         delta=config.delta,
         aim=config.delta * (AIM if config.finetune.final_epochs > epochs else 1.0),
         parents=[
-            Parent(f"exploration/{trial.number}", plan, lost(trial, config.delta), trial.values[1])
-            for trial, plan in zip(parents, plans, strict=True)
+            Parent(
+                f"exploration/{trial.number}",
+                trial.user_attrs["plan"],
+                lost(trial, config.delta),
+                trial.values[1],
+            )
+            for trial in parents
         ],
         trials=config.search.annealing_trials,
     )

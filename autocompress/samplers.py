@@ -11,6 +11,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -189,20 +190,15 @@ class KnobSampler(PlanSampler):
     ) -> Proposal:
         """Decode the next seed, or what TPE makes of the finished trials."""
         seed = self._next_seed(others, number)
-        if seed is None:
-            return self._after_seeds(others, number, rng)
-        index, knobs = seed
-        if attempt >= 2:  # its plan is known: the seed counts as tried
-            knobs = self._near(others, rng)
-        return self._decoded(knobs, seed=index)
-
-    def _after_seeds(
-        self, others: Sequence[FrozenTrial], number: int, rng: np.random.Generator
-    ) -> Proposal:
-        best = _best(others)
+        if seed is not None and attempt < 2:
+            return self._decoded(seed[1], seed=seed[0])
+        known = [t for t in others if t.state in FINISHED and t.constraints and _record(t)]
+        best = _best(known)
+        if seed is not None:  # its plan is known: the seed counts as tried
+            return self._decoded(self._near(best, known, others, rng), seed=seed[0])
         if best is not None and violation(best) <= 0 and number % SCATTERED == 0:
             return self._scattered(best, rng)
-        return self._decoded(self._near(others, rng))
+        return self._decoded(self._near(best, known, others, rng))
 
     def _decoded(self, knobs: Knobs, **more: Any) -> Proposal:
         return Proposal(allocate(self._space, knobs), knobs.to_params(self._space) | more)
@@ -214,6 +210,8 @@ class KnobSampler(PlanSampler):
         """
         taken = {_record(other).get("seed") for other in others}
         free = [index for index in range(self._seed_count) if index not in taken]
+        if not free:
+            return None
         before = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
         waiting = sum(not _record(t) for t in before)
         if waiting >= len(free):
@@ -238,9 +236,14 @@ class KnobSampler(PlanSampler):
         knobs["budget"] = self._space.cost(moved) / self._space.baseline_cost
         return Proposal(moved, knobs | {"rule": "scattered"})
 
-    def _near(self, others: Sequence[FrozenTrial], rng: np.random.Generator) -> Knobs:
+    def _near(
+        self,
+        best: FrozenTrial | None,
+        known: Sequence[FrozenTrial],
+        others: Sequence[FrozenTrial],
+        rng: np.random.Generator,
+    ) -> Knobs:
         """Knobs near the best trial's, for a network that is a little cheaper."""
-        best = _best(others)
         ranges = Knobs.distributions(self._space)
         budget = ranges.pop("budget")
         low, high = budget.low, budget.high
@@ -250,10 +253,11 @@ class KnobSampler(PlanSampler):
             low, high = (0.82, 0.97) if violation(best) <= 0 else (1.0, 1.25)
             low, high = low * centre["budget"], high * centre["budget"]
         near = {key: _around(centre[key], full) for key, full in ranges.items()}
-        params = _ask(others, near, rng)
+        running = [t for t in others if t.state == TrialState.RUNNING and _record(t)]
+        params = _ask([*known, *running], near, rng)
         params["budget"] = float(np.clip(rng.uniform(low, high), budget.low, budget.high))
         layers = self._space.options
-        spread = min(MAX_SPREAD, SPREAD * (len(_known(others)) / len(layers)) ** 0.5)
+        spread = min(MAX_SPREAD, SPREAD * (len(known) / len(layers)) ** 0.5)
         old: Mapping[str, float] = centre.get("layers", {})
         params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}
         return Knobs.from_params(params)
@@ -267,15 +271,8 @@ def _ask(
     """What TPE makes of the finished and running trials whose knobs lie in `near`."""
     sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
     inner = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    running = [t for t in trials if t.state == TrialState.RUNNING and _record(t)]
-    inside = [
-        trial
-        for trial in [*_known(trials), *running]
-        if _record(trial)["rule"] == "knapsack"
-        and all(key in _record(trial) for key in near)
-        and all(one.low <= _record(trial)[key] <= one.high for key, one in near.items())
-    ]
-    for trial in inside[-MEMORY:]:
+    inside = (trial for trial in reversed(trials) if _lies_in(near, _record(trial)))
+    for trial in reversed(list(islice(inside, MEMORY))):
         inner.add_trial(
             optuna.create_trial(
                 state=trial.state,
@@ -288,14 +285,14 @@ def _ask(
     return dict(inner.ask(dict(near)).params)
 
 
-def _known(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that tell something about knobs."""
-    return [t for t in trials if t.state in FINISHED and t.constraints and _record(t)]
+def _lies_in(near: Mapping[str, FloatDistribution], record: Mapping[str, Any]) -> bool:
+    if record["rule"] != "knapsack":
+        return False
+    return all(key in record and one.low <= record[key] <= one.high for key, one in near.items())
 
 
-def _best(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+def _best(known: Sequence[FrozenTrial]) -> FrozenTrial | None:
     """The trial of the least budget within delta; if there is none, the nearest to it."""
-    known = _known(trials)
     met = [t for t in known if violation(t) <= 0]
     if met:
         return min(met, key=lambda t: float(_record(t)["budget"]))

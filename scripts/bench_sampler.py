@@ -132,7 +132,7 @@ def sampler(name: str, space: SearchSpace, count: int) -> BaseSampler:
     if name != "annealing":
         return make_sampler(name, space, 0, count, 16)
     plan = space.plan(picked := allocate(space, Knobs(0.4)))
-    parent = Parent("exploration/0", plan, 0.5 * DELTA, float(space.cost(picked)))
+    parent = Parent("exploration/0", plan.to_json(), 0.5 * DELTA, float(space.cost(picked)))
     return AnnealingSampler(space, 0, delta=DELTA, parents=[parent], trials=count + 100)
 
 

@@ -270,7 +270,7 @@ def test_annealing_improves_on_its_parents() -> None:
         narrowed,
         0,
         delta=4.0,
-        parents=[Parent(f"exploration/{number}", plan, *values[number])],
+        parents=[Parent(f"exploration/{number}", plan.to_json(), *values[number])],
         trials=12,
     )
     annealing = make_study(sampler)
@@ -284,7 +284,7 @@ def test_annealing_improves_on_its_parents() -> None:
 def test_annealing_starts_from_the_nearest_where_nothing_is_within_delta() -> None:
     plan = SPACE.plan(SPACE.pick(Plan({})))
     sampler = AnnealingSampler(
-        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan, 5.0, 100.0)], trials=3
+        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan.to_json(), 5.0, 100.0)], trials=3
     )
     study = make_study(sampler)
     run(study, SPACE, 1, delta=0.0)
@@ -301,10 +301,10 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
         0,
         delta=1.0,
         parents=[
-            Parent("exploration/1", plan, 0.5, 500.0),
-            Parent("exploration/2", narrow_miss, 1.8, 200.0),
-            Parent("exploration/3", plan, 9.0, 100.0),
-            Parent("exploration/4", narrow_miss, 2.4, 150.0),
+            Parent("exploration/1", plan.to_json(), 0.5, 500.0),
+            Parent("exploration/2", narrow_miss.to_json(), 1.8, 200.0),
+            Parent("exploration/3", plan.to_json(), 9.0, 100.0),
+            Parent("exploration/4", narrow_miss.to_json(), 2.4, 150.0),
         ],
         trials=8,
     )
@@ -324,7 +324,7 @@ def next_child(lost: float, aim: float = 1.0) -> float:
     """Cost of the third child of a parent whose first two lost so many points."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
-    parent = Parent("exploration/0", plan, 0.4, cost)
+    parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, aim=aim, parents=[parent]))
     for _ in range(2):
         trial = study.ask()
@@ -348,9 +348,11 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
     plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.45, 0.2)]
     costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
     parents = [
-        Parent("exploration/0", plans[0], -2.0, costs[0]),  # dearer, but with much left to lose
-        Parent("exploration/1", plans[1], 0.99, costs[1]),
-        Parent("exploration/2", plans[2], 9.0, costs[2]),  # beyond delta
+        Parent(
+            "exploration/0", plans[0].to_json(), -2.0, costs[0]
+        ),  # dearer, but with much left to lose
+        Parent("exploration/1", plans[1].to_json(), 0.99, costs[1]),
+        Parent("exploration/2", plans[2].to_json(), 9.0, costs[2]),  # beyond delta
     ]
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=parents))
     DEEP.suggest(study.ask())
@@ -359,7 +361,7 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
 
 def test_kinds_of_children_take_turns() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
-    parent = Parent("exploration/0", plan, 0.4, DEEP.cost(DEEP.pick(plan)))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
     run(study, DEEP, 8, inherited=0.2)
     kinds = [trial.system_attrs[KNOBS]["kind"] for trial in study.trials]
@@ -369,7 +371,7 @@ def test_kinds_of_children_take_turns() -> None:
 def test_annealing_judges_its_children_by_the_constraint() -> None:
     """A child whose drop is small but whose bound is beyond delta is no parent."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
-    parent = Parent("exploration/0", plan, 0.4, DEEP.cost(DEEP.pick(plan)))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
     for _ in range(4):
         trial = study.ask()
