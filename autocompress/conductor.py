@@ -24,26 +24,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import __version__
+from autocompress.annealing import AIM, NEARLY, AnnealingSampler, Parent
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
-from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, has_weights, run_trial
+from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.plan import Plan
 from autocompress.probe import settle
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
-from autocompress.samplers import (
-    AIM,
-    NEARLY,
-    AnnealingSampler,
-    Parent,
-    make_sampler,
-    reads_rejected_as_complete,
-)
+from autocompress.samplers import make_sampler, reads_rejected_as_complete
 from autocompress.selection import conclude, timed
 from autocompress.sensitivity import LayerTable, build_table, observe_layers
 from autocompress.space import SearchSpace
@@ -65,7 +59,7 @@ from autocompress.store import (
 from autocompress.surgery import FactorCache, build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe, fastest_precision
-from autocompress.trials import violation, within_delta
+from autocompress.trials import has_weights, lost, violation, within_delta
 
 COST_NAMES = {
     "params": "parameters",
@@ -460,11 +454,11 @@ def _anneal(
         parents=[
             Parent(
                 f"exploration/{trial.number}",
-                plan,
-                config.delta + violation(trial),
+                trial.user_attrs["plan"],
+                lost(trial, config.delta),
                 trial.values[1],
             )
-            for trial, plan in zip(parents, plans, strict=True)
+            for trial in parents
         ],
         trials=config.search.annealing_trials,
     )

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError
 from autocompress.errors import ConfigError
 from autocompress.report import OBJECTIVES, pareto_trials, plan_layers, quantity, transform_text
 from autocompress.store import hide_password, open_storage
-from autocompress.trials import violation, within_delta
+from autocompress.trials import lost, violation, within_delta
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -199,7 +199,7 @@ def _trial_note(
     lines = [
         f"## Trial {trial.number}",
         "",
-        f"Drop {drop:.2f} points, at most {delta + violation(trial):.2f} at the study's "
+        f"Drop {drop:.2f} points, at most {lost(trial, delta):.2f} at the study's "
         f"confidence: {verdict} the allowed {delta:.2f}.",
     ]
     if attributes.get("parent"):

@@ -17,9 +17,9 @@ from autocompress.models import build_model
 from autocompress.objective import find_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
-from autocompress.samplers import WEIGHTS
 from autocompress.store import StudyFolder, fetch_weights
 from autocompress.surgery import build_plan
+from autocompress.trials import WEIGHTS
 
 
 def export_trial(

@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
+from autocompress.annealing import NEARLY
 from autocompress.baseline import Baseline
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
 from autocompress.gates import RUNGS, Gate, Record
@@ -21,7 +22,7 @@ from autocompress.inheritance import inherit
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
 from autocompress.progress import Display
-from autocompress.samplers import NEARLY, PARENT, WEIGHTS, trial_seed
+from autocompress.samplers import trial_seed
 from autocompress.sensitivity import Observations
 from autocompress.space import SearchSpace
 from autocompress.store import (
@@ -34,7 +35,14 @@ from autocompress.store import (
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
 from autocompress.training import Recipe, fit
-from autocompress.trials import set_constraint, violation, within_delta
+from autocompress.trials import (
+    PARENT,
+    WEIGHTS,
+    has_weights,
+    lost,
+    set_constraint,
+    within_delta,
+)
 
 logger = logging.getLogger("autocompress")
 
@@ -218,7 +226,7 @@ def _carry_out(
 def _gate(bench: Bench, stage: str) -> Gate:
     """The gate of a trial, which knows how the stage's trials before it went."""
     records = [
-        Record(other.user_attrs[EARLY], bench.delta + violation(other))
+        Record(other.user_attrs[EARLY], lost(other, bench.delta))
         for other in bench.studies[stage].get_trials(deepcopy=False)
         if has_weights(other) and EARLY in other.user_attrs
     ]
@@ -239,11 +247,6 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     parent, parent_plan = load_trial_model(bench, label)
     return inherit(parent, parent_plan, plan, bench.baseline.model, bench.observations)
-
-
-def has_weights(trial: FrozenTrial) -> bool:
-    """Whether a trial was carried out to its end, so that its network can be had."""
-    return trial.state == TrialState.COMPLETE and WEIGHTS in trial.user_attrs
 
 
 def best_so_far(bench: Bench) -> tuple[float, float] | None:

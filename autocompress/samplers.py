@@ -1,27 +1,26 @@
-"""How candidates are proposed: Optuna samplers over the space's own parameters.
+"""How the exploration proposes candidates: Optuna samplers over the space's own parameters.
 
-`KnobSampler` and `AnnealingSampler` propose whole plans, decoded from a few knobs through the layer
-table, and answer Optuna with the parameters of every layer. All that they remember is on the
+A `PlanSampler` proposes a whole plan and answers Optuna with the parameters of every layer;
+`KnobSampler` decodes it from a few knobs through the layer table. All that they remember is on the
 trials, so that any process can go on from the database alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.plan import Plan
 from autocompress.space import (
     STAGES,
     Knobs,
@@ -30,53 +29,50 @@ from autocompress.space import (
     allocate,
     next_seed,
 )
+from autocompress.trials import FINISHED, PARENT, counted, violation
 
 KNOBS = "autocompress:knobs"
-"""System attribute of a trial: the knobs that its plan was decoded from."""
-SEED_INDEX = "autocompress:seed_index"
-"""System attribute of a trial: which of the seeds it tries."""
-PARENT = "parent"
-"""User attribute of a trial: "<stage>/<number>" of the trial whose weights it inherits."""
-WEIGHTS = "weights"
-"""User attribute of a trial that was carried out to its end: the artifact of its weights."""
-INTERRUPTED = "interrupted"
-"""User attribute of a trial that was cut off from outside; it does not count."""
-EXCUSED = "excused"
-"""User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
-not count either."""
-
+"""System attribute of a trial: what its plan was decoded from, and the plan's digest."""
 REACH = 0.2
 """How far around the best knobs new ones are sought, as a share of their ranges."""
 
-TILT_NOISE = 0.1
-"""Spread of the logarithms of the error weights of a child in annealing. At 0.5 children of a CIFAR
-ResNet-20 stood 7 to 14 points lower before fine-tuning than at 0."""
+SPREAD = 0.05
+MAX_SPREAD = 0.2
+"""Spread of the logarithms of single layers' error weights: `SPREAD` times the root of the finished
+trials for each layer, at most `MAX_SPREAD`. The first trials follow the layer table."""
 
-NEARLY = 2.5
-"""A trial that lost at most this many times delta may come within it by more fine-tuning."""
+SCATTERED = 8
+"""Every how-manieth trial after the seeds moves single layers of the best plan by lot."""
 
-AIM = 1.3
-"""Drop that annealing aims at, in times delta, where the winner is fine-tuned for longer than a
-trial: on a CIFAR ResNet-20 that won back 0.3 of a trial's drop."""
+MEMORY = 100
+"""How many trials TPE is shown at most, the latest ones near the best. It keeps a proposal in
+milliseconds when a study has a thousand trials."""
 
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+ATTEMPTS = 16
 
 
-def counted(study: Study) -> list[FrozenTrial]:
-    """The study's trials without those that were cut off or excused."""
-    excused = set(study.user_attrs.get(EXCUSED, ()))
-    return [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if INTERRUPTED not in trial.user_attrs and trial.number not in excused
-    ]
+@dataclass(frozen=True)
+class Proposal:
+    """What a sampler wants to try.
+
+    Attributes:
+        picked: An option for every layer.
+        record: What it was decoded from, for the trial's system attribute `KNOBS`.
+        parent: "<stage>/<number>" of the trial whose weights the trial inherits; None for none.
+    """
+
+    picked: Mapping[str, Option]
+    record: Mapping[str, Any] = field(default_factory=dict)
+    parent: str | None = None
 
 
 class PlanSampler(BaseSampler):
     """A sampler that proposes whole plans and answers with the parameters of every layer.
 
     A subclass implements `propose`. Where the study has the plan already, another is proposed; if
-    that is known too, layers drawn by lot move to a neighbouring rank until the plan is new.
+    that is known too, layers drawn by lot move to a neighbouring rank until the plan is new. A
+    plan is claimed, in the trial's system attribute, before the study is read again: of two
+    workers that claim the same plan at once at least one sees the other's claim, and gives way.
     """
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
@@ -86,9 +82,12 @@ class PlanSampler(BaseSampler):
 
     @abstractmethod
     def propose(
-        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
-    ) -> dict[str, Option]:
-        """An option for every layer."""
+        self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator
+    ) -> Proposal:
+        """A plan for trial `number`, given all other trials that count.
+
+        `attempt` counts from 0 how many proposals for this trial were known already.
+        """
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -100,21 +99,23 @@ class PlanSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposed plan."""
-        seen = {
-            other.user_attrs.get("plan_digest")
-            for other in counted(study)
-            if other.number != trial.number
-        }
-        picked: dict[str, Option] = {}
-        for attempt in range(16):
+        proposal = Proposal({})
+        others = _others(study, trial)
+        for attempt in range(ATTEMPTS):
             rng = np.random.default_rng(trial_seed(self._seed, trial.number, attempt))
-            if attempt < 4:
-                picked = self.propose(study, trial, rng)
+            if attempt < ATTEMPTS // 4:
+                proposal = self.propose(others, trial.number, attempt, rng)
             else:
-                picked = self._space.neighbour(picked, rng)
-            if self._space.plan(picked).digest not in seen:
+                moved = self._space.neighbour(proposal.picked, rng)
+                proposal = Proposal(moved, proposal.record, proposal.parent)
+            digest = self._space.plan(proposal.picked).digest
+            if digest in _plans(others) and attempt < ATTEMPTS - 1:
+                continue
+            self._claim(study, trial, proposal, digest)
+            others = _others(study, trial)
+            if digest not in _plans(others):
                 break
-        return self._space.params(picked)
+        return self._space.params(proposal.picked)
 
     def sample_independent(
         self,
@@ -126,6 +127,12 @@ class PlanSampler(BaseSampler):
         """A random value, for a parameter that is not in the space."""
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
+    def _claim(self, study: Study, trial: FrozenTrial, proposal: Proposal, digest: str) -> None:
+        storage, trial_id = study._storage, trial._trial_id
+        if proposal.parent is not None:
+            storage.set_trial_user_attr(trial_id, PARENT, proposal.parent)
+        storage.set_trial_system_attr(trial_id, KNOBS, {**proposal.record, "plan": digest})
+
 
 class KnobSampler(PlanSampler):
     """Exploration: TPE over about a dozen knobs, after seeds along the budget line.
@@ -135,8 +142,17 @@ class KnobSampler(PlanSampler):
     reach of that trial's, where TPE chooses once it knows a few trials there. (Over the whole range
     TPE went to the corners, of which it knew nothing, and lost trial after trial.) Eleven knobs
     decoded through a cheap table of layer errors found in 30 trials what TPE over the parameters of
-    30 layers did not find in 300. The inner study of the knobs is rebuilt from the trials' system
-    attributes whenever a proposal is wanted.
+    30 layers did not find in 300.
+
+    Two things take a study beyond what eleven knobs can say. Each layer has a deviation of its own,
+    that of the best trial and a random step, which is larger the more trials are finished: so
+    deviations that helped are kept and added to. And every eighth trial is the best plan with a few
+    layers moved anywhere, so that no plan is out of reach.
+
+    Args:
+        space: The search space.
+        seed: The study's seed.
+        seed_count: How many trials along the budget line come first.
     """
 
     def __init__(self, space: SearchSpace, seed: int, seed_count: int = 8) -> None:
@@ -144,253 +160,141 @@ class KnobSampler(PlanSampler):
         self._seed_count = seed_count
 
     def propose(
-        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
-    ) -> dict[str, Option]:
+        self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator
+    ) -> Proposal:
         """Decode the next seed, or what TPE makes of the finished trials."""
-        storage, trial_id = study._storage, trial._trial_id
-        others = [t for t in counted(study) if t.number != trial.number]
-        index = self._next_seed(others)
-        own = storage.get_trial_system_attrs(trial_id)
-        if index is not None and SEED_INDEX not in own:
-            tried = _budgets([t for t in others if _is_plain_seed(t)])
-            knobs = next_seed(self._space, index, self._seed_count, tried)
-            storage.set_trial_system_attr(trial_id, SEED_INDEX, index)
-        else:
-            knobs = self._near_the_best(others, study.directions, rng)
-        storage.set_trial_system_attr(trial_id, KNOBS, knobs.to_params(self._space))
-        return allocate(self._space, knobs)
+        seed = self._next_seed(others, number)
+        if seed is not None and attempt < 2:
+            return self._decoded(seed[1], seed=seed[0])
+        known = [t for t in others if t.state in FINISHED and t.constraints and _record(t)]
+        best = _best(known)
+        if seed is not None:  # its plan is known: the seed counts as tried
+            return self._decoded(self._near(best, known, others, rng), seed=seed[0])
+        if best is not None and violation(best) <= 0 and number % SCATTERED == 0:
+            return self._scattered(best, rng)
+        return self._decoded(self._near(best, known, others, rng))
 
-    def _next_seed(self, others: Sequence[FrozenTrial]) -> int | None:
-        """The first seed that no trial has tried; a trial that was cut off gives its seed back."""
-        taken = {other.system_attrs.get(SEED_INDEX) for other in others}
-        return next((i for i in range(self._seed_count) if i not in taken), None)
+    def _decoded(self, knobs: Knobs, **more: Any) -> Proposal:
+        return Proposal(allocate(self._space, knobs), knobs.to_params(self._space) | more)
 
-    def _near_the_best(
+    def _next_seed(self, others: Sequence[FrozenTrial], number: int) -> tuple[int, Knobs] | None:
+        """The first seed that no trial has tried; a trial that was cut off gives its seed back.
+
+        Trials that began before this one and have no plan yet will take the seeds before it.
+        """
+        taken = {_record(other).get("seed") for other in others}
+        free = [index for index in range(self._seed_count) if index not in taken]
+        if not free:
+            return None
+        before = [t for t in others if t.state == TrialState.RUNNING and t.number < number]
+        waiting = sum(not _record(t) for t in before)
+        if waiting >= len(free):
+            return None
+        seeds = [t for t in others if _is_plain_seed(t)]
+        pending = [float(_record(t)["budget"]) for t in seeds if t.state == TrialState.RUNNING]
+        tried = _budgets(seeds)
+        for index in free[:waiting]:
+            pending.append(next_seed(self._space, index, self._seed_count, tried, pending).budget)
+        index = free[waiting]
+        return index, next_seed(self._space, index, self._seed_count, tried, pending)
+
+    def _scattered(self, best: FrozenTrial, rng: np.random.Generator) -> Proposal:
+        """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it."""
+        old = self._space.nearest(best.params)
+        moved = old
+        for _ in range(8):
+            moved = self._space.scatter(old, rng)
+            if self._space.cost(moved) < self._space.cost(old):
+                break
+        knobs = {k: v for k, v in _record(best).items() if k != "seed"}
+        knobs["budget"] = self._space.cost(moved) / self._space.baseline_cost
+        return Proposal(moved, knobs | {"rule": "scattered"})
+
+    def _near(
         self,
+        best: FrozenTrial | None,
+        known: Sequence[FrozenTrial],
         others: Sequence[FrozenTrial],
-        directions: Sequence[StudyDirection],
         rng: np.random.Generator,
     ) -> Knobs:
-        known = [t for t in others if t.state in FINISHED and t.constraints and _knobs(t)]
-        met = [t for t in known if _violation(t) <= 0]
+        """Knobs near the best trial's, for a network that is a little cheaper."""
         ranges = Knobs.distributions(self._space)
         budget = ranges.pop("budget")
-        if met:
-            centre = _knobs(min(met, key=lambda t: float(_knobs(t)["budget"])))
-            low, high = 0.82 * centre["budget"], 0.97 * centre["budget"]
-        elif known:
-            centre = _knobs(min(known, key=_violation))
-            low, high = centre["budget"], 1.25 * centre["budget"]
-        else:
-            centre = {key: (full.low + full.high) / 2 for key, full in ranges.items()}
-            low, high = budget.low, budget.high
+        low, high = budget.low, budget.high
+        centre: dict[str, Any] = {key: (one.low + one.high) / 2 for key, one in ranges.items()}
+        if best is not None:
+            centre = _record(best)
+            low, high = (0.82, 0.97) if violation(best) <= 0 else (1.0, 1.25)
+            low, high = low * centre["budget"], high * centre["budget"]
         near = {key: _around(centre[key], full) for key, full in ranges.items()}
-        params = self._ask(known, directions, near, rng)
+        running = [t for t in others if t.state == TrialState.RUNNING and _record(t)]
+        params = _ask([*known, *running], near, rng)
         params["budget"] = float(np.clip(rng.uniform(low, high), budget.low, budget.high))
+        layers = self._space.options
+        spread = min(MAX_SPREAD, SPREAD * (len(known) / len(layers)) ** 0.5)
+        old: Mapping[str, float] = centre.get("layers", {})
+        params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}
         return Knobs.from_params(params)
 
-    def _ask(
-        self,
-        known: Sequence[FrozenTrial],
-        directions: Sequence[StudyDirection],
-        near: Mapping[str, FloatDistribution],
-        rng: np.random.Generator,
-    ) -> dict[str, Any]:
-        """What TPE makes of the trials whose knobs lie in `near`."""
-        sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
-        inner = optuna.create_study(directions=list(directions), sampler=sampler)
-        for other in known:
-            knobs = _knobs(other)
-            if knobs["rule"] != "knapsack":
-                continue
-            if all(key in knobs and one.low <= knobs[key] <= one.high for key, one in near.items()):
-                inner.add_trial(
-                    optuna.create_trial(
-                        state=other.state,
-                        values=other.values,
-                        params={key: knobs[key] for key in near},
-                        distributions=dict(near),
-                        constraints=other.constraints,
-                    )
-                )
-        return dict(inner.ask(dict(near)).params)
 
-
-@dataclass(frozen=True)
-class Parent:
-    """A trial whose weights a child may inherit.
-
-    Attributes:
-        label: "<stage>/<number>".
-        plan: What it did to each layer.
-        drop: Its accuracy drop, in points.
-        cost: Its cost, in the objective's unit.
-    """
-
-    label: str
-    plan: Plan
-    drop: float
-    cost: float
-
-
-class AnnealingSampler(PlanSampler):
-    """Annealing: children of the cheapest trials within the aim, ever nearer to them.
-
-    A child's budget is what would bring its parent's drop to the aim, on a line through the
-    finished children: so many points for each halving of the cost. The allocator shares the budget
-    out in a narrow band around the parent. Every second child, where there is such a parent, is
-    instead one of a cheaper trial of the exploration that missed the aim narrowly: it keeps the
-    parent's plan, or nearly so, and is only fine-tuned further, for a trial of the annealing is
-    longer than one of the exploration.
-
-    Args:
-        space: The space around the exploration's best trials.
-        seed: The study's seed.
-        delta: The tolerance, in points.
-        aim: The drop that children aim at, in points; delta, or more where the winner is
-            fine-tuned for longer than they are.
-        parents: The exploration's trials that may be parents.
-        rounds: The band halves from round to round.
-        trials: Number of trials of the whole annealing.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        seed: int,
-        *,
-        delta: float,
-        parents: Sequence[Parent],
-        aim: float | None = None,
-        rounds: int = 3,
-        trials: int = 15,
-    ) -> None:
-        super().__init__(space, seed)
-        self._delta = delta
-        self._aim = delta if aim is None else aim
-        self._parents = list(parents)
-        self._rounds = rounds
-        self._trials = max(trials, 1)
-
-    def propose(
-        self, study: Study, trial: FrozenTrial, rng: np.random.Generator
-    ) -> dict[str, Option]:
-        """Decode a child of one of the best trials so far."""
-        finished = [
-            other
-            for other in study.get_trials(deepcopy=False)
-            if other.state in FINISHED and other.number != trial.number
-        ]
-        pool = self._parents + [
-            Parent(
-                f"annealing/{t.number}",
-                Plan.from_json(t.user_attrs["plan"]),
-                t.values[0],
-                t.values[1],
+def _ask(
+    trials: Sequence[FrozenTrial],
+    near: Mapping[str, FloatDistribution],
+    rng: np.random.Generator,
+) -> dict[str, Any]:
+    """What TPE makes of the finished and running trials whose knobs lie in `near`."""
+    sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
+    inner = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    inside = (trial for trial in reversed(trials) if _lies_in(near, _record(trial)))
+    for trial in reversed(list(islice(inside, MEMORY))):
+        inner.add_trial(
+            optuna.create_trial(
+                state=trial.state,
+                values=trial.values,
+                params={key: _record(trial)[key] for key in near},
+                distributions=dict(near),
+                constraints=trial.constraints,
             )
-            for t in finished
-            if t.state == TrialState.COMPLETE and WEIGHTS in t.user_attrs
-        ]
-        ripe = self._unfinished(pool, finished, trial.number) if trial.number % 2 == 0 else None
-        slope = self._slope(pool, finished)
-        parent = ripe or self._choose(pool, slope, rng)
-        turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
-        band = 0.5 / 2**turn
-        near = self._space.narrow([parent.plan], band)
-        step, picked = 1.0, near.pick(parent.plan)
-        if ripe is None:
-            step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.05))
-            step = float(np.clip(step, 0.55, 0.97))
-            knobs = Knobs(
-                budget=near.cost(picked) / near.baseline_cost * step,
-                sharpness=float(np.clip(rng.normal(2.0, 0.2), 1.0, 3.0)),
-                stages=tuple(rng.normal(0.0, TILT_NOISE, STAGES)),
-                methods={method: float(rng.normal(0.0, TILT_NOISE)) for method in near.methods},
-            )
-            picked = allocate(near, knobs)
-        storage, trial_id = study._storage, trial._trial_id
-        storage.set_trial_user_attr(trial_id, PARENT, parent.label)
-        record = {"step": step, "band": band, "ripening": ripe is not None}
-        storage.set_trial_system_attr(trial_id, KNOBS, record)
-        return picked
-
-    def _choose(self, pool: Sequence[Parent], slope: float, rng: np.random.Generator) -> Parent:
-        """The trial within the aim whose child promises to be the cheapest, at times the second or
-        third where theirs promise nearly as much; where none is within the aim, the nearest."""
-        promise = {p: p.cost * self._share(p, slope) for p in pool if p.drop <= self._aim}
-        if not promise:
-            return min(pool, key=lambda p: p.drop)
-        best = min(promise.values())
-        chosen = sorted((p for p in promise if promise[p] <= 1.1 * best), key=promise.__getitem__)
-        odds = np.array([0.6, 0.25, 0.15])[: len(chosen)]
-        return chosen[int(rng.choice(len(odds), p=odds / odds.sum()))]
-
-    def _unfinished(
-        self, pool: Sequence[Parent], finished: Sequence[FrozenTrial], number: int
-    ) -> Parent | None:
-        """A trial of the exploration beyond the aim, but not far, that longer fine-tuning may make
-        the cheapest one.
-
-        It is the nearest or the cheapest of them, in turn; none that was fine-tuned further before.
-        """
-        least = min((p.cost for p in pool if p.drop <= self._aim), default=math.inf)
-        ripened = {t.user_attrs.get(PARENT) for t in finished if _is_ripened(t)}
-        near = [
-            p
-            for p in self._parents
-            if self._aim < p.drop <= NEARLY * self._delta
-            and p.cost < 0.97 * least
-            and p.label not in ripened
-        ]
-        if number // 2 % 2 == 0:
-            return min(near, key=lambda p: p.drop, default=None)
-        return min(near, key=lambda p: (p.cost, p.drop), default=None)
-
-    def _slope(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
-        """Points that a child loses for each unit of the logarithm of what it saves.
-
-        Ridge regression through the origin on the finished children, towards four times delta.
-        """
-        known = {p.label: p for p in pool}
-        least = self._delta or 1.0
-        squares = 0.05
-        products = 4.0 * least * squares
-        for child in finished:
-            elder = known.get(child.user_attrs.get(PARENT, ""))
-            if child.state != TrialState.COMPLETE or elder is None or _is_ripened(child):
-                continue
-            saving = math.log(elder.cost / child.values[1])
-            products += saving * (child.values[0] - elder.drop)
-            squares += saving**2
-        return max(products / squares, least)
-
-    def _share(self, parent: Parent, slope: float) -> float:
-        """Share of its parent's cost at which a child is expected to reach the aim."""
-        return math.exp(min(0.0, parent.drop - self._aim) / slope)
+        )
+    return dict(inner.ask(dict(near)).params)
 
 
-def _is_ripened(trial: FrozenTrial) -> bool:
-    """Whether a trial of the annealing has its parent's plan, or nearly so."""
-    return bool(_knobs(trial).get("ripening"))
+def _lies_in(near: Mapping[str, FloatDistribution], record: Mapping[str, Any]) -> bool:
+    if record["rule"] != "knapsack":
+        return False
+    return all(key in record and one.low <= record[key] <= one.high for key, one in near.items())
+
+
+def _best(known: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The trial of the least budget within delta; if there is none, the nearest to it."""
+    met = [t for t in known if violation(t) <= 0]
+    if met:
+        return min(met, key=lambda t: float(_record(t)["budget"]))
+    return min(known, key=violation, default=None)
+
+
+def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    return [other for other in counted(study) if other.number != trial.number]
+
+
+def _plans(trials: Sequence[FrozenTrial]) -> set[str | None]:
+    """Digests of the plans that trials have claimed, or tried without this sampler."""
+    claimed = {_record(trial).get("plan") for trial in trials}
+    return claimed | {trial.user_attrs.get("plan_digest") for trial in trials}
 
 
 def _budgets(trials: Sequence[FrozenTrial]) -> list[tuple[float, bool]]:
     """Budget of each finished trial and whether it stayed within delta."""
     return [
-        (_knobs(t)["budget"], _violation(t) <= 0)
+        (_record(t)["budget"], violation(t) <= 0)
         for t in trials
-        if t.state in FINISHED and t.constraints and _knobs(t)
+        if t.state in FINISHED and t.constraints
     ]
 
 
-def _knobs(trial: FrozenTrial) -> dict[str, Any]:
+def _record(trial: FrozenTrial) -> dict[str, Any]:
     found: dict[str, Any] = trial.system_attrs.get(KNOBS, {})
     return found
-
-
-def _violation(trial: FrozenTrial) -> float:
-    """By how much a trial missed its constraint; 0 or less: not at all."""
-    return max(trial.constraints.values())
 
 
 def _around(centre: float, full: FloatDistribution) -> FloatDistribution:
@@ -401,9 +305,9 @@ def _around(centre: float, full: FloatDistribution) -> FloatDistribution:
 
 
 def _is_plain_seed(trial: FrozenTrial) -> bool:
-    knobs = _knobs(trial)
-    steered = any(knobs.get(f"stage_{stage}") != 0.0 for stage in range(STAGES))
-    return knobs.get("rule") == "knapsack" and not steered
+    record = _record(trial)
+    steered = any(record.get(f"stage_{stage}") != 0.0 for stage in range(STAGES))
+    return record.get("rule") == "knapsack" and "seed" in record and not steered
 
 
 def make_sampler(

@@ -23,13 +23,13 @@ from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate, paired_drop
 from autocompress.export import save_model
-from autocompress.objective import Bench, has_weights, load_trial_model, pace
+from autocompress.objective import Bench, load_trial_model, pace
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
 from autocompress.store import StudyFolder, portable_state, trials_spent, write_text, write_weights
 from autocompress.training import fit
-from autocompress.trials import violation, within_delta
+from autocompress.trials import has_weights, lost, violation, within_delta
 
 DARING = 1.5
 """A trial that lost at most this many times delta may meet it after the winner's fine-tuning."""
@@ -204,7 +204,7 @@ def _nearest(labelled: Mapping[str, FrozenTrial], delta: float) -> dict[str, Any
         "trial": trial.number,
         "val_accuracy": trial.user_attrs["metrics"]["accuracy"],
         "val_drop": trial.values[0],
-        "val_drop_bound": delta + violation(trial),
+        "val_drop_bound": lost(trial, delta),
         "metrics": trial.user_attrs["metrics"],
         "plan": json.loads(trial.user_attrs["plan"]),
     }

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,11 @@ class SearchSpace:
         return cls(options, total - sum(own[0].cost for own in options.values()))
 
     @cached_property
+    def grid(self) -> Grid:
+        """The options as arrays, which the allocator works on."""
+        return Grid.of(list(self.options.values()))
+
+    @cached_property
     def baseline_cost(self) -> int:
         """Cost of the network with nothing changed."""
         return self.fixed_cost + sum(own[0].cost for own in self.options.values())
@@ -103,6 +109,10 @@ class SearchSpace:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """Optuna's distributions of all parameters."""
+        return dict(self._distributions)
+
+    @cached_property
+    def _distributions(self) -> dict[str, BaseDistribution]:
         found: dict[str, BaseDistribution] = {}
         for name, own in self.options.items():
             methods = list(dict.fromkeys(option.method for option in own))
@@ -165,6 +175,59 @@ class SearchSpace:
         place = own.index(picked[name]) + (1 if rng.random() < 0.5 else -1)
         return {**picked, name: own[min(max(place, 0), len(own) - 1)]}
 
+    def scatter(self, picked: Mapping[str, Option], rng: np.random.Generator) -> dict[str, Option]:
+        """`picked` with a few layers, drawn by lot, moved anywhere on their ladders.
+
+        One layer in half of the cases, two in a quarter and so on: no plan is out of reach.
+        """
+        names = list(self.options)
+        count = min(int(rng.geometric(0.5)), len(names))
+        moved = dict(picked)
+        for index in rng.choice(len(names), count, replace=False):
+            own = self.options[names[index]]
+            moved[names[index]] = own[int(rng.integers(len(own)))]
+        return moved
+
+    def lighten(
+        self,
+        picked: Mapping[str, Option],
+        target: float,
+        rng: np.random.Generator,
+        noise: float = 0.0,
+    ) -> dict[str, Option]:
+        """`picked` with one layer after the other made cheaper, until the network costs `target`.
+
+        Each move is the one that saves the most for each unit that it adds to the sum of squared
+        errors; what it saves beyond the target does not count. Mostly one or two are enough.
+
+        Args:
+            picked: Where to start.
+            target: Cost of the whole network to come down to, as far as the ladders allow.
+            rng: Draws the noise.
+            noise: Spread of a logarithm that is added to the layers' ratios, so that other moves
+                than the best are made.
+        """
+        moved = dict(picked)
+        lots = {name: math.exp(noise * rng.normal()) for name in self.options}
+        missing = self.cost(moved) - target
+        while missing > 0:
+            best: tuple[float, str, Option] | None = None
+            for name, own in self.options.items():
+                now = moved[name]
+                for option in own:
+                    saved = min(now.cost - option.cost, missing)
+                    if saved <= 0:
+                        continue
+                    added = max(option.error**2 - now.error**2, 1e-9)
+                    ratio = lots[name] * saved / added
+                    if best is None or ratio > best[0]:
+                        best = ratio, name, option
+            if best is None:
+                break
+            missing -= moved[best[1]].cost - best[2].cost
+            moved[best[1]] = best[2]
+        return moved
+
     def cost(self, picked: Mapping[str, Option]) -> int:
         """Cost of the whole network."""
         return self.fixed_cost + sum(option.cost for option in picked.values())
@@ -205,6 +268,36 @@ def _around(own: Sequence[Option], parent: Option, band: float) -> set[int]:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Options of all layers as arrays of `layers x options`; short rows end with infinities.
+
+    Attributes:
+        cost: Costs.
+        error: Relative errors.
+        method: Places of the methods in `methods`.
+        methods: The methods that occur.
+    """
+
+    cost: Floats
+    error: Floats
+    method: NDArray[np.intp]
+    methods: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Option]]) -> Grid:
+        """Lay the options of each layer out as one row."""
+        methods = tuple(sorted({option.method for row in rows for option in row}))
+        shape = len(rows), max(map(len, rows), default=0)
+        cost, error = np.full(shape, np.inf), np.full(shape, np.inf)
+        method = np.zeros(shape, dtype=np.intp)
+        for i, row in enumerate(rows):
+            cost[i, : len(row)] = [option.cost for option in row]
+            error[i, : len(row)] = [option.error for option in row]
+            method[i, : len(row)] = [methods.index(option.method) for option in row]
+        return cls(cost, error, method, methods)
+
+
+@dataclass(frozen=True)
 class Knobs:
     """The few numbers that a plan is decoded from.
 
@@ -215,6 +308,7 @@ class Knobs:
         sharpness: Exponent of the error in the knapsack; 2 is the squared error.
         stages: Natural logarithm of the error weight for each part of the depth.
         methods: Natural logarithm of the error weight of each transform, by name.
+        layers: Natural logarithm of the error weight of single layers, by name; 0 for the others.
     """
 
     budget: float
@@ -222,10 +316,12 @@ class Knobs:
     sharpness: float = 2.0
     stages: tuple[float, ...] = (0.0,) * STAGES
     methods: Mapping[str, float] | None = None
+    layers: Mapping[str, float] | None = None
 
     @staticmethod
     def distributions(space: SearchSpace) -> dict[str, FloatDistribution]:
-        """Optuna's distributions of the knobs; the rule is none: the knapsack wins."""
+        """Optuna's distributions of the knobs; not of the rule, as the knapsack wins, nor of the
+        single layers."""
         low, high = budget_range(space)
         found = {
             "budget": FloatDistribution(low, high, log=True),
@@ -240,13 +336,14 @@ class Knobs:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> Knobs:
-        """The knobs of one point of `distributions`, and of a rule besides."""
+        """The knobs of one point of `distributions`, with a rule and layers where there are any."""
         return cls(
             budget=params["budget"],
             rule=params.get("rule", "knapsack"),
             sharpness=params["sharpness"],
             stages=tuple(params[f"stage_{stage}"] for stage in range(STAGES)),
             methods={k[7:]: v for k, v in params.items() if k.startswith("method_")},
+            layers=dict(params.get("layers", {})),
         )
 
     def to_params(self, space: SearchSpace) -> dict[str, Any]:
@@ -260,7 +357,7 @@ class Knobs:
         for key, distribution in known.items():
             if isinstance(distribution, FloatDistribution):
                 params[key] = min(max(params[key], distribution.low), distribution.high)
-        return params
+        return params | {"layers": dict(self.layers or {})}
 
 
 def budget_range(space: SearchSpace) -> tuple[float, float]:
@@ -274,7 +371,11 @@ def budget_range(space: SearchSpace) -> tuple[float, float]:
 
 
 def next_seed(
-    space: SearchSpace, index: int, count: int, tried: Sequence[tuple[float, bool]]
+    space: SearchSpace,
+    index: int,
+    count: int,
+    tried: Sequence[tuple[float, bool]],
+    pending: Sequence[float] = (),
 ) -> Knobs:
     """The next seed along the budget line: bisection for the least budget within delta.
 
@@ -286,6 +387,7 @@ def next_seed(
         index: Which seed, from 0.
         count: Number of seeds.
         tried: Budget and whether it stayed within delta, of the knapsack's seeds so far.
+        pending: Budgets of seeds that other workers try now: the widest gap is halved.
     """
     low, high = budget_range(space)
     least = min((budget for budget, within in tried if within), default=high)
@@ -297,10 +399,12 @@ def next_seed(
     ][: max(0, count - 4)]
     if index >= count - len(variants):
         return variants[index - (count - len(variants))]
-    if not tried:
+    if not tried and not pending:
         return Knobs(min(max(0.25, low), high))
     most = max((budget for budget, within in tried if not within and budget < least), default=low)
-    return Knobs(math.sqrt(least * most))
+    ends = sorted([most, *(budget for budget in pending if most < budget < least), least])
+    below, above = max(pairwise(ends), key=lambda gap: gap[1] / gap[0])
+    return Knobs(math.sqrt(below * above))
 
 
 def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
@@ -309,40 +413,38 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
     The rule's single multiplier (price of cost or bound of error) is found by bisection, so that
     the network costs as much of the budget as the ladders allow.
     """
-    names = list(space.options)
-    budget = knobs.budget * space.baseline_cost
-    weights = np.exp([knobs.stages[i * STAGES // max(len(names), 1)] for i in range(len(names))])
-    methods = knobs.methods or {}
-    layers: list[tuple[Floats, Floats]] = []
-    for name, weight in zip(names, weights, strict=True):
-        own = space.options[name]
-        cost = np.array([option.cost for option in own], dtype=float)
-        error = np.array([o.error * math.exp(methods.get(o.method, 0.0)) for o in own]) * weight
-        layers.append((cost, error))
+    names, grid = list(space.options), space.grid
+    if not names:
+        return {}
+    methods, layers = knobs.methods or {}, knobs.layers or {}
+    tilts = np.array([methods.get(method, 0.0) for method in grid.methods])
+    weights = [
+        knobs.stages[i * STAGES // len(names)] + layers.get(name, 0.0)
+        for i, name in enumerate(names)
+    ]
+    error = grid.error * np.exp(tilts[grid.method] + np.array(weights)[:, None])
+    damage = error**knobs.sharpness
+    rows = np.arange(len(names))
 
-    def decide(strength: float) -> list[int]:
+    def decide(strength: float) -> NDArray[np.intp]:
         """Option of each layer; the larger `strength`, the cheaper the network."""
-        return [_decide(knobs, strength, cost, error) for cost, error in layers]
+        price = math.exp(strength)
+        if knobs.rule == "knapsack":
+            worth = damage + price * grid.cost
+        else:
+            worth = np.where(error <= price, grid.cost, np.inf)
+        best: NDArray[np.intp] = worth.argmin(axis=1)
+        return best
 
-    def total(picked: Sequence[int]) -> float:
-        spent = sum(cost[index] for (cost, _), index in zip(layers, picked, strict=True))
-        return float(space.fixed_cost + spent)
-
+    room = knobs.budget * space.baseline_cost - space.fixed_cost
     low, high = -40.0, 10.0
     for _ in range(50):
         middle = (low + high) / 2
-        if total(decide(middle)) > budget:
+        if grid.cost[rows, decide(middle)].sum() > room:
             low = middle
         else:
             high = middle
     return {name: space.options[name][i] for name, i in zip(names, decide(high), strict=True)}
-
-
-def _decide(knobs: Knobs, strength: float, cost: Floats, error: Floats) -> int:
-    if knobs.rule == "knapsack":
-        return int(np.argmin(error**knobs.sharpness + math.exp(strength) * cost))
-    allowed = error <= math.exp(strength)
-    return int(np.argmin(np.where(allowed, cost, np.inf)))
 
 
 def cost_unit(objective: str) -> str:

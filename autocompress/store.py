@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
-from autocompress.samplers import EXCUSED, INTERRUPTED, counted
+from autocompress.trials import EXCUSED, INTERRUPTED, counted
 
 STAGES = ("exploration", "annealing")
 

@@ -1,13 +1,41 @@
-"""What a trial's constraint says: by how much it missed the tolerance, if at all.
+"""What is written on a trial, and what it says: which trials count, and which are good enough.
 
-The constraint is the upper confidence bound of the accuracy drop less delta, for a drop that was
-measured on a few hundred images may be luck. Everything that asks whether a trial is good enough
-asks here, so that search, report and dashboard never disagree.
+A trial's constraint is the upper confidence bound of its accuracy drop less delta, for a drop that
+was measured on a few hundred images may be luck. Everything that asks whether a trial is good
+enough asks here, so that search, report and dashboard never disagree.
 """
 
 from __future__ import annotations
 
+from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+
+PARENT = "parent"
+"""User attribute of a trial: "<stage>/<number>" of the trial whose weights it inherits."""
+WEIGHTS = "weights"
+"""User attribute of a trial that was carried out to its end: the artifact of its weights."""
+INTERRUPTED = "interrupted"
+"""User attribute of a trial that was cut off from outside; it does not count."""
+EXCUSED = "excused"
+"""User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
+not count either."""
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def counted(study: Study) -> list[FrozenTrial]:
+    """The study's trials without those that were cut off or excused."""
+    excused = set(study.user_attrs.get(EXCUSED, ()))
+    return [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if INTERRUPTED not in trial.user_attrs and trial.number not in excused
+    ]
+
+
+def has_weights(trial: FrozenTrial) -> bool:
+    """Whether a trial was carried out to its end, so that its network can be had."""
+    return trial.state == TrialState.COMPLETE and WEIGHTS in trial.user_attrs
 
 
 def set_constraint(trial: Trial, value: float) -> None:
@@ -24,6 +52,11 @@ def violation(trial: FrozenTrial) -> float:
     A trial without a constraint, which ended before it was known, missed it by infinity.
     """
     return max(trial.constraints.values(), default=float("inf"))
+
+
+def lost(trial: FrozenTrial, delta: float) -> float:
+    """The upper bound of a finished trial's drop, by which it is judged, in points."""
+    return delta + violation(trial)
 
 
 def within_delta(trial: FrozenTrial) -> bool:

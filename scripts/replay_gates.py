@@ -18,11 +18,11 @@ from pathlib import Path
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.annealing import NEARLY
 from autocompress.gates import RUNGS, Record, least_loss
-from autocompress.objective import EARLY, has_weights
-from autocompress.samplers import NEARLY, PARENT
+from autocompress.objective import EARLY
 from autocompress.store import STAGES, load_study, open_storage
-from autocompress.trials import violation
+from autocompress.trials import PARENT, has_weights, lost
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def line(name: str, stage: str, study: Study, delta: float, needed: set[str]) ->
     saved = 0.0
     done = [trial for trial in study.trials if has_weights(trial) and EARLY in trial.user_attrs]
     for trial in done:
-        early, lost = trial.user_attrs[EARLY], delta + violation(trial)
+        early = trial.user_attrs[EARLY]
         for place, drop in enumerate(early):
             least = least_loss(records, place, drop)
             if least is not None and least > NEARLY * delta:
@@ -68,8 +68,8 @@ def line(name: str, stage: str, study: Study, delta: float, needed: set[str]) ->
                 break
         else:
             # A trial that is stopped teaches the gates nothing.
-            records.append(Record(early, lost))
-    losses = ", ".join(f"{delta + violation(trial):.1f}" for trial in stopped)
+            records.append(Record(early, lost(trial, delta)))
+    losses = ", ".join(f"{lost(trial, delta):.1f}" for trial in stopped)
     cut = {f"{stage}/{trial.number}" for trial in stopped} & needed
     pruned = sum(trial.state == TrialState.PRUNED for trial in study.trials)
     share = 100 * saved / len(done) if done else 0.0

@@ -26,9 +26,9 @@ from autocompress.errors import (
 from autocompress.export import save_model
 from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
-from autocompress.samplers import INTERRUPTED, PARENT
 from autocompress.store import load_study, open_storage, trials_spent
 from autocompress.task import Task, correct, cross_entropy
+from autocompress.trials import INTERRUPTED, PARENT
 
 
 class Recorder(NullDisplay):

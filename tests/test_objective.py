@@ -26,13 +26,14 @@ from autocompress.objective import (
 )
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
-from autocompress.samplers import INTERRUPTED, KnobSampler
+from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.surgery import FactorCache
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
+from autocompress.trials import INTERRUPTED
 
 
 class Ends(NullDisplay):

@@ -1,24 +1,17 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from test_space import make_space
 
+from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.plan import Plan
-from autocompress.samplers import (
-    EXCUSED,
-    INTERRUPTED,
-    KNOBS,
-    PARENT,
-    SEED_INDEX,
-    WEIGHTS,
-    AnnealingSampler,
-    KnobSampler,
-    Parent,
-    make_sampler,
-    trial_seed,
-)
+from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
 from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.trials import EXCUSED, INTERRUPTED, PARENT, WEIGHTS
 
 SPACE = make_space()
 DEEP = make_space((1.0, 4.0, 0.3, 2.0, 0.5, 1.5, 0.2, 3.0, 0.7, 1.0))
@@ -102,7 +95,7 @@ def test_a_new_process_goes_on_as_if_there_had_been_none(tmp_path: Path) -> None
 def test_seeds_come_first_and_each_once() -> None:
     study = make_study(KnobSampler(SPACE, 0, seed_count=4))
     run(study, SPACE, 6)
-    found = [trial.system_attrs.get(SEED_INDEX) for trial in study.trials]
+    found = [trial.system_attrs[KNOBS].get("seed") for trial in study.trials]
     assert found == [0, 1, 2, 3, None, None]
     assert all(KNOBS in trial.system_attrs for trial in study.trials)
 
@@ -114,7 +107,7 @@ def test_an_interrupted_trial_gives_its_seed_back() -> None:
     lost.set_user_attr(INTERRUPTED, True)
     study.tell(lost, state=optuna.trial.TrialState.FAIL)
     run(study, SPACE, 1)
-    assert [trial.system_attrs[SEED_INDEX] for trial in study.trials] == [0, 0]
+    assert [trial.system_attrs[KNOBS]["seed"] for trial in study.trials] == [0, 0]
     assert study.trials[0].params == study.trials[1].params
 
 
@@ -133,6 +126,96 @@ def test_plans_are_not_repeated() -> None:
     run(study, SPACE, 20)
     digests = [trial.user_attrs["plan_digest"] for trial in study.trials]
     assert len(set(digests)) == 20
+
+
+def ask_only(study: optuna.Study, space: SearchSpace, count: int) -> list[str]:
+    """Digests of the plans of trials that are asked for and not told."""
+    return [space.plan(space.nearest(plan_params(study, space))).digest for _ in range(count)]
+
+
+def plan_params(study: optuna.Study, space: SearchSpace) -> dict[str, Any]:
+    trial = study.ask()
+    space.suggest(trial)
+    return trial.params
+
+
+@pytest.mark.parametrize("finished", [0, 12])
+def test_running_trials_plans_are_not_proposed_again(finished: int) -> None:
+    study = make_study(KnobSampler(DEEP, 0))
+    run(study, DEEP, finished)
+    old = {trial.user_attrs["plan_digest"] for trial in study.trials}
+    running = ask_only(study, DEEP, 8)
+    assert len(set(running) | old) == 8 + finished
+
+
+@pytest.mark.parametrize("finished", [0, 9])
+def test_workers_that_ask_at_once_get_different_plans(tmp_path: Path, finished: int) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(make_study(KnobSampler(SPACE, 0), url), SPACE, finished)
+    studies = [make_study(KnobSampler(SPACE, 0), url) for _ in range(3)]
+    start = threading.Barrier(3)
+
+    def work(study: optuna.Study) -> list[str]:
+        start.wait()
+        return ask_only(study, SPACE, 3)
+
+    with ThreadPoolExecutor(3) as pool:
+        plans = [digest for found in pool.map(work, studies) for digest in found]
+    assert len(set(plans)) == 9
+    claimed = [trial.system_attrs[KNOBS].get("seed") for trial in studies[0].trials]
+    seeds = [seed for seed in claimed if seed is not None]
+    assert len(seeds) == len(set(seeds)) >= 5
+
+
+class Crossed(KnobSampler):
+    """A sampler in whose first claim another worker's claim of the same plan comes first."""
+
+    def _claim(self, study: Any, trial: Any, proposal: Any, digest: str) -> None:
+        if trial.number == 1 and KNOBS not in study.trials[0].system_attrs:
+            first = study.trials[0]
+            study._storage.set_trial_system_attr(
+                first._trial_id, KNOBS, {**proposal.record, "plan": digest}
+            )
+        super()._claim(study, trial, proposal, digest)
+
+
+def test_the_later_of_two_equal_claims_gives_way() -> None:
+    study = make_study(Crossed(DEEP, 0))
+    study.ask()
+    plan_params(study, DEEP)
+    claims = [trial.system_attrs[KNOBS]["plan"] for trial in study.trials]
+    assert claims[0] != claims[1]
+
+
+def test_single_layers_deviate_more_the_more_trials_are_finished() -> None:
+    study = make_study(KnobSampler(DEEP, 0, seed_count=4))
+    run(study, DEEP, 40)
+    size = [
+        max(map(abs, t.system_attrs[KNOBS]["layers"].values()), default=0.0) for t in study.trials
+    ]
+    assert size[:4] == [0.0] * 4
+    assert 0 < sum(size[4:10]) < sum(size[-6:])
+
+
+def test_some_trials_move_single_layers_of_the_best() -> None:
+    study = make_study(KnobSampler(DEEP, 0, seed_count=4))
+    run(study, DEEP, 30)
+    moved = [t for t in study.trials if t.system_attrs[KNOBS]["rule"] == "scattered"]
+    assert 2 <= len(moved) <= 5
+
+
+def test_feasible_is_what_meets_the_constraint_whatever_the_drop() -> None:
+    """The constraint is on a bound of the drop: here two points above it."""
+    study = make_study(KnobSampler(DEEP, 0))
+    strict = make_study(KnobSampler(DEEP, 0))
+    run(study, DEEP, 8, delta=3.0)
+    for _ in range(8):
+        trial = strict.ask()
+        plan = DEEP.suggest(trial)
+        drop = drop_of(DEEP, plan)
+        strict._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 3.0])
+        strict.tell(trial, (drop - 2.0, float(DEEP.cost(DEEP.pick(plan)))))
+    assert [t.params for t in strict.trials] == [t.params for t in study.trials]
 
 
 def test_knobs_beat_random_search() -> None:
@@ -179,7 +262,7 @@ def test_annealing_improves_on_its_parents() -> None:
         narrowed,
         0,
         delta=4.0,
-        parents=[Parent(f"exploration/{number}", plan, *values[number])],
+        parents=[Parent(f"exploration/{number}", plan.to_json(), *values[number])],
         trials=12,
     )
     annealing = make_study(sampler)
@@ -193,7 +276,7 @@ def test_annealing_improves_on_its_parents() -> None:
 def test_annealing_starts_from_the_nearest_where_nothing_is_within_delta() -> None:
     plan = SPACE.plan(SPACE.pick(Plan({})))
     sampler = AnnealingSampler(
-        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan, 5.0, 100.0)], trials=3
+        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan.to_json(), 5.0, 100.0)], trials=3
     )
     study = make_study(sampler)
     run(study, SPACE, 1, delta=0.0)
@@ -210,10 +293,10 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
         0,
         delta=1.0,
         parents=[
-            Parent("exploration/1", plan, 0.5, 500.0),
-            Parent("exploration/2", narrow_miss, 1.8, 200.0),
-            Parent("exploration/3", plan, 9.0, 100.0),
-            Parent("exploration/4", narrow_miss, 2.4, 150.0),
+            Parent("exploration/1", plan.to_json(), 0.5, 500.0),
+            Parent("exploration/2", narrow_miss.to_json(), 1.8, 200.0),
+            Parent("exploration/3", plan.to_json(), 9.0, 100.0),
+            Parent("exploration/4", narrow_miss.to_json(), 2.4, 150.0),
         ],
         trials=8,
     )
@@ -221,6 +304,7 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     for _ in range(8):
         trial = study.ask()
         SPACE.suggest(trial)
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [2.0])
         study.tell(trial, (3.0, 100.0))
     parents = [trial.user_attrs[PARENT] for trial in study.trials]
     assert parents == [f"exploration/{number}" for number in (2, 1, 4, 1, 1, 1, 1, 1)]
@@ -232,11 +316,14 @@ def next_child(lost: float, aim: float = 1.0) -> float:
     """Cost of the third child of a parent whose first two lost so many points."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
-    parent = Parent("exploration/0", plan, 0.4, cost)
+    parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, aim=aim, parents=[parent]))
     for _ in range(2):
         trial = study.ask()
         child = DEEP.suggest(trial)
+        study._storage.set_trial_system_attr(
+            trial._trial_id, "constraints", [parent.drop + lost - 1.0]
+        )
         study.tell(trial, (parent.drop + lost, float(DEEP.cost(DEEP.pick(child)))))
     return float(DEEP.cost(DEEP.pick(DEEP.suggest(study.ask())))) / cost
 
@@ -253,13 +340,39 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
     plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.45, 0.2)]
     costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
     parents = [
-        Parent("exploration/0", plans[0], -2.0, costs[0]),  # dearer, but with much left to lose
-        Parent("exploration/1", plans[1], 0.99, costs[1]),
-        Parent("exploration/2", plans[2], 9.0, costs[2]),  # beyond delta
+        Parent(
+            "exploration/0", plans[0].to_json(), -2.0, costs[0]
+        ),  # dearer, but with much left to lose
+        Parent("exploration/1", plans[1].to_json(), 0.99, costs[1]),
+        Parent("exploration/2", plans[2].to_json(), 9.0, costs[2]),  # beyond delta
     ]
     study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=parents))
     DEEP.suggest(study.ask())
     assert study.trials[0].user_attrs[PARENT] == "exploration/0"
+
+
+def test_kinds_of_children_take_turns() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
+    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
+    run(study, DEEP, 8, inherited=0.2)
+    kinds = [trial.system_attrs[KNOBS]["kind"] for trial in study.trials]
+    assert kinds == ["sample", "sample", "greedy", "greedy"] * 2
+
+
+def test_annealing_judges_its_children_by_the_constraint() -> None:
+    """A child whose drop is small but whose bound is beyond delta is no parent."""
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
+    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
+    for _ in range(4):
+        trial = study.ask()
+        child = DEEP.suggest(trial)
+        trial.set_user_attr("plan", child.to_json())
+        trial.set_user_attr(WEIGHTS, "somewhere")
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [0.5])
+        study.tell(trial, (0.1, float(DEEP.cost(DEEP.pick(child)))))
+    assert {trial.user_attrs[PARENT] for trial in study.trials} == {"exploration/0"}
 
 
 def test_seeds_bisect_for_the_least_budget_within_delta() -> None:

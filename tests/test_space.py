@@ -1,5 +1,7 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import product
 
+import numpy as np
 import pytest
 
 from autocompress.layers import LayerSpec
@@ -9,6 +11,7 @@ from autocompress.space import (
     KEEP,
     RULES,
     Knobs,
+    Option,
     SearchSpace,
     allocate,
     budget_range,
@@ -86,6 +89,74 @@ def test_stage_and_method_weights_steer(space: SearchSpace) -> None:
     assert all(o.method in ("spatial_svd", KEEP) for o in biased.values())
 
 
+def test_a_single_layers_weight_steers(space: SearchSpace) -> None:
+    plain, spared = allocate(space, Knobs(0.4)), allocate(space, Knobs(0.4, layers={"layer2": 3.0}))
+    assert spared["layer2"].cost > plain["layer2"].cost
+    assert spared["layer0"].cost <= plain["layer0"].cost
+
+
+def test_the_knapsack_makes_no_larger_error_than_any_plan_of_its_cost() -> None:
+    space = make_space((1.0, 4.0))
+
+    def damage(picked: Mapping[str, Option]) -> float:
+        return sum(option.error**2 for option in picked.values())
+
+    plans = [dict(zip(space.options, row, strict=True)) for row in product(*space.options.values())]
+    for budget in (0.2, 0.4, 0.7):
+        found = allocate(space, Knobs(budget))
+        rivals = [p for p in plans if space.cost(p) <= space.cost(found)]
+        assert damage(found) == pytest.approx(min(map(damage, rivals)))
+
+
+def test_a_scattered_plan_may_be_any_plan() -> None:
+    space = make_space((1.0, 4.0))
+    rng = np.random.default_rng(0)
+    start = allocate(space, Knobs(0.4))
+    found = {space.plan(space.scatter(start, rng)).digest for _ in range(6000)}
+    plans = product(*space.options.values())
+    assert found == {space.plan(dict(zip(space.options, row, strict=True))).digest for row in plans}
+
+
+def test_most_scattered_plans_move_one_layer(space: SearchSpace) -> None:
+    rng = np.random.default_rng(0)
+    start = allocate(space, Knobs(0.4))
+    moved = [changed(start, space.scatter(start, rng)) for _ in range(200)]
+    assert sum(count <= 1 for count in moved) > 100 and max(moved) == 3
+
+
+def changed(one: Mapping[str, Option], other: Mapping[str, Option]) -> int:
+    return sum(one[name] != other[name] for name in one)
+
+
+def test_a_small_step_moves_the_one_layer_that_pays_most(space: SearchSpace) -> None:
+    start = allocate(space, Knobs(0.5))
+    target = 0.97 * space.cost(start)
+    found = space.lighten(start, target, np.random.default_rng(0))
+    assert space.cost(found) <= target and changed(start, found) == 1
+
+    def ratio(picked: Mapping[str, Option]) -> float:
+        saved = min(space.cost(start) - space.cost(picked), space.cost(start) - target)
+        added = sum(o.error**2 - start[n].error ** 2 for n, o in picked.items())
+        return saved / max(added, 1e-9)
+
+    moves = [{**start, name: option} for name, own in space.options.items() for option in own]
+    assert ratio(found) == max(
+        ratio(move) for move in moves if space.cost(move) < space.cost(start)
+    )
+
+
+def test_a_step_beyond_the_ladders_ends_at_their_ends(space: SearchSpace) -> None:
+    found = space.lighten(allocate(space, Knobs(0.5)), 0.0, np.random.default_rng(0))
+    assert space.cost(found) == space.least_cost
+
+
+def test_noise_makes_other_steps(space: SearchSpace) -> None:
+    start = allocate(space, Knobs(0.5))
+    target = 0.97 * space.cost(start)
+    steps = [space.lighten(start, target, np.random.default_rng(i), 1.0) for i in range(20)]
+    assert len({space.plan(step).digest for step in steps}) > 1
+
+
 def test_params_and_options_are_inverse(space: SearchSpace) -> None:
     picked = allocate(space, Knobs(0.35))
     assert space.nearest(space.params(picked)) == picked
@@ -144,9 +215,10 @@ def test_budgets_span_what_can_be_saved_however_little_that_is() -> None:
 
 
 def test_knobs_round_trip(space: SearchSpace) -> None:
-    knobs = Knobs(0.4, "minmax", 1.5, (0.1, -0.2, 0.3, 0.0), {"svd": 0.5, "spatial_svd": -0.5})
+    methods, layers = {"svd": 0.5, "spatial_svd": -0.5}, {"layer1": 0.2}
+    knobs = Knobs(0.4, "minmax", 1.5, (0.1, -0.2, 0.3, 0.0), methods, layers)
     params = knobs.to_params(space)
-    assert params.keys() == Knobs.distributions(space).keys() | {"rule"}
+    assert params.keys() == Knobs.distributions(space).keys() | {"rule", "layers"}
     assert Knobs.from_params(params) == knobs
 
 
@@ -157,6 +229,15 @@ def test_seeds_halve_the_gap_between_too_much_and_too_little(space: SearchSpace)
     assert next_seed(space, 1, 8, [(0.25, False)]).budget > 0.25
     third = next_seed(space, 2, 8, [(0.25, False), (0.5, True)])
     assert third.budget == pytest.approx((0.25 * 0.5) ** 0.5)
+
+
+def test_seeds_of_several_workers_share_the_gap(space: SearchSpace) -> None:
+    low, high = budget_range(space)
+    second = next_seed(space, 1, 8, [], pending=[0.25]).budget
+    third = next_seed(space, 2, 8, [], pending=[0.25, second]).budget
+    assert len({0.25, second, third}) == 3 and all(low < b < high for b in (second, third))
+    between = next_seed(space, 2, 8, [(0.25, False), (0.5, True)], pending=[0.35]).budget
+    assert 0.25 < between < 0.5 and between != pytest.approx(0.35, abs=0.02)
 
 
 def test_the_last_seeds_share_the_least_budget_out_in_other_ways(space: SearchSpace) -> None:

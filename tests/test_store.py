@@ -15,7 +15,6 @@ from conftest import TinyNet
 from optuna.trial import TrialState
 
 from autocompress.errors import ConfigError, StudyMismatch
-from autocompress.samplers import INTERRUPTED
 from autocompress.store import (
     StudyFolder,
     bury_interrupted,
@@ -34,7 +33,7 @@ from autocompress.store import (
     write_text,
     write_weights,
 )
-from autocompress.trials import set_constraint
+from autocompress.trials import INTERRUPTED, set_constraint
 
 BOUND = {"delta": 1.0, "search.transforms": ["svd"]}
 
