@@ -44,6 +44,8 @@ FIRST_BUDGET = 0.25
 """Share of the baseline's cost at which a bisection begins, as a study's own seeds do."""
 PLAUSIBLE = 2.5
 """A network that lost at most this many times delta may come within it by the long fine-tuning."""
+LEAST_DIAL = 1 / 32
+"""Where a family's cheapest network is."""
 NARROW = 0.97
 """A bracket narrower than this is finished; what is left of the trials tries luck just below it."""
 
@@ -127,7 +129,9 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
         epochs = 0.0 if config.model.weights is not None else 10.0
     train_baseline(task, config.baseline, epochs, config.seed, display)
     task.model.eval()
-    task = replace(task, train=CountedLoader(task.train))
+    # What only looks at training images must not count as training.
+    calibration = task.calibration or task.train
+    task = replace(task, train=CountedLoader(task.train), calibration=calibration)
     example = task.example()
     val = evaluate(task.model, task, task.val)
     profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
@@ -172,7 +176,7 @@ def spend_budget(make: Make, share: Callable[[nn.Module], float], budget: float)
 
     Where even the cheapest costs more, that one. The dial is bisected; nothing is trained.
     """
-    low, high = 0.0, 1.0
+    low, high = LEAST_DIAL, 1.0
     found = None
     for _ in range(12):
         middle = (low + high) / 2
@@ -181,7 +185,7 @@ def spend_budget(make: Make, share: Callable[[nn.Module], float], budget: float)
             low, found = middle, model
         else:
             high = middle
-    return make(1e-3) if found is None else found
+    return make(LEAST_DIAL) if found is None else found
 
 
 def next_budget(tried: Sequence[tuple[float, bool]], floor: float) -> float:
@@ -228,7 +232,7 @@ def bisect_family(
     """
     attempts: list[Attempt] = []
     start = arena.counter.epochs
-    floors = {name: arena.share(make(1e-3)) for name, make in families.items()}
+    floors = {name: arena.share(make(LEAST_DIAL)) for name, make in families.items()}
     for number in range(trials):
         name = list(families)[number % len(families)]
         tried = [(a.share, a.drop <= arena.config.delta) for a in attempts if a.family == name]
@@ -386,6 +390,20 @@ def run_whole_study(
     with log:
         outcome = run_study(config, arena.task, log, "scripts")
     return {"summary": dict(outcome.summary), "trials": log.lines(), "epochs": log.epochs}
+
+
+def study_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of `describe`, of a study's winner; empty if it has none."""
+    best = summary["best"]
+    if best is None:
+        return {}
+    before, after = summary["baseline"]["profile"], best["profile"]
+    return {
+        "params_ratio": before["params"] / after["params"],
+        "macs_ratio": before["macs"] / after["macs"],
+        "latency_ratio": best["baseline_latency"]["median_ms"] / after["latency"]["median_ms"],
+        **{key: best[key] for key in ("val_drop", "test_drop", "test_drop_interval")},
+    }
 
 
 def override(config: StudyConfig, settings: Mapping[str, Any]) -> StudyConfig:

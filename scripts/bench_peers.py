@@ -32,9 +32,10 @@ from arena import (
     settings_of,
     spread,
     start,
+    study_figures,
     table,
 )
-from opponents import MOST_FACTOR, alds, pruning, tucker_vbmf, uniform
+from opponents import alds, pruning, tucker_vbmf, uniform
 
 from autocompress.store import write_text
 
@@ -43,7 +44,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Arena], Make]]] = {
     "torch-pruning": ("Torch-Pruning, global, group norm", pruning),
     "tucker2-uniform": ("Tucker-2, uniform ranks", lambda a: uniform(a, "tucker2", weighted=False)),
     "tucker2-vbmf": ("Tucker-2, VBMF ranks, scaled", tucker_vbmf),
-    VBMF_AS_FOUND: ("Tucker-2, VBMF ranks as found", tucker_vbmf),
+    VBMF_AS_FOUND: ("Tucker-2, VBMF ranks as found", lambda a: tucker_vbmf(a, factor=1.0)),
     "alds": ("ALDS-style splits, min-max error", alds),
 }
 OURS = "autocompress"
@@ -81,29 +82,22 @@ def main() -> None:
 def run_ours(arena: Arena, out: Path, seed: int) -> dict[str, Any]:
     """A whole study: its winner's figures are its own, measured the same way."""
     found = run_whole_study(arena, f"study-{seed}", out, seed, {})
-    summary, best = found["summary"], found["summary"]["best"]
-    result = {"epochs": found["epochs"], "trials": found["trials"], "met": best is not None}
-    if best is None:
-        return result
-    before, after = summary["baseline"]["profile"], best["profile"]
-    faster = best["baseline_latency"]["median_ms"] / after["latency"]["median_ms"]
+    figures = study_figures(found["summary"])
     return {
-        **result,
-        "params_ratio": before["params"] / after["params"],
-        "macs_ratio": before["macs"] / after["macs"],
-        "latency_ratio": faster,
-        **{key: best[key] for key in ("val_drop", "test_drop", "test_drop_interval")},
+        "epochs": found["epochs"],
+        "trials": found["trials"],
+        "met": bool(figures),
+        **figures,
     }
 
 
 def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, Any]:
     """Tune another method's dial and finish the winner; `epochs` bounds all of its training."""
     config = arena.config
-    make = FAMILIES[method][1](arena)
     fixed = method == VBMF_AS_FOUND
     before = arena.counter.epochs
     attempts = bisect_family(
-        {method: (lambda _: make(1 / MOST_FACTOR)) if fixed else make},
+        {method: FAMILIES[method][1](arena)},
         arena,
         trials=1 if fixed else config.search.trials,
         epochs=config.finetune.epochs,

@@ -30,8 +30,8 @@ from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform, balance, finish, like, need_conv, pair
 from autocompress.transforms.tucker import Tucker2
 
-MOST_FACTOR = 4.0
-"""Largest factor on the ranks of VBMF, at dial 1."""
+PRUNING_STEPS = 5
+"""In one step Torch-Pruning spares layers whose channels all fall under the threshold."""
 SPLITS = (1, 2, 4, 8)
 """Into how many groups of input channels ALDS may split a layer."""
 
@@ -120,30 +120,36 @@ def pruning(arena: Arena) -> Make:
             global_pruning=True,
             pruning_ratio=1.0 - dial,
             ignored_layers=[model.get_submodule(name) for name in last],
+            iterative_steps=PRUNING_STEPS,
         )
-        pruner.step()
+        for _ in range(PRUNING_STEPS):
+            pruner.step()
         return model.eval()
 
     return make
 
 
-def tucker_vbmf(arena: Arena) -> Make:
+def tucker_vbmf(arena: Arena, factor: float | None = None) -> Make:
     """Tucker-2 with the ranks that variational Bayes finds, all scaled by one factor.
 
-    Kim et al. 2016, arXiv 1511.06530. The dial is the factor divided by `MOST_FACTOR`. Layers in
-    which the ranks save nothing stay.
+    Kim et al. 2016, arXiv 1511.06530. Layers in which the ranks save nothing stay.
+
+    Args:
+        arena: The network.
+        factor: Of all ranks, whatever the dial; None: 1 at dial 0.5, and every layer is at full
+            rank at dial 1.
     """
     model = arena.baseline.model
     cache = FactorCache(model)
     ranks = vbmf_ranks(model, arena.layers)
+    layers = {layer.name: layer for layer in arena.layers}
+    widths = {name: (layers[name].in_channels, layers[name].out_channels) for name in ranks}
+    most = max((max(w) / min(ranks[name]) for name, w in widths.items()), default=1.0)
 
     def make(dial: float) -> nn.Module:
-        plan = {
-            layer.name: _scaled(layer, ranks[layer.name], MOST_FACTOR * dial)
-            for layer in arena.layers
-            if layer.name in ranks
-        }
-        return apply_plan(model, Plan({n: t for n, t in plan.items() if t is not None}), cache)
+        scale = most ** (2 * dial - 1) if factor is None else factor
+        chosen = {name: _scaled(layers[name], own, scale) for name, own in ranks.items()}
+        return apply_plan(model, Plan({n: t for n, t in chosen.items() if t is not None}), cache)
 
     return make
 
@@ -163,8 +169,10 @@ def vbmf_ranks(model: nn.Module, layers: Sequence[LayerSpec]) -> dict[str, tuple
 
 def _scaled(layer: LayerSpec, ranks: tuple[int, int], factor: float) -> Tucker2 | None:
     """Tucker-2 at a multiple of `ranks`; None where that saves no parameters."""
-    widths = (layer.in_channels, layer.out_channels)
-    scaled = [max(1, min(most, round(factor * rank))) for rank, most in zip(ranks, widths)]
+    scaled = [
+        max(1, min(most, round(factor * rank)))
+        for rank, most in zip(ranks, (layer.in_channels, layer.out_channels), strict=True)
+    ]
     choice = Tucker2(*scaled)
     return choice if choice.cost(layer).params < layer.cost.params else None
 
