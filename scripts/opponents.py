@@ -273,7 +273,7 @@ def alds_splits(model: nn.Module, layer: LayerSpec) -> list[Split]:
         values = torch.stack([torch.linalg.svdvals(part) for part in parts])
         rest = math.sqrt(groups) * values.amax(dim=0) / largest
         for rank in range(1, values.shape[1]):
-            params = rank * parts[0].shape[1] + weight.shape[0] * groups * rank
+            params = groups * rank * (parts[0].shape[1] + weight.shape[0])
             if params < weight.numel():
                 found.append(Split(groups, rank, params, float(rest[rank])))
     return found

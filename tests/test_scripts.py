@@ -200,9 +200,12 @@ def test_stages_share_the_same_epochs(arena: ground.Arena) -> None:
 
 def test_a_search_is_logged_trial_by_trial(tmp_path: Path, arena: ground.Arena) -> None:
     found = bench_search.run_search(arena, "tpe", tmp_path, 3, {"search.trials": 2})
-    trials = [json.loads(line) for line in (tmp_path / "study-tpe/trials.jsonl").open()]
+    text = (tmp_path / "study-tpe/trials.jsonl").read_text(encoding="utf-8")
+    trials = [json.loads(line) for line in text.splitlines()]
     assert found["trials"] == trials and len(trials) == 2
-    assert [trial["epochs"] for trial in trials] == pytest.approx([0.5, 1.0], abs=0.2)
+    # Before the first trial a study takes a few steps to see that training works.
+    assert 0.5 <= trials[0]["epochs"] <= 1.2
+    assert trials[1]["epochs"] - trials[0]["epochs"] == pytest.approx(0.5)
     assert found["epochs"] >= trials[-1]["epochs"]
     assert (
         bench_search.best_after(
