@@ -1,0 +1,235 @@
+"""The pieces of the benchmarks, on a tiny network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import count_reads, tiny_config
+from torch import nn
+
+from autocompress.errors import ConfigError
+from autocompress.evaluation import accuracy_drop, evaluate
+from autocompress.progress import NullDisplay
+from autocompress.task import Task
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import arena as ground  # noqa: E402
+import bench_peers  # noqa: E402
+import bench_search  # noqa: E402
+import opponents  # noqa: E402
+
+
+@pytest.fixture
+def arena(tmp_path: Path, task: Task) -> ground.Arena:
+    config = tiny_config(tmp_path, trials=4, annealing_trials=0, **{"finetune.epochs": 0.5})
+    return ground.make_arena(config, task, NullDisplay())
+
+
+FAMILIES = {
+    "uniform svd": lambda a: opponents.uniform(a, "svd"),
+    "uniform tt": lambda a: opponents.uniform(a, "tt"),
+    "allocator": opponents.allocator,
+    "vbmf": opponents.tucker_vbmf,
+    "alds": opponents.alds,
+    "pruning": opponents.pruning,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_smaller_dial_never_costs_more_and_every_network_runs(
+    name: str, arena: ground.Arena
+) -> None:
+    if name == "pruning":
+        pytest.importorskip("torch_pruning")
+    before = {k: v.clone() for k, v in arena.baseline.model.state_dict().items()}
+    make = FAMILIES[name](arena)
+    models = [make(dial) for dial in (0.1, 0.3, 0.6, 1.0)]
+    shares = [arena.share(model) for model in models]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.6 and shares[0] < shares[-1] <= 1.0
+    for model in models:
+        assert model(torch.randn(2, 1, 8, 8)).shape == (2, 4)
+    after = arena.baseline.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 8])
+def test_vbmf_finds_the_rank_under_noise(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    left = torch.randn(40, rank, generator=generator)
+    right = torch.randn(rank, 150, generator=generator)
+    matrix = left @ right + 0.5 * torch.randn(40, 150, generator=generator)
+    assert opponents.evbmf_rank(matrix) == rank
+    assert opponents.evbmf_rank(matrix.T) == rank
+
+
+def test_a_split_of_full_rank_is_the_layer_itself() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+    x = torch.randn(2, 8, 9, 9)
+    for groups in (1, 2, 4):
+        rank = min(12, 8 // groups * 9)
+        built = opponents.build_split(conv, opponents.Split(groups, rank, 0, 0.0))
+        assert torch.allclose(built(x), conv(x), atol=1e-4)
+    linear = nn.Linear(8, 5)
+    built = opponents.build_split(linear, opponents.Split(1, 5, 0, 0.0))
+    assert torch.allclose(built(x[:, :, 0, 0]), linear(x[:, :, 0, 0]), atol=1e-5)
+
+
+def test_alds_errors_bound_what_a_split_breaks(arena: ground.Arena) -> None:
+    layer = next(layer for layer in arena.layers if layer.name == "conv")
+    weight = arena.baseline.model.conv.weight.detach()
+    splits = opponents.alds_splits(arena.baseline.model, layer)
+    assert {split.groups for split in splits} == {1, 2, 4, 8}
+    for split in splits[::7]:
+        first, second = opponents.build_split(arena.baseline.model.conv, split)
+        assert first.weight.numel() + second.weight.numel() == split.params
+        inner = first.weight.chunk(split.groups)
+        outer = second.weight[:, :, 0, 0].chunk(split.groups, dim=1)
+        parts = [
+            (b @ a.flatten(1)).reshape(-1, *a.shape[1:]) for a, b in zip(inner, outer, strict=True)
+        ]
+        rest = torch.linalg.matrix_norm((weight - torch.cat(parts, 1)).flatten(1), 2)
+        assert rest / torch.linalg.matrix_norm(weight.flatten(1), 2) <= split.error + 1e-5
+
+
+def test_the_budget_is_spent_but_not_overspent(arena: ground.Arena) -> None:
+    make = opponents.alds(arena)
+    for budget in (0.3, 0.5, 0.7):
+        share = arena.share(ground.spend_budget(make, arena.share, budget))
+        assert 0.8 * budget <= share <= budget
+
+
+def test_budgets_close_in_on_the_least_within_delta() -> None:
+    tried: list[tuple[float, bool]] = []
+    for _ in range(8):
+        budget = ground.next_budget(tried, floor=0.01)
+        tried.append((budget, budget >= 0.1))
+    least = min(share for share, within in tried if within)
+    assert 0.1 <= least < 0.103
+    assert ground.next_budget([(0.1, True), (0.099, False)], 0.01) == pytest.approx(
+        0.0922, abs=1e-4
+    )
+    assert ground.next_budget([], floor=0.4) == 0.4
+
+
+def test_every_epoch_is_counted(arena: ground.Arena) -> None:
+    attempts = ground.bisect_family(
+        {"svd": opponents.uniform(arena, "svd"), "tt": opponents.uniform(arena, "tt")},
+        arena,
+        trials=3,
+        epochs=0.5,
+        learning_rate=0.05,
+        seed=0,
+        say=lambda line: None,
+    )
+    assert [attempt.family for attempt in attempts] == ["svd", "tt", "svd"]
+    assert [attempt.epochs for attempt in attempts] == pytest.approx([0.5, 1.0, 1.5])
+    assert arena.counter.epochs == pytest.approx(1.5)
+
+
+def attempt_of(arena: ground.Arena, share: float, drop: float) -> ground.Attempt:
+    return ground.Attempt(arena.baseline.model, "svd", share, share, drop, 1.0)
+
+
+def test_the_cheapest_within_delta_wins_after_the_long_training(
+    arena: ground.Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = {0.2: 7.0, 0.3: 4.0}
+    tuned: list[float] = []
+
+    def tune(model: Any, arena: Any, epochs: float, rate: float, seed: int) -> float:
+        tuned.append(epochs)
+        arena.counter.given += round(epochs * len(arena.counter))
+        return list(after.values())[len(tuned) - 1]
+
+    monkeypatch.setattr(ground, "tune", tune)
+    attempts = [
+        attempt_of(arena, *pair) for pair in ((0.5, 1.0), (0.3, 6.0), (0.2, 8.0), (0.1, 90))
+    ]
+    winner = ground.finish(attempts, arena, epochs=9.0, seed=0)
+    assert winner is not None and (winner.share, winner.drop) == (0.3, 4.0)
+    assert tuned == [1.0, 1.0]
+    tuned.clear()
+    # With one long training to spend, the network that was within delta already is what is left.
+    winner = ground.finish(attempts, arena, epochs=1.0, seed=0)
+    assert winner is not None and (winner.share, winner.drop) == (0.5, 1.0)
+    assert tuned == [1.0]
+    assert ground.finish(attempts[2:], arena, epochs=0.0, seed=0) is None
+
+
+def test_test_data_is_read_by_describe_alone(arena: ground.Arena, task: Task) -> None:
+    arena.task.test, reads = count_reads(arena.task.test)
+    model = opponents.allocator(arena)(0.5)
+    drop = ground.tune(model, arena, 0.5, 0.05, 0)
+    assert not reads
+    figures = ground.describe(model, arena, drop)
+    assert len(reads) == 2
+    expected = accuracy_drop(
+        evaluate(task.model, task, task.test), evaluate(model, task, task.test)
+    )
+    assert figures["test_drop"] == pytest.approx(expected)
+    assert figures["params_ratio"] == pytest.approx(1 / arena.share(model))
+
+
+def test_a_kept_result_stands_for_its_settings(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    assert ground.remember(path, {"delta": 1.0}, lambda: {"figure": 1})["figure"] == 1
+    assert ground.remember(path, {"delta": 1.0}, lambda: {"figure": 2})["figure"] == 1
+    with pytest.raises(ConfigError, match="delta"):
+        ground.remember(path, {"delta": 2.0}, lambda: {"figure": 3})
+
+
+def test_stages_share_the_same_epochs(arena: ground.Arena) -> None:
+    config = ground.override(
+        arena.config,
+        {"search.trials": 24, "finetune.epochs": 5.0, "finetune.final_epochs": 20.0},
+    )
+    for method in ("random", "tpe", "exploration", "both"):
+        own = ground.override(config, bench_search.stages(config, method, None))
+        spent = own.search.trials * 5 + own.search.annealing_trials * 10
+        assert spent == 24 * 5
+    assert bench_search.stages(config, "tpe-long", 300)["search.trials"] == 300
+
+
+def test_a_search_is_logged_trial_by_trial(tmp_path: Path, arena: ground.Arena) -> None:
+    found = bench_search.run_search(arena, "tpe", tmp_path, 3, {"search.trials": 2})
+    text = (tmp_path / "study-tpe/trials.jsonl").read_text(encoding="utf-8")
+    trials = [json.loads(line) for line in text.splitlines()]
+    assert found["trials"] == trials and len(trials) == 2
+    # Before the first trial a study takes a few steps to see that training works.
+    assert 0.5 <= trials[0]["epochs"] <= 1.2
+    assert trials[1]["epochs"] - trials[0]["epochs"] == pytest.approx(0.5)
+    assert found["epochs"] >= trials[-1]["epochs"]
+    assert (
+        bench_search.best_after(
+            [
+                {"within": True, "ratio": 2.0, "epochs": 1.0},
+                {"within": False, "ratio": 9.0, "epochs": 2.0},
+                {"within": True, "ratio": 3.0, "epochs": 3.0},
+            ],
+            epochs=2.5,
+        )
+        == 2.0
+    )
+
+
+def test_peers_and_their_table(arena: ground.Arena) -> None:
+    found = bench_peers.run_peer(arena, "alds", 0, epochs=4.0)
+    assert len(found["trials"]) == 4 and found["epochs"] <= 4.0 + 1e-6
+    text = bench_peers.peers_table(
+        {"alds": [found | {"seconds": 1.0}, {**found, "seconds": 3.0}]}, [0, 1]
+    )
+    assert "ALDS" in text and "2.0 +/- 1.4" in text and "Seeds 0, 1" in text
+
+
+def test_spread_says_what_is_missing() -> None:
+    assert ground.spread([None]) == "-"
+    assert ground.spread([2.0]) == "2.00"
+    assert ground.spread([1.0, 3.0, None]) == "2.00 +/- 1.41 (2 of 3)"
