@@ -38,7 +38,7 @@ from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.store import state_digest, write_text
 from autocompress.task import Batch, Loader, Task
-from autocompress.training import fastest_precision, fit
+from autocompress.training import Recipe, fastest_precision, fit
 
 FIRST_BUDGET = 0.25
 """Share of the baseline's cost at which a bisection begins, as a study's own seeds do."""
@@ -99,11 +99,17 @@ class Arena:
         return self.task.train
 
     @property
+    def recipe(self) -> Recipe:
+        """How every method's networks are fine-tuned."""
+        return Recipe.from_config(self.config.finetune)
+
+    @property
     def planned_epochs(self) -> float:
         """Epochs of a whole study, the winner's included, if no trial stops early."""
-        search, finetune = self.config.search, self.config.finetune
-        annealing = search.annealing_trials * annealing_epochs(finetune)
-        return search.trials * finetune.epochs + annealing + finetune.final_epochs
+        search, recipe = self.config.search, self.recipe
+        annealing = search.annealing_trials * annealing_epochs(recipe)
+        # The winner is fine-tuned with two seeds.
+        return search.trials * recipe.epochs + annealing + 2 * recipe.final_epochs
 
     def cost(self, profile: Profile) -> int:
         """What the study makes small; latency is spent in MACs."""
@@ -284,18 +290,17 @@ def finish(
     Returns:
         The cheapest network within delta; None if there is none.
     """
-    finetune, delta = arena.config.finetune, arena.config.delta
+    recipe, delta = arena.recipe, arena.config.delta
     start = arena.counter.epochs
-    rate = finetune.final_learning_rate or finetune.learning_rate
     plausible = [a for a in attempts if anyway or a.drop <= PLAUSIBLE * delta]
     # A network that costs the same as another and lost more has no chance beside it.
     order = sorted(plausible, key=lambda a: (round(a.share, 3), a.drop))
     distinct = {round(a.share, 3): a for a in reversed(order)}
     for attempt in sorted(distinct.values(), key=lambda a: a.share):
-        long = 0 < finetune.final_epochs <= epochs - (arena.counter.epochs - start) + 1e-6
+        long = 0 < recipe.final_epochs <= epochs - (arena.counter.epochs - start) + 1e-6
         if long:
             model = deepcopy(attempt.model)
-            drop = tune(model, arena, finetune.final_epochs, rate, seed)
+            drop = tune(model, arena, recipe.final_epochs, recipe.final_learning_rate, seed)
             if drop <= max(delta, attempt.drop):
                 attempt = replace(attempt, model=model, drop=drop)
         if anyway or attempt.drop <= delta:
@@ -438,12 +443,12 @@ def remember(
 def settings_of(arena: Arena) -> dict[str, Any]:
     """What a kept result stands for: the study's settings, data and weights."""
     # Budgets are free in a study, which may be continued with others; in a comparison they are not.
-    search, finetune = arena.config.search, arena.config.finetune
+    search, recipe = arena.config.search, arena.recipe
     budgets = {
         "search.trials": search.trials,
         "search.annealing_trials": search.annealing_trials,
-        "finetune.final_epochs": finetune.final_epochs,
-        "finetune.final_learning_rate": finetune.final_learning_rate,
+        "finetune.final_epochs": recipe.final_epochs,
+        "finetune.final_learning_rate": recipe.final_learning_rate,
     }
     return {**bound_settings(arena.config), **budgets, "baseline": arena.baseline.digest}
 
@@ -489,6 +494,8 @@ def read_config(options: argparse.Namespace) -> StudyConfig:
         "finetune.epochs": options.epochs,
         "finetune.final_epochs": options.final_epochs,
         "delta": options.delta,
+        # As others report it: the measured drop is within delta, sure or not.
+        "confidence": 0.5,
         "model.weights": options.weights and str(Path(options.weights).resolve()),
     }
     if options.images:
@@ -497,7 +504,13 @@ def read_config(options: argparse.Namespace) -> StudyConfig:
             settings["data.source"] = f"folder:{images}"
         else:
             settings["data.root"] = str(images)
-    return load_config(options.study, settings)
+    config = load_config(options.study, settings)
+    if config.finetune.epochs is None or config.finetune.learning_rate is None:
+        raise ConfigError(
+            f"{options.study} leaves finetune.epochs or finetune.learning_rate to a probe, which "
+            "the other methods have not got; give numbers."
+        )
+    return config
 
 
 def start(options: argparse.Namespace) -> tuple[Arena, Path]:

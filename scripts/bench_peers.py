@@ -100,8 +100,8 @@ def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, A
         {method: FAMILIES[method][1](arena)},
         arena,
         trials=1 if fixed else config.search.trials,
-        epochs=config.finetune.epochs,
-        learning_rate=config.finetune.learning_rate,
+        epochs=arena.recipe.epochs,
+        learning_rate=arena.recipe.learning_rate,
         seed=seed,
     )
     left = epochs - (arena.counter.epochs - before)

@@ -41,6 +41,7 @@ from opponents import allocator, uniform
 from autocompress.conductor import annealing_epochs
 from autocompress.config import StudyConfig
 from autocompress.store import write_text
+from autocompress.training import Recipe
 
 METHODS = {
     "uniform": "uniform ranks, best transform",
@@ -102,14 +103,15 @@ def stages(config: StudyConfig, method: str, flat_trials: int | None) -> dict[st
     if method == "exploration":
         return {"search.annealing_trials": 0}
     first = max(1, trials // 2)
-    left = (trials - first) * config.finetune.epochs
-    second = round(left / max(annealing_epochs(config.finetune), 1e-9))
+    recipe = Recipe.from_config(config.finetune)
+    left = (trials - first) * recipe.epochs
+    second = round(left / max(annealing_epochs(recipe), 1e-9))
     return {"search.trials": first, "search.annealing_trials": max(1, second)}
 
 
 def run_family(arena: Arena, method: str, seed: int) -> dict[str, Any]:
     """Bisect the budget of networks with one dial, as many trials as the others have."""
-    finetune, search = arena.config.finetune, arena.config.search
+    finetune, search = arena.recipe, arena.config.search
     before = arena.counter.epochs
     if method == "allocator":
         families = {method: allocator(arena)}
@@ -173,7 +175,7 @@ def search_table(
     results: dict[str, list[dict[str, Any]]], config: StudyConfig, seeds: list[int]
 ) -> str:
     """The comparison as Markdown: means over the seeds, with standard deviations."""
-    common = config.search.trials * config.finetune.epochs
+    common = config.search.trials * Recipe.from_config(config.finetune).epochs
     header = [
         "search",
         "trials",

@@ -88,7 +88,13 @@ def time_tables() -> None:
         start = time.perf_counter()
         layers, _ = inspect_layers(model, task.example())
         seen = observe_layers(model, task, layers)
-        table = build_table(model, layers, FactorCache(model, seen.patches), seen, ALL_TRANSFORMS)
+        table = build_table(
+            model,
+            layers,
+            FactorCache(model, seen.patches, seen.output_weights),
+            seen,
+            ALL_TRANSFORMS,
+        )
         rows = sum(map(len, table.choices.values()))
         seconds = time.perf_counter() - start
         print(f"{source}: {rows} choices for {len(layers)} layers in {seconds:.1f} s")

@@ -23,7 +23,7 @@ from autocompress.config import TransformName
 from autocompress.errors import ConfigError
 from autocompress.layers import LayerSpec
 from autocompress.plan import Plan
-from autocompress.sensitivity import build_table, collect_patches
+from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import Knobs, SearchSpace, allocate
 from autocompress.surgery import FactorCache, apply_plan, replace_module
 from autocompress.transforms import TRANSFORMS
@@ -45,8 +45,8 @@ def uniform(arena: Arena, method: TransformName, weighted: bool = True) -> Make:
         weighted: Whether real inputs weight the factorization, as in a study, or not, as usual.
     """
     model = arena.baseline.model
-    patches = collect_patches(model, arena.task, arena.layers) if weighted else None
-    cache = FactorCache(model, patches)
+    seen = observe_layers(model, arena.task, arena.layers) if weighted else None
+    cache = FactorCache(model, seen.patches, seen.output_weights) if seen else FactorCache(model)
     kind = TRANSFORMS[method]
     rungs: dict[str, list[tuple[float, Transform]]] = {}
     for layer in arena.layers:
@@ -79,9 +79,9 @@ def _ranks(transform: Any) -> Iterator[int]:
 def allocator(arena: Arena) -> Make:
     """The study's own knapsack over its layer table, with no knob but the budget."""
     config, model = arena.config, arena.baseline.model
-    patches = collect_patches(model, arena.task, arena.layers)
-    cache = FactorCache(model, patches)
-    layer_table = build_table(model, arena.layers, cache, patches, config.search.transforms)
+    seen = observe_layers(model, arena.task, arena.layers)
+    cache = FactorCache(model, seen.patches, seen.output_weights)
+    layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
     total = arena.cost(arena.baseline.profile)
     space = SearchSpace.from_table(layer_table, config.objective, total)
 
