@@ -108,6 +108,7 @@ def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, A
     winner = finish(attempts, arena, epochs=left, seed=seed, anyway=fixed)
     result = {
         "epochs": arena.counter.epochs - before,
+        "epochs_allowed": epochs,
         "trials": [attempt.to_dict() for attempt in attempts],
         "met": winner is not None and winner.drop <= config.delta,
     }

@@ -157,16 +157,9 @@ def run_search(
     }
 
 
-def best_after(
-    trials: list[dict[str, Any]], *, count: int | None = None, epochs: float = float("inf")
-) -> float | None:
-    """The best ratio within delta of the first `count` trials that ended within `epochs`."""
-    ratios = [
-        trial["ratio"]
-        for trial in trials[:count]
-        if trial["within"] and trial["epochs"] <= epochs + 1e-6
-    ]
-    return max(ratios, default=None)
+def best_after(trials: list[dict[str, Any]], epochs: float = float("inf")) -> float | None:
+    """The best ratio within delta among the trials that ended within so many epochs."""
+    return max((t["ratio"] for t in trials if t["within"] and t["epochs"] <= epochs), default=None)
 
 
 def search_table(
@@ -187,7 +180,9 @@ def search_table(
     ]
     rows = []
     for method, runs in results.items():
-        limits = [*(point * common for point in POINTS), float("inf")]
+        # The steps before a study's first trial must not push the last one over the line.
+        slack = 0.5 * config.finetune.epochs
+        limits = [*(point * common + slack for point in POINTS), float("inf")]
         curve = [
             spread([best_after(run["trials"], epochs=limit) for run in runs]) for limit in limits
         ]
