@@ -40,6 +40,7 @@ from opponents import allocator, uniform
 
 from autocompress.conductor import annealing_epochs
 from autocompress.config import StudyConfig
+from autocompress.errors import AutocompressError
 from autocompress.store import write_text
 
 METHODS = {
@@ -195,4 +196,7 @@ def search_table(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AutocompressError as error:
+        raise SystemExit(str(error)) from None

@@ -127,7 +127,6 @@ def test_every_epoch_is_counted(arena: ground.Arena) -> None:
         epochs=0.5,
         learning_rate=0.05,
         seed=0,
-        say=lambda line: None,
     )
     assert [attempt.family for attempt in attempts] == ["svd", "tt", "svd"]
     assert [attempt.epochs for attempt in attempts] == pytest.approx([0.5, 1.0, 1.5])
