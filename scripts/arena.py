@@ -220,7 +220,6 @@ def bisect_family(
     epochs: float,
     learning_rate: float,
     seed: int,
-    say: Callable[[str], None] = print,
 ) -> list[Attempt]:
     """Spend a number of short fine-tunings on families of networks, turn by turn.
 
@@ -234,7 +233,6 @@ def bisect_family(
         epochs: Length of each, in passes over the training data.
         learning_rate: Peak of its schedule.
         seed: Fixes the training.
-        say: Told about each attempt.
     """
     attempts: list[Attempt] = []
     start = arena.counter.epochs
@@ -248,7 +246,7 @@ def bisect_family(
         drop = tune(model, arena, epochs, learning_rate, seed + 1000 * number)
         spent = arena.counter.epochs - start
         attempts.append(Attempt(model, name, budget, arena.share(model), drop, spent))
-        say(f"{name} {number}: {1 / attempts[-1].share:.2f}x, drop {drop:.2f}")
+        print(f"{name} {number}: {1 / attempts[-1].share:.2f}x, drop {drop:.2f}", flush=True)
     return attempts
 
 

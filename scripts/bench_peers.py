@@ -35,8 +35,9 @@ from arena import (
     study_figures,
     table,
 )
-from opponents import alds, pruning, tucker_vbmf, uniform
+from opponents import alds, import_torch_pruning, pruning, tucker_vbmf, uniform
 
+from autocompress.errors import AutocompressError
 from autocompress.store import write_text
 
 VBMF_AS_FOUND = "tucker2-vbmf-1"
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[OURS, *FAMILIES], default=None)
     options = parser.parse_args()
     methods = options.methods or [OURS, *FAMILIES]
+    if "torch-pruning" in methods:
+        import_torch_pruning()  # rather missing now than after hours
     arena, out = start(options)
     results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in options.seeds:
@@ -108,6 +111,7 @@ def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, A
     winner = finish(attempts, arena, epochs=left, seed=seed, anyway=fixed)
     result = {
         "epochs": arena.counter.epochs - before,
+        "epochs_allowed": epochs,
         "trials": [attempt.to_dict() for attempt in attempts],
         "met": winner is not None and winner.drop <= config.delta,
     }
@@ -136,4 +140,7 @@ def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> s
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AutocompressError as error:
+        raise SystemExit(str(error)) from None

@@ -40,6 +40,7 @@ from opponents import allocator, uniform
 
 from autocompress.conductor import annealing_epochs
 from autocompress.config import StudyConfig
+from autocompress.errors import AutocompressError
 from autocompress.store import write_text
 from autocompress.training import Recipe
 
@@ -159,16 +160,9 @@ def run_search(
     }
 
 
-def best_after(
-    trials: list[dict[str, Any]], *, count: int | None = None, epochs: float = float("inf")
-) -> float | None:
-    """The best ratio within delta of the first `count` trials that ended within `epochs`."""
-    ratios = [
-        trial["ratio"]
-        for trial in trials[:count]
-        if trial["within"] and trial["epochs"] <= epochs + 1e-6
-    ]
-    return max(ratios, default=None)
+def best_after(trials: list[dict[str, Any]], epochs: float = float("inf")) -> float | None:
+    """The best ratio within delta among the trials that ended within so many epochs."""
+    return max((t["ratio"] for t in trials if t["within"] and t["epochs"] <= epochs), default=None)
 
 
 def search_table(
@@ -189,7 +183,9 @@ def search_table(
     ]
     rows = []
     for method, runs in results.items():
-        limits = [*(point * common for point in POINTS), float("inf")]
+        # The steps before a study's first trial must not push the last one over the line.
+        slack = 0.5 * config.finetune.epochs
+        limits = [*(point * common + slack for point in POINTS), float("inf")]
         curve = [
             spread([best_after(run["trials"], epochs=limit) for run in runs]) for limit in limits
         ]
@@ -202,4 +198,7 @@ def search_table(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AutocompressError as error:
+        raise SystemExit(str(error)) from None

@@ -91,22 +91,29 @@ def allocator(arena: Arena) -> Make:
     return make
 
 
-def pruning(arena: Arena) -> Make:
-    """Torch-Pruning: whole channels by their groups' magnitude, ranked over the whole network.
-
-    DepGraph (Fang et al. 2023, arXiv 2301.12900) with `GroupMagnitudeImportance`; the last layer
-    keeps its outputs.
+def import_torch_pruning() -> Any:
+    """The module `torch_pruning`, which is needed for nothing else.
 
     Raises:
-        ConfigError: If Torch-Pruning is not installed.
+        ConfigError: If it is not installed.
     """
     try:
         import torch_pruning
     except ImportError as error:
         raise ConfigError(
-            "This method needs Torch-Pruning: pip install torch-pruning==1.6.0, or leave it out "
-            "of --methods."
+            "The method torch-pruning needs a package: pip install torch-pruning==1.6.0, or leave "
+            "it out of --methods."
         ) from error
+    return torch_pruning
+
+
+def pruning(arena: Arena) -> Make:
+    """Torch-Pruning: whole channels by their groups' magnitude, ranked over the whole network.
+
+    DepGraph (Fang et al. 2023, arXiv 2301.12900) with `GroupMagnitudeImportance`; the last layer
+    keeps its outputs.
+    """
+    torch_pruning = import_torch_pruning()
     last = [n for n, m in arena.baseline.model.named_modules() if isinstance(m, nn.Linear)][-1:]
     last = last or [arena.layers[-1].name]
 

@@ -127,7 +127,6 @@ def test_every_epoch_is_counted(arena: ground.Arena) -> None:
         epochs=0.5,
         learning_rate=0.05,
         seed=0,
-        say=lambda line: None,
     )
     assert [attempt.family for attempt in attempts] == ["svd", "tt", "svd"]
     assert [attempt.epochs for attempt in attempts] == pytest.approx([0.5, 1.0, 1.5])
@@ -198,6 +197,7 @@ def test_stages_share_the_same_epochs(arena: ground.Arena) -> None:
     assert bench_search.stages(config, "tpe-long", 300)["search.trials"] == 300
 
 
+@pytest.mark.slow
 def test_a_search_is_logged_trial_by_trial(tmp_path: Path, arena: ground.Arena) -> None:
     found = bench_search.run_search(arena, "tpe", tmp_path, 3, {"search.trials": 2})
     text = (tmp_path / "study-tpe/trials.jsonl").read_text(encoding="utf-8")
@@ -207,17 +207,16 @@ def test_a_search_is_logged_trial_by_trial(tmp_path: Path, arena: ground.Arena) 
     assert 0.5 <= trials[0]["epochs"] <= 1.2
     assert trials[1]["epochs"] - trials[0]["epochs"] == pytest.approx(0.5)
     assert found["epochs"] >= trials[-1]["epochs"]
-    assert (
-        bench_search.best_after(
-            [
-                {"within": True, "ratio": 2.0, "epochs": 1.0},
-                {"within": False, "ratio": 9.0, "epochs": 2.0},
-                {"within": True, "ratio": 3.0, "epochs": 3.0},
-            ],
-            epochs=2.5,
-        )
-        == 2.0
-    )
+
+
+def test_the_curve_takes_what_is_within_delta_and_ended_in_time() -> None:
+    trials = [
+        {"within": True, "ratio": 2.0, "epochs": 1.0},
+        {"within": False, "ratio": 9.0, "epochs": 2.0},
+        {"within": True, "ratio": 3.0, "epochs": 3.0},
+    ]
+    limits = (0.5, 2.5, float("inf"))
+    assert [bench_search.best_after(trials, limit) for limit in limits] == [None, 2.0, 3.0]
 
 
 def test_peers_and_their_table(arena: ground.Arena) -> None:
