@@ -50,6 +50,7 @@ MEMORY = 100
 milliseconds when a study has a thousand trials."""
 
 ATTEMPTS = 16
+"""How many plans are tried at most, to find one that the study hasn't."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class PlanSampler(BaseSampler):
     """A sampler that proposes whole plans and answers with the parameters of every layer.
 
     A subclass implements `propose`. Where the study has the plan already, another is proposed; if
-    that is known too, layers drawn by lot move to a neighbouring rank until the plan is new. A
-    plan is claimed, in the trial's system attribute, before the study is read again: of two
+    that is known too, layers drawn by lot move, to neighbouring ranks first, until the plan is new.
+    A plan is claimed, in the trial's system attribute, before the study is read again: of two
     workers that claim the same plan at once at least one sees the other's claim, and gives way.
     """
 
@@ -100,6 +101,7 @@ class PlanSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposed plan."""
+        neighbour, scatter = self._space.neighbour, self._space.scatter
         proposal = Proposal({})
         others = _others(study, trial)
         for attempt in range(ATTEMPTS):
@@ -107,7 +109,9 @@ class PlanSampler(BaseSampler):
             if attempt < ATTEMPTS // 4:
                 proposal = self.propose(others, trial.number, attempt, rng)
             else:
-                moved = self._space.neighbour(proposal.picked, rng)
+                # In a corner of the space all neighbours may be known.
+                move = neighbour if attempt < ATTEMPTS // 2 else scatter
+                moved = move(proposal.picked, rng)
                 proposal = Proposal(moved, proposal.record, proposal.parent)
             digest = self._space.plan(proposal.picked).digest
             if digest in _plans(others) and attempt < ATTEMPTS - 1:
@@ -147,8 +151,8 @@ class KnobSampler(PlanSampler):
 
     Two things take a study beyond what eleven knobs can say. Each layer has a deviation of its own,
     that of the best trial and a random step, which is larger the more trials are finished: so
-    deviations that helped are kept and added to. And now and then a trial is the best plan with a few
-    layers moved anywhere, so that no plan is out of reach.
+    deviations that helped are kept and added to. And now and then a trial is the best plan with a
+    few layers moved anywhere, so that no plan is out of reach.
 
     Args:
         space: The search space.
