@@ -29,6 +29,7 @@ from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import (
     Evaluation,
     accuracy_drop,
+    drop_bound,
     evaluate,
     paired_drop,
     recalibrate,
@@ -158,6 +159,7 @@ class Attempt:
         budget: Share of the baseline's cost that was asked for.
         share: Share that it costs.
         drop: Accuracy drop on validation data, in points.
+        lost: Its upper confidence bound, by which it is within delta or not, as in a study.
         epochs: Epochs that the method had spent by then.
     """
 
@@ -166,6 +168,7 @@ class Attempt:
     budget: float
     share: float
     drop: float
+    lost: float
     epochs: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -239,19 +242,24 @@ def bisect_family(
     floors = {name: arena.share(make(LEAST_DIAL)) for name, make in families.items()}
     for number in range(trials):
         name = list(families)[number % len(families)]
-        tried = [(a.share, a.drop <= arena.config.delta) for a in attempts if a.family == name]
+        tried = [(a.share, a.lost <= arena.config.delta) for a in attempts if a.family == name]
         budget = next_budget(tried, floors[name])
         model = spend_budget(families[name], arena.share, budget).to(arena.task.device)
         recalibrate(model, arena.task)
-        drop = tune(model, arena, epochs, learning_rate, seed + 1000 * number)
+        drop, lost = tune(model, arena, epochs, learning_rate, seed + 1000 * number)
         spent = arena.counter.epochs - start
-        attempts.append(Attempt(model, name, budget, arena.share(model), drop, spent))
+        attempts.append(Attempt(model, name, budget, arena.share(model), drop, lost, spent))
         print(f"{name} {number}: {1 / attempts[-1].share:.2f}x, drop {drop:.2f}", flush=True)
     return attempts
 
 
-def tune(model: nn.Module, arena: Arena, epochs: float, learning_rate: float, seed: int) -> float:
-    """Fine-tune a network in place as a study does; its accuracy drop on validation data.
+def tune(
+    model: nn.Module, arena: Arena, epochs: float, learning_rate: float, seed: int
+) -> tuple[float, float]:
+    """Fine-tune a network in place as a study does.
+
+    Returns:
+        Its accuracy drop on validation data and the upper confidence bound of that, in points.
 
     Training that diverges counts as a loss of everything.
     """
@@ -266,8 +274,9 @@ def tune(model: nn.Module, arena: Arena, epochs: float, learning_rate: float, se
             distillation=arena.config.finetune.distillation,
         )
     except TrainingDiverged:
-        return 100.0
-    return accuracy_drop(arena.baseline.val, evaluate(model, arena.task, arena.task.val))
+        return 100.0, 100.0
+    base, after = arena.baseline.val, evaluate(model, arena.task, arena.task.val)
+    return accuracy_drop(base, after), drop_bound(base, after, arena.config.confidence)
 
 
 def finish(
@@ -290,18 +299,18 @@ def finish(
     """
     recipe, delta = arena.recipe, arena.config.delta
     start = arena.counter.epochs
-    plausible = [a for a in attempts if anyway or a.drop <= PLAUSIBLE * delta]
+    plausible = [a for a in attempts if anyway or a.lost <= PLAUSIBLE * delta]
     # A network that costs the same as another and lost more has no chance beside it.
-    order = sorted(plausible, key=lambda a: (round(a.share, 3), a.drop))
+    order = sorted(plausible, key=lambda a: (round(a.share, 3), a.lost))
     distinct = {round(a.share, 3): a for a in reversed(order)}
     for attempt in sorted(distinct.values(), key=lambda a: a.share):
         long = 0 < recipe.final_epochs <= epochs - (arena.counter.epochs - start) + 1e-6
         if long:
             model = deepcopy(attempt.model)
-            drop = tune(model, arena, recipe.final_epochs, recipe.final_learning_rate, seed)
-            if drop <= max(delta, attempt.drop):
-                attempt = replace(attempt, model=model, drop=drop)
-        if anyway or attempt.drop <= delta:
+            drop, lost = tune(model, arena, recipe.final_epochs, recipe.final_learning_rate, seed)
+            if lost <= max(delta, attempt.lost):
+                attempt = replace(attempt, model=model, drop=drop, lost=lost)
+        if anyway or attempt.lost <= delta:
             return attempt
     return None
 
@@ -492,8 +501,6 @@ def read_config(options: argparse.Namespace) -> StudyConfig:
         "finetune.epochs": options.epochs,
         "finetune.final_epochs": options.final_epochs,
         "delta": options.delta,
-        # As others report it: the measured drop is within delta, sure or not.
-        "confidence": 0.5,
         "model.weights": options.weights and str(Path(options.weights).resolve()),
     }
     if options.images:

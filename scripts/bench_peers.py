@@ -113,7 +113,7 @@ def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, A
         "epochs": arena.counter.epochs - before,
         "epochs_allowed": epochs,
         "trials": [attempt.to_dict() for attempt in attempts],
-        "met": winner is not None and winner.drop <= config.delta,
+        "met": winner is not None and winner.lost <= config.delta,
     }
     if winner is not None:
         result |= describe(winner.model, arena, winner.drop)

@@ -134,7 +134,7 @@ def run_family(arena: Arena, method: str, seed: int) -> dict[str, Any]:
             {
                 "ratio": 1 / attempt.share,
                 "drop": attempt.drop,
-                "within": attempt.drop <= arena.config.delta,
+                "within": attempt.lost <= arena.config.delta,
                 "epochs": attempt.epochs,
                 "family": attempt.family,
             }

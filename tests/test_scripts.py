@@ -134,7 +134,7 @@ def test_every_epoch_is_counted(arena: ground.Arena) -> None:
 
 
 def attempt_of(arena: ground.Arena, share: float, drop: float) -> ground.Attempt:
-    return ground.Attempt(arena.baseline.model, "svd", share, share, drop, 1.0)
+    return ground.Attempt(arena.baseline.model, "svd", share, share, drop - 1.0, drop, 1.0)
 
 
 def test_the_cheapest_within_delta_wins_after_the_long_training(
@@ -143,22 +143,23 @@ def test_the_cheapest_within_delta_wins_after_the_long_training(
     after = {0.2: 7.0, 0.3: 4.0}
     tuned: list[float] = []
 
-    def tune(model: Any, arena: Any, epochs: float, rate: float, seed: int) -> float:
+    def tune(model: Any, arena: Any, epochs: float, rate: float, seed: int) -> tuple[float, float]:
         tuned.append(epochs)
         arena.counter.given += round(epochs * len(arena.counter))
-        return list(after.values())[len(tuned) - 1]
+        lost = list(after.values())[len(tuned) - 1]
+        return lost - 1.0, lost
 
     monkeypatch.setattr(ground, "tune", tune)
     attempts = [
         attempt_of(arena, *pair) for pair in ((0.5, 1.0), (0.3, 6.0), (0.2, 8.0), (0.1, 90))
     ]
     winner = ground.finish(attempts, arena, epochs=9.0, seed=0)
-    assert winner is not None and (winner.share, winner.drop) == (0.3, 4.0)
+    assert winner is not None and (winner.share, winner.lost) == (0.3, 4.0)
     assert tuned == [1.0, 1.0]
     tuned.clear()
     # With one long training to spend, the network that was within delta already is what is left.
     winner = ground.finish(attempts, arena, epochs=1.0, seed=0)
-    assert winner is not None and (winner.share, winner.drop) == (0.5, 1.0)
+    assert winner is not None and (winner.share, winner.lost) == (0.5, 1.0)
     assert tuned == [1.0]
     assert ground.finish(attempts[2:], arena, epochs=0.0, seed=0) is None
 
@@ -166,7 +167,8 @@ def test_the_cheapest_within_delta_wins_after_the_long_training(
 def test_test_data_is_read_by_describe_alone(arena: ground.Arena, task: Task) -> None:
     arena.task.test, reads = count_reads(arena.task.test)
     model = opponents.allocator(arena)(0.5)
-    drop = ground.tune(model, arena, 0.5, 0.05, 0)
+    drop, lost = ground.tune(model, arena, 0.5, 0.05, 0)
+    assert lost >= drop
     assert not reads
     figures = ground.describe(model, arena, drop)
     assert len(reads) == 2
