@@ -36,7 +36,7 @@ OBJECTIVES = {
 
 _LEGEND = {
     "feasible": "within the allowed drop",
-    "infeasible": "drop too large",
+    "infeasible": "not surely within it",
     "stopped": "stopped early",
 }
 # Near to Okabe-Ito, readable on white and on black; the shape says the same as the colour.
@@ -473,6 +473,12 @@ def _headline(view: _View) -> dict[str, Any]:
         for k, name in names.items()
         if _divide(before.get(k), after.get(k)) is not None
     ]
+    bound, confidence = chosen.get("val_drop_bound"), view.result.get("confidence")
+    if bound is not None and confidence is not None and confidence > 0.5:
+        verdict += (
+            f" With a confidence of {100 * confidence:g} % the drop on new images is at most "
+            f"{bound:.2f} points."
+        )
     title = f"{_ratio(ratio)} {words}" if ratio else "Compressed model"
     if view.result.get("val_seen"):
         verdict += (

@@ -159,7 +159,12 @@ def run(
     _print(f"Everything is in {outcome.folder}")
     if not outcome.met:
         nearest = outcome.summary["nearest"]
-        near = f" The nearest lost {nearest['val_drop']:.2f} points." if nearest else ""
+        near = ""
+        if nearest:
+            near = (
+                f" The nearest lost {nearest['val_drop']:.2f} points, at most "
+                f"{nearest['val_drop_bound']:.2f} at confidence {config.confidence:g}."
+            )
         _complain(f"No network within {config.delta:g} points was found.{near}")
         raise typer.Exit(EXIT_NOT_MET)
 

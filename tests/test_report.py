@@ -166,6 +166,7 @@ def result(met: bool = True) -> dict[str, Any]:
         "plan": plan(8),
         "profile": small,
         "val_accuracy": 91.6,
+        "val_drop_bound": 0.93,
         "val_drop": 0.7,
         "test_accuracy": 91.4,
         "test_drop": 0.7,
@@ -183,6 +184,7 @@ def result(met: bool = True) -> dict[str, Any]:
     return {
         "study": "demo",
         "delta": DELTA,
+        "confidence": 0.95,
         "objective": "params",
         "met": met,
         "stage_best": {"exploration": {"trial": 12, "metrics": metrics}, "annealing": None},
@@ -197,6 +199,7 @@ def result(met: bool = True) -> dict[str, Any]:
             "plan": plan(8),
             "val_accuracy": 90.9,
             "val_drop": 1.4,
+            "val_drop_bound": 1.7,
             "metrics": {**metrics, "drop": 1.4},
         },
         "seconds": {"baseline": 0.0, "table": 12.5, "exploration": 610.0, "annealing": 342.0},
@@ -251,6 +254,7 @@ def test_headline_says_ratio_drop_and_interval(met: tuple[str, Outline]) -> None
     ratio = profile()["params"] / profile(7.0)["params"]
     assert f"{ratio:.2f}x fewer parameters" in outline.text
     assert "drops by 0.70 of the allowed 1.00 points (annealing trial 7)" in outline.text
+    assert "of 95 % the drop on new images is at most 0.93 points" in outline.text
     assert "92.10 % → 91.40 %, a drop of 0.70 points" in outline.text
     assert "(95 % interval −0.05 to 1.45, paired on the same images)" in outline.text
     assert "The interval reaches beyond the allowed 1.00." in outline.text
@@ -309,7 +313,7 @@ def test_plot_tells_outcomes_apart_by_shape_and_name(met: tuple[str, Outline]) -
     call = page[page.index("Plotly.newPlot(") :]
     for name in (
         "exploration: within the allowed drop",
-        "annealing: drop too large",
+        "annealing: not surely within it",
         "exploration: stopped early",
         "Pareto front",
         "baseline",
