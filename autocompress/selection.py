@@ -345,7 +345,7 @@ def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) ->
         "val_accuracy": finalist.val.accuracy,
         "val_drop": drop,
         "val_drop_bound": finalist.bound,
-        "tolerance_unused": config.delta - drop,
+        "tolerance_unused": config.delta - finalist.bound,
         "final_bounds": {str(seed): bound for seed, bound in finalist.seeds.items()},
         "final_epochs": finalist.epochs,
     }

@@ -38,7 +38,8 @@ Floats = NDArray[np.float64]
 class Option:
     """One choice for one layer; `choice` is None for leaving it as it is.
 
-    Its error is the root of the choice's impact: errors of different layers can be compared.
+    Its error is the root of the choice's impact, 1 for the worst choice of all: errors of different
+    layers can be compared.
     """
 
     choice: Choice | None
@@ -76,6 +77,7 @@ class SearchSpace:
         """
         unit = cost_unit(objective)
         options: dict[str, tuple[Option, ...]] = {}
+        worst = max((c.impact for own in table.choices.values() for c in own), default=0.0) or 1.0
         for layer in table.layers:
             choices = table.choices.get(layer.name, ())
             if not choices:
@@ -83,7 +85,10 @@ class SearchSpace:
             keep = Option(None, getattr(layer.cost, unit), 0.0, KEEP)
             options[layer.name] = (
                 keep,
-                *(Option(c, getattr(c, unit), c.impact**0.5, c.transform.name) for c in choices),
+                *(
+                    Option(c, getattr(c, unit), (c.impact / worst) ** 0.5, c.transform.name)
+                    for c in choices
+                ),
             )
         return cls(options, total - sum(own[0].cost for own in options.values()))
 

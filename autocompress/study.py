@@ -156,6 +156,12 @@ def run(
             raise typer.Exit(EXIT_INTERRUPTED) from None
     if outcome.met:
         _print(comparison_table(_rows(outcome.summary)))
+        best = outcome.summary["best"]
+        _print(
+            f"Drop on validation data {best['val_drop']:.2f} points, at most "
+            f"{best['val_drop_bound']:.2f} at confidence {config.confidence:g}; "
+            f"{best['tolerance_unused']:.2f} of {config.delta:g} unused."
+        )
     _print(f"Everything is in {outcome.folder}")
     if not outcome.met:
         nearest = outcome.summary["nearest"]

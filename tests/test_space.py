@@ -246,3 +246,14 @@ def test_the_last_seeds_share_the_least_budget_out_in_other_ways(space: SearchSp
     assert [knobs.rule for knobs in last] == ["knapsack", "knapsack", "minmax"]
     assert last[0].stages == last[1].stages[::-1] and last[0].stages != last[1].stages
     assert {knobs.budget for knobs in last} == {0.5}
+
+
+def test_plans_do_not_depend_on_the_scale_of_the_networks_outputs() -> None:
+    """A segmentation network's impacts are sums over all of its pixels."""
+    plans = []
+    for scale in (1e-6, 1.0, 1e9):
+        space = make_space(tuple(scale**0.5 * factor for factor in (1.0, 4.0, 0.3)))
+        plans.append(
+            [space.plan(allocate(space, Knobs(b, rule=r))) for b in (0.2, 0.5) for r in RULES]
+        )
+    assert plans[0] == plans[1] == plans[2]
