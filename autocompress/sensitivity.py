@@ -11,10 +11,9 @@ must be compared by: a layer may lose half of its output without harm, another n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.layers import LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
 from autocompress.surgery import ErrorMeter, FactorCache
-from autocompress.task import Batch, Task, batches, samples_in, split_batch, tensors_in
+from autocompress.task import Task, batches, samples_in, split_batch, tensors_in
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
@@ -153,20 +152,24 @@ def observe_layers(
         seed: Fixes the places and the projections.
     """
     generator = torch.Generator().manual_seed(seed)
-    chunks = list(islice(_chunks(task, images), -(-images // CHUNK)))
-    share = -(-patches // len(chunks))
+    loader = task.calibration or task.train
+    per_batch = max(1, samples_in(next(iter(loader))))
+    batch_count = max(1, min(len(loader), -(-images // per_batch)))
+    share = -(-patches // (batch_count * -(-per_batch // CHUNK)))
     model = deepcopy(model).eval().requires_grad_(True)
-    if samples_in(chunks[-1]) > 1:
-        for norm in _batch_norms(model):
-            norm.train()
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     listeners = {layer.name: _Listener(layer, share, generator) for layer in layers}
     modules = dict(model.named_modules())
     for name, listener in listeners.items():
         modules[name].register_forward_hook(listener, with_kwargs=True)
     with torch.enable_grad():
-        for chunk in chunks:
-            _backward(task.forward(model, chunk), generator)
-            model.zero_grad(set_to_none=True)
+        for batch in batches(loader, task.device, batch_count):
+            # Small ones, which bounds the memory of the backward passes.
+            for chunk in split_batch(batch, CHUNK):
+                for norm in norms:
+                    norm.train(samples_in(chunk) > 1)
+                _backward(task.forward(model, chunk), generator)
+                model.zero_grad(set_to_none=True)
     found = {name: listener.gradients for name, listener in listeners.items()}
     return Observations(
         {name: torch.cat(one.patches)[:patches].clone() for name, one in listeners.items()},
@@ -176,18 +179,6 @@ def observe_layers(
             if all(part is not None for part in parts)
         },
     )
-
-
-def _chunks(task: Task, images: int) -> Iterator[Batch]:
-    """Batches of at most `CHUNK` images, which bounds the memory of the backward passes."""
-    loader = task.calibration or task.train
-    per_batch = max(1, samples_in(next(iter(loader))))
-    for batch in batches(loader, task.device, max(1, -(-images // per_batch))):
-        yield from split_batch(batch, CHUNK)
-
-
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def _backward(output: Any, generator: torch.Generator) -> None:

@@ -223,3 +223,14 @@ def test_the_network_is_left_as_it_was(task: Task) -> None:
     observe_layers(task.model, task, layers, images=64, patches=64)
     assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
     assert not task.model.training and all(p.grad is None for p in task.model.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 8, 100])
+def test_whatever_the_batches_as_many_patches_are_kept(size: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    loader = [(torch.randn(size, 1, 8, 8), torch.zeros(size, dtype=torch.long))] * (200 // size)
+    task = Task(conv, loader, loader, loader)  # type: ignore[arg-type]
+    layers, _ = inspect_layers(conv, (torch.randn(1, 1, 8, 8),))
+    seen = observe_layers(conv, task, layers, images=200, patches=500)
+    assert seen.patches["0"].shape == (500, 1, 3, 3) and seen.gradients["0"].shape == (500, 2)
