@@ -393,8 +393,8 @@ def _run_stage(
         "annealing": config.search.annealing_trials,
     }
     total = planned[stage]
-    # The winner's fine-tuning counts as the trials that would take as long.
-    later += bench.finetune.final_epochs / max(bench.epochs(stage), 0.1)
+    # The winner's fine-tuning, with two seeds, counts as the trials that would take as long.
+    later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage), 0.1)
     display.stage(
         stage,
         total,

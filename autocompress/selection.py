@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,46 +15,16 @@ from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial
-from safetensors.torch import load_file
-from torch import nn
 
 from autocompress.config import StudyConfig
-from autocompress.errors import TrainingDiverged
-from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate, paired_drop
+from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
-from autocompress.objective import Bench, load_trial_model, pace
-from autocompress.plan import Plan
+from autocompress.finals import Finalist, choose_finalists
+from autocompress.objective import Bench, pace
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
-from autocompress.store import StudyFolder, portable_state, trials_spent, write_text, write_weights
-from autocompress.training import fit
+from autocompress.store import StudyFolder, trials_spent, write_text
 from autocompress.trials import has_weights, lost, violation, within_delta
-
-DARING = 1.5
-"""A trial that lost at most this many times delta may meet it after the winner's fine-tuning."""
-
-
-@dataclass(frozen=True)
-class Finalist:
-    """A network that may be handed out.
-
-    Attributes:
-        label: The trial that it came from.
-        model: The network with its final weights.
-        plan: What was done to it.
-        val: Its scores on the validation data.
-        bound: Upper confidence bound of its drop on them, in points.
-        epochs: Length of the final fine-tuning that its weights had.
-        seeds: The bounds that the final fine-tuning reached, by its seed.
-    """
-
-    label: str
-    model: nn.Module
-    plan: Plan
-    val: Evaluation
-    bound: float
-    epochs: float = 0.0
-    seeds: Mapping[int, float] = field(default_factory=dict)
 
 
 def conclude(
@@ -98,7 +67,7 @@ def conclude(
     summary = _facts(config, bench, labelled, seconds, command)
     summary["stage_best"] = _stage_best(bench, within)
     with timed(seconds, "final"):
-        winners = _finalists(config, bench, folder, labelled, within, display)
+        winners = choose_finalists(config, bench, folder, labelled, display)
     if winners:
         summary["met"] = True
         summary["best"] = best = _describe_finalist(bench, winners[0], config)
@@ -208,126 +177,6 @@ def _nearest(labelled: Mapping[str, FrozenTrial], delta: float) -> dict[str, Any
         "metrics": trial.user_attrs["metrics"],
         "plan": json.loads(trial.user_attrs["plan"]),
     }
-
-
-def _finalists(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    labelled: Mapping[str, FrozenTrial],
-    within: Sequence[tuple[str, FrozenTrial]],
-    display: Display,
-) -> list[Finalist]:
-    """The best network within delta, fine-tuned at length, and the second best.
-
-    A long fine-tuning wins back more than a trial's short one. So of the cheaper trials that missed
-    delta by no more than half of it the cheapest is tried first, then the nearest; if both still
-    miss, the cheapest trial within delta is the winner, whose weights from before are kept where
-    they are better.
-    """
-    epochs = bench.finetune.final_epochs
-    limit = within[0][1].values[1] if within else math.inf
-    cheaper = [
-        item
-        for item in labelled.items()
-        if 0 < violation(item[1]) <= (DARING - 1) * config.delta
-        and item[1].values[1] < 0.97 * limit
-    ]
-    daring = sorted(cheaper, key=lambda item: item[1].values[1])[:1]
-    daring += sorted(cheaper, key=lambda item: violation(item[1]))[:1]
-    found: list[Finalist] = []
-    order = [*(daring if epochs > 0 else []), *within]
-    for label in dict.fromkeys(label for label, _ in order):
-        if len(found) == 2:
-            break
-        long = epochs if not found else 0.0
-        finalist = _finalist(config, bench, folder, label, long, display)
-        if finalist is not None:
-            found.append(finalist)
-    return found
-
-
-def _finalist(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    label: str,
-    epochs: float,
-    display: Display,
-) -> Finalist | None:
-    """A trial's network, fine-tuned at length, if it is within delta with one seed and another.
-
-    A plan that meets delta by one seed's luck alone is no winner. Of the two networks, and the
-    trial's own, the one with the lowest bound is handed out.
-    """
-    model, plan = load_trial_model(bench, label)
-    val = evaluate(model, bench.task, bench.task.val)
-    before = Finalist(label, model, plan, val, _bound(bench, val))
-    if epochs <= 0:
-        return before if before.bound <= config.delta else None
-    tuned: list[Finalist] = []
-    for seed in (config.seed, config.seed + 1):
-        one = _final_fit(config, bench, folder, before, epochs, seed, display)
-        if one is None or one.bound > config.delta:
-            break
-        tuned.append(one)
-    if len(tuned) < 2:
-        return before if before.bound <= config.delta else None
-    best = min([before, *tuned], key=lambda finalist: finalist.bound)
-    seeds = {config.seed + index: one.bound for index, one in enumerate(tuned)}
-    return replace(best, seeds=seeds)
-
-
-def _final_fit(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    before: Finalist,
-    epochs: float,
-    seed: int,
-    display: Display,
-) -> Finalist | None:
-    """A trial's network after a long fine-tuning; None if that diverged."""
-    task, label = bench.task, before.label
-    model, _ = load_trial_model(bench, label)
-    rate = bench.finetune.final_learning_rate
-    name = f"{bench.identity}-{label.replace('/', '-')}-{epochs:g}-{rate:g}-{seed}.safetensors"
-    path = folder.finals / name
-    if path.exists():
-        model.load_state_dict(load_file(path))
-    else:
-        display.stage("final", 1)
-
-        def on_step(done: float, total: float, loss: float) -> None:
-            display.step("fine-tune", done, total, f"loss {loss:.3f}")
-
-        try:
-            fit(
-                model,
-                task,
-                epochs=epochs,
-                learning_rate=rate,
-                seed=seed,
-                teacher=bench.baseline.model,
-                distillation=bench.finetune.distillation,
-                on_step=on_step,
-            )
-        except TrainingDiverged as error:
-            display.say(f"The final fine-tuning of {label} failed, so its weights stay: {error}")
-            return None
-        write_weights(path, portable_state(model))
-    val = evaluate(model, task, task.val)
-    after = replace(before, model=model, val=val, bound=_bound(bench, val), epochs=epochs)
-    display.say(
-        f"Fine-tuned {label} for {epochs:g} epochs, seed {seed}: {before.val.accuracy:.2f} % -> "
-        f"{val.accuracy:.2f} % on validation data, a drop of at most {after.bound:.2f} at "
-        f"confidence {config.confidence:g}."
-    )
-    return after
-
-
-def _bound(bench: Bench, val: Evaluation) -> float:
-    return drop_bound(bench.baseline.val, val, bench.confidence)
 
 
 def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:

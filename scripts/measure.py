@@ -36,6 +36,7 @@ from autocompress.task import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {
+    "fashion-mnist-small": "fashion-mnist-small",
     "quickstart": "quickstart",
     "fashion-mnist": "fashion-mnist-resnet",
     "cifar10": "cifar10-resnet20",

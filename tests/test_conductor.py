@@ -15,7 +15,7 @@ from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, 
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import objective, selection
+from autocompress import finals, objective
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.errors import (
     AutocompressError,
@@ -392,7 +392,7 @@ def test_a_final_fit_that_diverges_leaves_the_trials_weights(
     def diverges(*_: Any, **__: Any) -> None:
         raise TrainingDiverged("the loss became nan")
 
-    monkeypatch.setattr(selection, "fit", diverges)
+    monkeypatch.setattr(finals, "fit", diverges)
     said = Recorder()
     outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=1), task, said)
     assert outcome.met and outcome.summary["best"]["final_epochs"] == 0
@@ -424,7 +424,7 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
 def test_the_winner_may_have_a_learning_rate_of_its_own(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fits = watch_fits(monkeypatch, selection)
+    fits = watch_fits(monkeypatch, finals)
     settings = {"finetune.learning_rate": 0.01, "finetune.final_epochs": 0.5}
     for rate in (None, 0.02, 0.02):
         more = {**settings, "finetune.final_learning_rate": rate}

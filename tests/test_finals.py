@@ -1,0 +1,149 @@
+"""Which trials are fine-tuned at length, and which network is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from conftest import tiny_config
+from optuna.trial import FrozenTrial, create_trial
+from torch import nn
+
+from autocompress import finals
+from autocompress.evaluation import Evaluation
+from autocompress.finals import FINALS, Finalist, choose_finalists
+from autocompress.objective import Bench
+from autocompress.plan import Plan
+from autocompress.progress import NullDisplay
+from autocompress.store import StudyFolder
+
+DELTA = 5.0
+
+
+def trials(*pairs: tuple[float, float]) -> dict[str, FrozenTrial]:
+    """Trials of `(cost, lost)`, by label."""
+    return {
+        f"annealing/{number}": create_trial(
+            values=[lost - 1.0, cost],
+            system_attrs={"constraints": [lost - DELTA]},
+            user_attrs={"weights": "w"},
+        )
+        for number, (cost, lost) in enumerate(pairs)
+    }
+
+
+class Fits:
+    """Stands for the long fine-tuning: the bound that each trial comes to, by label and seed."""
+
+    def __init__(self, bound: Callable[[str, int], float | None]) -> None:
+        self.bound = bound
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(
+        self, config: Any, bench: Any, folder: Any, label: str, seed: int, display: Any
+    ) -> Finalist | None:
+        self.calls.append((label, seed))
+        bound = self.bound(label, seed)
+        if bound is None:
+            return None
+        return Finalist(label, nn.Identity(), Plan({}), EMPTY, bound, 2.0, {seed: bound})
+
+
+EMPTY = Evaluation(torch.ones(8))
+
+
+def choose(
+    found: dict[str, FrozenTrial],
+    fits: Fits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    final_epochs: float = 2.0,
+) -> list[Finalist]:
+    def before(bench: Any, label: str) -> Finalist:
+        lost = DELTA + found[label].system_attrs["constraints"][0]
+        return Finalist(label, nn.Identity(), Plan({}), EMPTY, lost)
+
+    monkeypatch.setattr(finals, "_final_fit", fits)
+    monkeypatch.setattr(finals, "_before", before)
+    bench = cast(Bench, SimpleNamespace(finetune=SimpleNamespace(final_epochs=final_epochs)))
+    config = tiny_config(tmp_path, delta=DELTA)
+    return choose_finalists(config, bench, StudyFolder(tmp_path), found, NullDisplay())
+
+
+def test_the_cheapest_that_promises_to_come_within_delta_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 4.0), (60, 7.0), (40, 9.0))
+    fits = Fits(lambda label, seed: 4.9)
+    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    assert fits.calls == [("annealing/1", 0), ("annealing/1", 1)]
+    assert winner.label == "annealing/1" and winner.seeds == {0: 4.9, 1: 4.9}
+    assert (second.label, second.epochs) == ("annealing/0", 0.0)
+
+
+def test_after_a_success_with_room_a_cheaper_trial_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 4.0), (60, 7.0), (40, 9.0))
+    # A trial keeps 0.3 of what it lost; so one that lost 9 promises to come within 5.
+    fits = Fits(lambda label, seed: {"annealing/1": 2.1, "annealing/2": 3.0}[label])
+    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    assert winner.label == "annealing/2" and second.label == "annealing/1"
+    assert fits.calls == [("annealing/1", 0), ("annealing/2", 0), ("annealing/2", 1)]
+
+
+def test_after_failures_the_cheapest_within_delta_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 4.0), (99, 5.1), (98, 5.2), (97, 5.3), (96, 5.4), (95, 7.4))
+    fits = Fits(lambda label, seed: 3.0 if label == "annealing/0" else 5.2)
+    winner = choose(found, fits, tmp_path, monkeypatch)[0]
+    first = [label for label, _ in fits.calls]
+    assert len(first) == FINALS + 2 and first[0] == "annealing/5"
+    assert first[-2:] == ["annealing/0"] * 2 and winner.bound == 3.0
+
+
+@pytest.mark.parametrize(
+    ("lost", "again", "handed_out"),
+    [
+        (6.0, 3.0, 3.0),  # the better of two seeds
+        (2.0, 3.0, 2.0),  # or the trial's own weights, where they are better
+        (6.0, 5.1, None),  # one seed's luck is no winner
+        (4.5, 5.1, 4.5),  # then the trial's own weights, if these are within delta
+        (6.0, None, None),  # the fine-tuning diverged
+        (6.0, 5.0, 4.0),  # a bound of exactly delta is within it
+    ],
+)
+def test_a_winner_is_within_delta_with_two_seeds(
+    lost: float,
+    again: float | None,
+    handed_out: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fits = Fits(lambda label, seed: 4.0 if seed == 0 else again)
+    found = choose(trials((10, lost)), fits, tmp_path, monkeypatch)
+    assert (found[0].bound if found else None) == handed_out
+    assert fits.calls == [("annealing/0", 0), ("annealing/0", 1)]
+
+
+def test_a_plan_that_one_seed_favoured_gives_way_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 4.5), (60, 7.0), (40, 9.0))
+    fits = Fits(lambda label, seed: 2.1 if label == "annealing/1" else 4.0 + 2 * seed)
+    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    assert winner.label == "annealing/1" and winner.seeds == {0: 2.1, 1: 2.1}
+    assert second.label == "annealing/0"
+
+
+def test_without_final_epochs_the_trials_own_weights_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = Fits(lambda label, seed: 0.0)
+    found = choose(trials((10, 5.1), (20, 5.0)), fits, tmp_path, monkeypatch, final_epochs=0.0)
+    assert [one.label for one in found] == ["annealing/1"] and not fits.calls
