@@ -15,7 +15,7 @@ from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, 
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import finals, objective
+from autocompress import finals, objective, selection
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.errors import (
     AutocompressError,
