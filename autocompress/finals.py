@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from optuna.trial import FrozenTrial
@@ -20,8 +20,8 @@ from autocompress.store import StudyFolder, portable_state, write_weights
 from autocompress.training import fit
 from autocompress.trials import lost, within_delta
 
-FINALS = 3
-"""How many trials are fine-tuned at length, at most; the winner once more, with a second seed."""
+FINALS = 5
+"""How many long fine-tunings there are at most, those with a second seed included."""
 KEPT = 2 / 3
 """Share of what a trial lost that it loses still after a long fine-tuning, before that is known. On
 a CIFAR ResNet-20 it was 0.7."""
@@ -59,9 +59,9 @@ def choose_finalists(
 ) -> list[Finalist]:
     """The cheapest network within delta, and the second cheapest.
 
-    The winner was fine-tuned at length with two seeds, and within delta with both: a plan that
-    meets delta by one seed's luck is none. Where a trial was within delta already, the weights that
-    it had then are handed out if they are better.
+    The winner was fine-tuned at length, where that is asked for, with two seeds, and the mean of
+    their bounds is within delta: a plan that meets it by one seed's luck is none. Where a trial was
+    within delta already, the weights that it had then are handed out if they are better.
 
     Args:
         config: The study file.
@@ -70,77 +70,101 @@ def choose_finalists(
         labelled: "<stage>/<number>" to each trial that has weights.
         display: Told about the progress.
     """
-    tuned = _tune_cheapest(config, bench, folder, labelled, display)
+
+    def tune(label: str, seed: int) -> Finalist | None:
+        return _final_fit(config, bench, folder, label, seed, display)
+
+    tuned = Finals(labelled, config.delta, config.seed, tune)
+    if bench.finetune.final_epochs > 0:
+        tuned.run()
     found: list[Finalist] = []
     for label in sorted(labelled, key=lambda label: labelled[label].values[1]):
-        if len(found) == 2:
-            break
-        options = [tuned[label]] if label in tuned else []
-        if options and not found:
-            again = _final_fit(config, bench, folder, label, config.seed + 1, display)
-            options = _confirmed(options[0], again, config)
+        options = tuned.networks(label)
         if within_delta(labelled[label]):
-            options.append(_before(bench, label))
+            options = [*options, _before(bench, label)]
         options = [option for option in options if option.bound <= config.delta]
-        if options:
+        if options and len(found) < 2:
             best = min(options, key=lambda option: option.bound)
-            found.append(replace(best, seeds=options[0].seeds))
+            found.append(replace(best, seeds=tuned.bounds(label)))
     return found
 
 
-def _tune_cheapest(
-    config: StudyConfig,
-    bench: Bench,
-    folder: StudyFolder,
-    labelled: Mapping[str, FrozenTrial],
-    display: Display,
-) -> dict[str, Finalist]:
-    """Fine-tune at length the cheapest trials that promise to come within delta by that.
+class Finals:
+    """Fine-tunes at length the cheapest trials that promise to come within delta by that.
 
     What the first ones kept of what they had lost tells what the next may have lost: after a
-    success a cheaper trial is tried, after a failure one that lost less; in the end, if all failed,
-    the cheapest that was within delta before.
+    success a cheaper trial is tried, after a failure one that lost less. When there is no cheaper
+    one, the success is repeated with a second seed; if that spoils it, the search goes on.
 
-    Returns:
-        Label to the network, of those that came within delta.
+    Args:
+        labelled: "<stage>/<number>" to each trial that has weights.
+        delta: The tolerance, in points.
+        seed: The first seed; the second is the next number.
+        tune: `tune(label, seed)` gives a trial's network after a long fine-tuning; None where that
+            diverged.
     """
-    if bench.finetune.final_epochs <= 0:
-        return {}
-    kept, tried, tuned = [KEPT], set[str](), dict[str, Finalist]()
-    least = float("inf")
-    for turn in range(FINALS + 1):
-        most = config.delta / min(1.0, max(0.3, statistics.mean(kept)))
-        if turn == FINALS:
-            if tuned:
-                break
-            most = config.delta
+
+    def __init__(
+        self,
+        labelled: Mapping[str, FrozenTrial],
+        delta: float,
+        seed: int,
+        tune: Callable[[str, int], Finalist | None],
+    ) -> None:
+        self._labelled, self._delta, self._tune = labelled, delta, tune
+        self._seeds = (seed, seed + 1)
+        self._tuned: dict[str, list[Finalist | None]] = {}
+        self._kept = [KEPT]
+
+    def run(self) -> None:
+        """Spend at most `FINALS` long fine-tunings."""
+        for spent in range(FINALS):
+            best = min(filter(self._met, self._tuned), key=self._cost, default=None)
+            label = self._next(best, sure=best is None and spent >= FINALS - 2)
+            if label is None:
+                if best is None or len(self._tuned[best]) == 2:
+                    return
+                label = best
+            done = self._tuned.setdefault(label, [])
+            finalist = self._tune(label, self._seeds[len(done)])
+            done.append(finalist)
+            before = lost(self._labelled[label], self._delta)
+            if finalist is not None and before > 0:
+                self._kept.append(finalist.bound / before)
+
+    def networks(self, label: str) -> list[Finalist]:
+        """The networks of a trial that met delta, with both seeds or with the one that it had."""
+        return [one for one in self._tuned[label] if one] if self._met(label) else []
+
+    def bounds(self, label: str) -> dict[int, float]:
+        """Seed to the bound that the trial's network came to with it."""
+        done = zip(self._seeds, self._tuned.get(label, []), strict=False)
+        return {seed: one.bound for seed, one in done if one is not None}
+
+    def _met(self, label: str) -> bool:
+        done = self._tuned.get(label, [])
+        bounds = [float("inf") if one is None else one.bound for one in done]
+        return bool(bounds) and statistics.mean(bounds) <= self._delta
+
+    def _cost(self, label: str) -> float:
+        return float(self._labelled[label].values[1])
+
+    def _next(self, best: str | None, sure: bool) -> str | None:
+        """The cheapest trial that promises to come within delta and be clearly cheaper than `best`.
+
+        Where `sure`, only those that were within it before.
+        """
+        share = min(1.0, max(0.3, statistics.mean(self._kept)))
+        most = self._delta / (1.0 if sure else share)
+        least = float("inf") if best is None else 0.97 * self._cost(best)
         promising = [
             label
-            for label, trial in labelled.items()
-            if label not in tried and trial.values[1] < least and lost(trial, config.delta) <= most
+            for label, trial in self._labelled.items()
+            if label not in self._tuned
+            and self._cost(label) < least
+            and lost(trial, self._delta) <= most
         ]
-        if not promising:
-            break
-        label = min(promising, key=lambda label: labelled[label].values[1])
-        tried.add(label)
-        finalist = _final_fit(config, bench, folder, label, config.seed, display)
-        if finalist is None:
-            continue
-        before = lost(labelled[label], config.delta)
-        if before > 0:
-            kept.append(finalist.bound / before)
-        if finalist.bound <= config.delta:
-            tuned[label] = finalist
-            least = 0.97 * labelled[label].values[1]
-    return tuned
-
-
-def _confirmed(first: Finalist, again: Finalist | None, config: StudyConfig) -> list[Finalist]:
-    """Both networks if both are within delta, each with the bounds of both; else none."""
-    if again is None or again.bound > config.delta:
-        return []
-    seeds = {config.seed: first.bound, config.seed + 1: again.bound}
-    return [replace(one, seeds=seeds) for one in (first, again)]
+        return min(promising, key=self._cost, default=None)
 
 
 def _before(bench: Bench, label: str) -> Finalist:
