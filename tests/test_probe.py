@@ -13,7 +13,7 @@ import torch
 from conftest import TinyNet, count_reads, tiny_config, watch_fits
 from torch import nn
 
-from autocompress import objective, probe, selection
+from autocompress import finals, objective, probe, selection
 from autocompress.conductor import run_study
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import accuracy_drop, evaluate
@@ -196,7 +196,7 @@ def test_a_study_probes_once_and_follows_it(
 ) -> None:
     probed = watch_fits(monkeypatch, probe)
     trials = watch_fits(monkeypatch, objective)
-    final = watch_fits(monkeypatch, selection)
+    final = watch_fits(monkeypatch, finals)
     display = Says()
 
     def run(trials: int) -> Any:
@@ -242,7 +242,8 @@ def test_the_candidate_has_lost_about_eight_times_delta(
 
     monkeypatch.setattr(probe, "probe", look)
     for delta in (0.5, 5.0):
-        config = tiny_config(tmp_path / str(delta), delta=delta, **{"finetune.epochs": None})
+        open_ = {"finetune.epochs": None, "confidence": 0.5}
+        config = tiny_config(tmp_path / str(delta), delta=delta, **open_)
         with pytest.raises(Seen):
             run_study(config, task, NullDisplay())
     # This small network has few plans, so none need be nearer to 4 and 40 points.

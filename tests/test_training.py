@@ -174,3 +174,29 @@ def test_what_a_study_file_leaves_open_follows_from_length_and_rate() -> None:
         epochs=1.0, learning_rate=0.1, final_epochs=0.0, final_learning_rate=0.2
     )
     assert Recipe.from_config(all_given, 0.5, 0.03) == Recipe(1.0, 0.0, 0.1, 0.2, 0.5, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("conv", "last"),
+    [
+        (nn.Conv2d(2, 24, 1, stride=2), False),  # PyTorch 2.14 crashes on it with channels last
+        (nn.Conv2d(2, 24, 1), True),
+        (nn.Conv2d(2, 24, 3, stride=2, padding=1), True),
+        (nn.Conv2d(16, 24, 1, stride=2), True),
+    ],
+)
+def test_kernels_are_channels_last_where_that_is_safe(conv: nn.Conv2d, last: bool) -> None:
+    # A kernel of one place has either layout, so another one is looked at.
+    next_one = nn.Conv2d(24, 8, 3)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    model = nn.Sequential(conv, next_one, *pool)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(64, conv.in_channels, 14, 14, generator=generator)
+    loader = [(images, torch.arange(64) % 4)] * 4
+    task = Task(model, loader, loader, loader)  # type: ignore[arg-type]
+    seen: list[bool] = []
+    next_one.register_forward_pre_hook(
+        lambda module, _: seen.append(module.weight.is_contiguous())  # type: ignore[union-attr, operator]
+    )
+    result = fit(model, task, epochs=2, learning_rate=0.01, seed=0)
+    assert result.steps == 8 and seen == [not last] * 8
