@@ -212,9 +212,9 @@ def test_a_study_is_bound_to_all_but_budgets_and_places() -> None:
     for free in ("search.trials", "search.annealing_trials", "finetune.final_epochs", "run.out"):
         changed = load_config(None, {free: "elsewhere" if free == "run.out" else 7})
         assert differences(bound, bound_settings(changed)) == []
-    changed = load_config(None, {"delta": 2, "model.arguments.num_classes": 12})
+    changed = load_config(None, {"delta": 3, "model.arguments.num_classes": 12})
     assert differences(bound, bound_settings(changed)) == [
-        "delta: 1.0 -> 2.0",
+        "delta: 2.0 -> 3.0",
         "model.arguments.num_classes: 10 -> 12",
     ]
 
