@@ -56,7 +56,7 @@ from autocompress.store import (
     write_text,
     write_weights,
 )
-from autocompress.surgery import FactorCache, build_plan
+from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe, fastest_precision
 from autocompress.trials import has_weights, lost, violation, within_delta
@@ -328,7 +328,7 @@ def _analyse(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
     observations = observe_layers(baseline.model, task, layers, seed=config.seed)
-    cache = FactorCache(baseline.model, observations.patches, observations.output_weights)
+    cache = observations.factor_cache(baseline.model)
     key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}"
     table = _stored_table(folder, key, layers)
     if table is None:

@@ -79,11 +79,13 @@ def choose_finalists(
         tuned.run()
     found: list[Finalist] = []
     for label in sorted(labelled, key=lambda label: labelled[label].values[1]):
+        if len(found) == 2:
+            break
         options = tuned.networks(label)
         if within_delta(labelled[label]):
             options = [*options, _before(bench, label)]
         options = [option for option in options if option.bound <= config.delta]
-        if options and len(found) < 2:
+        if options:
             best = min(options, key=lambda option: option.bound)
             found.append(replace(best, seeds=tuned.bounds(label)))
     return found

@@ -50,9 +50,7 @@ def inherit(
     to a dense kernel and cut anew.
     """
     dense = multiply_out(parent, parent_plan, baseline)
-    cache = FactorCache(dense)
-    if observations is not None:
-        cache = FactorCache(dense, observations.patches, observations.output_weights)
+    cache = FactorCache(dense) if observations is None else observations.factor_cache(dense)
     child = apply_plan(dense, plan, cache)
     for name, transform in plan.layers.items():
         if parent_plan.layers.get(name) == transform:

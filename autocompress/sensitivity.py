@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -115,7 +116,11 @@ class Observations:
     patches: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
 
-    @property
+    def factor_cache(self, model: nn.Module) -> FactorCache:
+        """A cache whose factorizations of `model` are weighted by what was seen."""
+        return FactorCache(model, self.patches, self.output_weights)
+
+    @cached_property
     def output_weights(self) -> dict[str, Tensor]:
         """Layer name to how much the network's outputs make of each of its output channels.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from measure import places
 from torch import nn
 
 from autocompress.api import task_from_config
@@ -501,14 +502,8 @@ def read_config(options: argparse.Namespace) -> StudyConfig:
         "finetune.epochs": options.epochs,
         "finetune.final_epochs": options.final_epochs,
         "delta": options.delta,
-        "model.weights": options.weights and str(Path(options.weights).resolve()),
+        **places(options.images, options.weights),
     }
-    if options.images:
-        images = Path(options.images).resolve()
-        if (images / "train").is_dir():
-            settings["data.source"] = f"folder:{images}"
-        else:
-            settings["data.root"] = str(images)
     config = load_config(options.study, settings)
     if config.finetune.epochs is None or config.finetune.learning_rate is None:
         raise ConfigError(

@@ -110,7 +110,7 @@ def main() -> None:
     base = evaluate(model, task, task.val)
     layers, _ = inspect_layers(model, task.example())
     seen = observe_layers(model, task, layers)
-    cache = FactorCache(model, seen.patches, seen.output_weights)
+    cache = seen.factor_cache(model)
     table = build_table(model, layers, cache, seen, config.search.transforms)
     total = sum(parameter.numel() for parameter in model.parameters())
     space = SearchSpace.from_table(table, "params", total)

@@ -18,23 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import tomllib
 from pathlib import Path
 
 import torch
 
 from autocompress.api import task_from_config
 from autocompress.conductor import run_study
-from autocompress.config import ALL_TRANSFORMS, StudyConfig, flatten, parse_config
+from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.progress import make_display
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.store import load_study, open_storage
-from autocompress.surgery import FactorCache
 from autocompress.task import Task
 
-ROOT = Path(__file__).resolve().parent.parent
 STUDIES = {
     "fashion-mnist-small": "fashion-mnist-small",
     "quickstart": "quickstart",
@@ -59,16 +56,21 @@ def main() -> None:
 
 def study_of(what: str, images: str | None, weights: str | None, out: str) -> StudyConfig:
     """A ready study by its short name, with the places that the command line gave."""
-    path = ROOT / "studies" / f"{STUDIES[what]}.toml"
-    fields = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
-    fields["run.out"] = out
-    if images and what == "cifar10":
-        fields["data.source"] = f"folder:{Path(images).resolve()}"
-    elif images:
-        fields["data.root"] = str(Path(images).resolve())
+    return load_config(STUDIES[what], {"run.out": out, **places(images, weights)})
+
+
+def places(images: str | None, weights: str | None) -> dict[str, str]:
+    """The settings that say where images (train/ and test/, or IDX files) and weights are."""
+    settings: dict[str, str] = {}
+    if images:
+        folder = Path(images).resolve()
+        if (folder / "train").is_dir():
+            settings["data.source"] = f"folder:{folder}"
+        else:
+            settings["data.root"] = str(folder)
     if weights:
-        fields["model.weights"] = str(Path(weights).resolve())
-    return parse_config(fields)
+        settings["model.weights"] = str(Path(weights).resolve())
+    return settings
 
 
 def run(options: argparse.Namespace) -> None:
@@ -92,7 +94,7 @@ def time_tables() -> None:
         table = build_table(
             model,
             layers,
-            FactorCache(model, seen.patches, seen.output_weights),
+            seen.factor_cache(model),
             seen,
             ALL_TRANSFORMS,
         )

@@ -46,7 +46,7 @@ def uniform(arena: Arena, method: TransformName, weighted: bool = True) -> Make:
     """
     model = arena.baseline.model
     seen = observe_layers(model, arena.task, arena.layers) if weighted else None
-    cache = FactorCache(model, seen.patches, seen.output_weights) if seen else FactorCache(model)
+    cache = seen.factor_cache(model) if seen else FactorCache(model)
     kind = TRANSFORMS[method]
     rungs: dict[str, list[tuple[float, Transform]]] = {}
     for layer in arena.layers:
@@ -80,7 +80,7 @@ def allocator(arena: Arena) -> Make:
     """The study's own knapsack over its layer table, with no knob but the budget."""
     config, model = arena.config, arena.baseline.model
     seen = observe_layers(model, arena.task, arena.layers)
-    cache = FactorCache(model, seen.patches, seen.output_weights)
+    cache = seen.factor_cache(model)
     layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
     total = arena.cost(arena.baseline.profile)
     space = SearchSpace.from_table(layer_table, config.objective, total)

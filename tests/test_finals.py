@@ -62,9 +62,10 @@ def choose(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     final_epochs: float = 2.0,
+    known: dict[str, FrozenTrial] | None = None,
 ) -> list[Finalist]:
     def before(bench: Any, label: str) -> Finalist:
-        lost = DELTA + found[label].system_attrs["constraints"][0]
+        lost = DELTA + (known or found)[label].system_attrs["constraints"][0]
         return Finalist(label, nn.Identity(), Plan({}), EMPTY, lost)
 
     monkeypatch.setattr(finals, "_final_fit", fits)
@@ -140,6 +141,15 @@ def test_a_plan_that_one_seed_favoured_gives_way_to_the_next(
     assert fits.calls == [(f"annealing/{n}", seed) for n in (2, 1) for seed in (0, 1)]
     assert winner.label == "annealing/1" and winner.seeds == {0: 4.5, 1: 4.5}
     assert second.label == "annealing/0" and second.seeds == {}
+
+
+def test_no_network_is_scored_beyond_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials(*((cost, 4.0) for cost in (10, 20, 30, 40)))
+    scored = dict(list(found.items())[:2])
+    chosen = choose(found, Fits(lambda label, seed: 4.5), tmp_path, monkeypatch, known=scored)
+    assert [one.label for one in chosen] == ["annealing/0", "annealing/1"]
 
 
 def test_without_final_epochs_the_trials_own_weights_count(

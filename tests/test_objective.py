@@ -30,7 +30,6 @@ from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
-from autocompress.surgery import FactorCache
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED
@@ -62,7 +61,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
     )
     layers, _ = inspect_layers(task.model, example)
     seen = observe_layers(task.model, task, layers, images=64, patches=128)
-    cache = FactorCache(task.model, seen.patches, seen.output_weights)
+    cache = seen.factor_cache(task.model)
     table = build_table(task.model, layers, cache, seen, ("svd", "tucker2"))
     space = SearchSpace.from_table(table, "params", baseline.profile.params)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
