@@ -20,7 +20,7 @@ from autocompress.conductor import Outcome, run_study
 from autocompress.config import DataConfig, StudyConfig, parse_config
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
-from autocompress.loaders import given_loaders, labels_of, unaugmented
+from autocompress.loaders import calibration_loader, given_loaders, labels_of
 from autocompress.models import PRETRAINED, build_model, pretrained_normalization
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.task import Loader, Task, tensors_in
@@ -66,7 +66,7 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         train=data.train,
         val=data.val,
         test=data.test,
-        calibration=unaugmented(data.train),
+        calibration=calibration_loader(data.train),
         classes=data.classes,
         origin={"source": config.model.source, "arguments": dict(config.model.arguments)},
         fingerprint=data.fingerprint,
@@ -175,7 +175,7 @@ def compress(
         train=train,
         val=val,
         test=test,
-        calibration=unaugmented(train),
+        calibration=calibration_loader(train),
         val_seen=val_seen,
         fingerprint=_fingerprint(train, val, test, functions),
         device=device,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.errors import AutocompressError
-from autocompress.task import Loader, Task, batches, scores_of
+from autocompress.task import Loader, Task, batches, checked_scores, scores_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def evaluate(
             ]
     finally:
         model.train(was_training)
-    return Evaluation(torch.cat(scores))
+    return Evaluation(checked_scores(scores))
 
 
 def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
@@ -66,7 +66,7 @@ def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
         norm.train()
     try:
         with torch.no_grad():
-            for batch in batches(task.calibration or task.train, task.device, batch_count):
+            for batch in task.calibration_batches(batch_count):
                 task.forward(model, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

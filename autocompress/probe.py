@@ -27,7 +27,7 @@ from autocompress.gates import gate_batches
 from autocompress.objective import RECALIBRATION_BATCHES, Bench
 from autocompress.space import Knobs, SearchSpace, allocate, budget_range
 from autocompress.surgery import apply_plan
-from autocompress.task import Task, batches, samples_in, scores_of
+from autocompress.task import Task, batches, checked_scores, samples_in, scores_of
 from autocompress.training import OnStep, Recipe, fit
 
 PROBE = "probe"
@@ -301,4 +301,4 @@ class _Judge:
                         f"its runs: {type(error).__name__}: {error}. Give finetune.epochs and "
                         "finetune.learning_rate."
                     ) from error
-        return sum(losses) / len(losses), Evaluation(torch.cat(scores))
+        return sum(losses) / len(losses), Evaluation(checked_scores(scores))

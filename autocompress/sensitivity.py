@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autocompress.layers import LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
 from autocompress.surgery import ErrorMeter, FactorCache
-from autocompress.task import Task, batches, samples_in, split_batch, tensors_in
+from autocompress.task import Task, samples_in, split_batch, tensors_in
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
@@ -152,12 +152,12 @@ def observe_layers(
         model: The baseline, on the task's device; not edited.
         task: Gives the data and the forward pass.
         layers: Which layers to listen to.
-        images: About how many unaugmented training images to read.
+        images: About how many training images to read.
         patches: How many patches to keep of each layer.
         seed: Fixes the places and the projections.
     """
     generator = torch.Generator().manual_seed(seed)
-    loader = task.calibration or task.train
+    loader = task.train if task.calibration is None else task.calibration
     per_batch = max(1, samples_in(next(iter(loader))))
     batch_count = max(1, min(len(loader), -(-images // per_batch)))
     share = -(-patches // (batch_count * -(-per_batch // CHUNK)))
@@ -168,7 +168,7 @@ def observe_layers(
     for name, listener in listeners.items():
         modules[name].register_forward_hook(listener, with_kwargs=True)
     with torch.enable_grad():
-        for batch in batches(loader, task.device, batch_count):
+        for batch in task.calibration_batches(batch_count):
             # Small ones, which bounds the memory of the backward passes.
             for chunk in split_batch(batch, CHUNK):
                 for norm in norms:
@@ -177,13 +177,19 @@ def observe_layers(
                 model.zero_grad(set_to_none=True)
     found = {name: listener.gradients for name, listener in listeners.items()}
     return Observations(
-        {name: torch.cat(one.patches)[:patches].clone() for name, one in listeners.items()},
+        {name: _first(one.patches, patches) for name, one in listeners.items()},
         {
-            name: torch.cat([part for part in parts if part is not None])[:patches].clone()
+            name: _first([part for part in parts if part is not None], patches)
             for name, parts in found.items()
             if all(part is not None for part in parts)
         },
     )
+
+
+def _first(parts: Sequence[Tensor], count: int) -> Tensor:
+    """The first rows of all parts, on the CPU."""
+    # Moved in one go, for each move waits for the GPU.
+    return torch.cat(list(parts))[:count].cpu().clone()
 
 
 def _backward(output: Any, generator: torch.Generator) -> None:
@@ -217,12 +223,12 @@ class _Listener:
         if self._layer.kind == "linear":
             count = output.numel() // output.shape[-1]
             rows = self._draw(count, x)
-            self.patches.append(x.reshape(-1, x.shape[-1])[rows].float().cpu())
+            self.patches.append(x.reshape(-1, x.shape[-1])[rows].float())
             self._keep(output, count / len(output), lambda g: g.reshape(count, -1)[rows])
             return
         assert isinstance(module, nn.Conv2d)
         image, row, column = (self._draw(n, x) for n in (len(output), *output.shape[-2:]))
-        self.patches.append(_cut(module, self._layer, x, image, row, column).cpu())
+        self.patches.append(_cut(module, self._layer, x, image, row, column))
         area = output.shape[-2] * output.shape[-1]
         self._keep(output, area, lambda g: g[image, :, row, column])
 
@@ -235,7 +241,7 @@ class _Listener:
         self.gradients.append(None)
 
         def note(gradient: Tensor) -> None:
-            self.gradients[slot] = (at(gradient) * places**0.5).float().cpu()
+            self.gradients[slot] = (at(gradient) * places**0.5).float()
 
         if output.requires_grad:
             output.register_hook(note)  # type: ignore[no-untyped-call]

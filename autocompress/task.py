@@ -108,7 +108,8 @@ class Task:
         train: Training batches; the only data that weights are fitted to.
         val: Validation batches; every choice is made on these.
         test: Test batches; read once, for the report.
-        calibration: Training batches without augmentation, for batch-norm statistics and patches.
+        calibration: Training batches, augmented as in training, that are looked at and not learned
+            from: for batch-norm statistics and patches. None for `train` itself.
         classes: Class names, as far as known.
         origin: `{"source": ..., "arguments": ...}` from which the untrained network can be built
             again; None for a network that came from Python.
@@ -144,6 +145,13 @@ class Task:
     scheduler: MakeScheduler = one_cycle
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp_dtype: torch.dtype | None = None
+
+    def calibration_batches(self, count: int | None) -> Iterator[Batch]:
+        """The first `count` batches of `calibration`, on the device; the same in each call."""
+        loader = self.train if self.calibration is None else self.calibration
+        if self.calibration is not None and hasattr(loader, "reseed"):
+            loader.reseed(0)
+        return batches(loader, self.device, count)
 
     def example(self) -> tuple[Tensor, ...]:
         """One validation image on the CPU, as the tensors that `model(*inputs)` takes.
@@ -262,7 +270,7 @@ def scores_of(output: Any, batch: Batch, metric: Metric) -> Tensor:
         metric: The task's metric.
 
     Returns:
-        `n` scores, float32, on the CPU.
+        `n` scores, float32, where the output is.
 
     Raises:
         ConfigError: If the metric gives something else.
@@ -275,7 +283,17 @@ def scores_of(output: Any, batch: Batch, metric: Metric) -> Tensor:
             f"The metric must return a tensor with a score for each of the {count} samples, not "
             f"their mean; got {got}."
         )
-    found = scores.detach().float().cpu().reshape(count, -1).mean(dim=1)
+    return scores.detach().float().reshape(count, -1).mean(dim=1)
+
+
+def checked_scores(parts: Sequence[Tensor]) -> Tensor:
+    """The scores of several batches as one tensor on the CPU.
+
+    Raises:
+        ConfigError: If one is not in [0, 1].
+    """
+    # One look at all of them: each look would wait for the GPU.
+    found = torch.cat(list(parts)).cpu()
     if bool((found < 0).any()) or bool((found > 1).any()):
         raise ConfigError(
             "The metric's scores must lie between 0 and 1 (accuracy is 100 times their mean), got "
@@ -316,7 +334,7 @@ def check_outputs(task: Task) -> None:
             "model.arguments so that it has at least as many (num_classes)."
         )
     try:
-        scores_of(output, samples, task.metric)
+        checked_scores([scores_of(output, samples, task.metric)])
     except ConfigError:
         raise
     except Exception as error:

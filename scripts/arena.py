@@ -138,7 +138,7 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
     train_baseline(task, config.baseline, epochs, config.seed, display)
     task.model.eval()
     # What only looks at training images must not count as training.
-    calibration = task.calibration or task.train
+    calibration = task.train if task.calibration is None else task.calibration
     task = replace(task, train=CountedLoader(task.train), calibration=calibration)
     example = task.example()
     val = evaluate(task.model, task, task.val)
@@ -491,6 +491,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--final-epochs", type=float, help="finetune.final_epochs")
     parser.add_argument("--annealing-trials", type=int, help="search.annealing_trials")
     parser.add_argument("--delta", type=float, help="tolerated accuracy drop, in points")
+    parser.add_argument("--objective", help="the cost to make small: params or macs")
     return parser
 
 
@@ -502,6 +503,7 @@ def read_config(options: argparse.Namespace) -> StudyConfig:
         "finetune.epochs": options.epochs,
         "finetune.final_epochs": options.final_epochs,
         "delta": options.delta,
+        "objective": options.objective,
         **places(options.images, options.weights),
     }
     config = load_config(options.study, settings)

@@ -1,58 +1,54 @@
 """How well what the layer table says of a plan ranks plans by the accuracy that they come to.
 
     python scripts/bench_table.py quickstart
-    python scripts/bench_table.py fashion-mnist [--images FOLDER]
-    python scripts/bench_table.py cifar10 --images FOLDER --weights FILE
+    python scripts/bench_table.py fashion-mnist-small [--images FOLDER]
+    python scripts/bench_table.py cifar10-resnet20 --images FOLDER --weights FILE \
+        --budgets 0.7 0.5 0.35
 
 Plans of three budgets, with error weights drawn anew for each layer and method, are built,
-recalibrated, scored, and fine-tuned for a short while. Printed is Spearman's rank correlation of
-the accuracy drop with the prediction of each rule, over the plans of one budget (mean of the three)
-and over all: `weights`, the squared relative error of the kernels; `activations`, that of the
-layers' outputs on real inputs; `impact`, what the table goes by (`sensitivity.output_change`);
-`evaluations`, the drop of the network with one layer replaced alone, on 256 training images with
-batch norm on their own statistics, one evaluation a choice (AIMET's way). Seed 0. Going on with an
-interrupted run starts it anew.
+recalibrated, scored, and fine-tuned for a short while (`--epochs`). Printed is Spearman's rank
+correlation of the accuracy drop with the prediction of each rule, over the plans of one budget
+(mean of the three) and over all: `weights`, the squared relative error of the kernels;
+`activations`, that of the layers' outputs on real inputs; `impact`, what the table goes by
+(`sensitivity.output_change`); `evaluations`, the drop of the network with one layer replaced alone,
+on 256 training images with batch norm on their own statistics, one evaluation a choice (AIMET's
+way). The seed draws the plans.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from measure import study_of
+from arena import Arena, parser_of, start, table, tune
+from opponents import table_space
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.api import task_from_config
-from autocompress.baseline import train_baseline
-from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, recalibrate
-from autocompress.layers import inspect_layers
+from autocompress.errors import AutocompressError
+from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.plan import Plan
-from autocompress.progress import make_display
-from autocompress.sensitivity import Choice, build_table, observe_layers
+from autocompress.sensitivity import Choice
 from autocompress.space import Knobs, Option, SearchSpace, allocate
+from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
-from autocompress.task import Task, batches, first_samples
-from autocompress.training import fit
+from autocompress.task import first_samples
 
-BUDGETS = {"quickstart": (0.4, 0.2, 0.1), "fashion-mnist": (0.4, 0.2, 0.12)}
 RULES = ("weights", "activations", "impact", "evaluations")
 
 
 class Predictor:
     """Predicts what a plan loses, by each rule: the sum over its layers."""
 
-    def __init__(self, model: nn.Module, task: Task, cache: FactorCache) -> None:
+    def __init__(self, arena: Arena, cache: FactorCache) -> None:
+        model, task = arena.baseline.model, arena.task
         self._model, self._task, self._cache = model, task, cache
-        loader = task.calibration or task.train
-        self._batch = first_samples(next(iter(batches(loader, task.device, 1))), 256)
+        self._batch = first_samples(next(task.calibration_batches(1)), 256)
         self._right = self._score(model)
         self._known: dict[tuple[str, object], dict[str, float]] = {}
 
@@ -69,7 +65,7 @@ class Predictor:
         if key not in self._known:
             alone = apply_plan(self._model, Plan({name: choice.transform}), self._cache)
             layer = self._model.get_submodule(name)
-            weight = layer.get_parameter("weight").detach()
+            weight = layer.get_parameter("weight").detach().cpu()
             other = dense_weight(alone.get_submodule(name), layer)
             self._known[key] = {
                 "weights": float((other - weight).norm() / weight.norm()) ** 2,
@@ -94,45 +90,27 @@ class Predictor:
 
 def main() -> None:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["quickstart", "fashion-mnist", "cifar10"])
-    parser.add_argument("--images", help="folder of the images")
-    parser.add_argument("--weights", help="checkpoint of the network")
-    parser.add_argument("--plans", type=int, default=30)
-    parser.add_argument("--epochs", type=float, help="length of the fine-tuning")
-    parser.add_argument("--out", default="runs", help="folder of the figures")
+    parser = parser_of(__doc__)
+    parser.add_argument("--plans", type=int, default=30, help="plans for each seed")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.2, 0.12])
     options = parser.parse_args()
-    config = study_of(options.what, options.images, options.weights, options.out)
-    task = task_from_config(config)
-    with make_display() as display:
-        train_baseline(task, config.baseline, config.baseline.epochs or 0.0, config.seed, display)
-    model = task.model.eval()
-    base = evaluate(model, task, task.val)
-    layers, _ = inspect_layers(model, task.example())
-    seen = observe_layers(model, task, layers)
-    cache = seen.factor_cache(model)
-    table = build_table(model, layers, cache, seen, config.search.transforms)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    space = SearchSpace.from_table(table, "params", total)
-    predictor = Predictor(model, task, cache)
-    epochs = config.finetune.epochs if options.epochs is None else options.epochs
-    rng = np.random.default_rng(0)
+    arena, out = start(options)
+    space, cache = table_space(arena)
+    predictor = Predictor(arena, cache)
     rows: list[dict[str, object]] = []
-    path = Path(options.out) / f"table-{options.what}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for index in range(options.plans):
-        budgets = BUDGETS.get(options.what, (0.7, 0.5, 0.35))
-        budget = budgets[index % len(budgets)]
-        picked = random_plan(space, budget, rng)
-        start = time.perf_counter()
-        before, after = losses(
-            task, base, apply_plan(model, space.plan(picked), cache), epochs, index
-        )
-        row = {"budget": budget, "recalibrated": before, "fine-tuned": after}
-        rows.append({**row, "predicted": predictor(picked)})
-        path.write_text(json.dumps(rows))
-        print(f"{index} {row} {time.perf_counter() - start:.0f} s", flush=True)
-    report(rows)
+    for seed in options.seeds:
+        rng = np.random.default_rng(seed)
+        for index in range(options.plans):
+            budget = options.budgets[index % len(options.budgets)]
+            picked = random_plan(space, budget, rng)
+            began = time.perf_counter()
+            model = apply_plan(arena.baseline.model, space.plan(picked), cache)
+            before, after = losses(arena, model, 1000 * seed + index)
+            row = {"budget": budget, "recalibrated": before, "fine-tuned": after}
+            rows.append({**row, "predicted": predictor(picked)})
+            write_text(out / "table.json", json.dumps(rows))
+            print(f"{index} {row} {time.perf_counter() - began:.0f} s", flush=True)
+    print("\n" + report(rows))
 
 
 def random_plan(space: SearchSpace, budget: float, rng: np.random.Generator) -> dict[str, Option]:
@@ -148,29 +126,17 @@ def random_plan(space: SearchSpace, budget: float, rng: np.random.Generator) -> 
     return {name: space.options[name][tilted[name].index(o)] for name, o in picked.items()}
 
 
-def losses(
-    task: Task, base: Evaluation, model: nn.Module, epochs: float, seed: int
-) -> tuple[float, float]:
+def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
     """Accuracy drop after recalibration and after fine-tuning, in points of validation data."""
-    model.to(task.device)
-    recalibrate(model, task)
-    before = accuracy_drop(base, evaluate(model, task, task.val))
-    fit(
-        model,
-        task,
-        epochs=epochs,
-        learning_rate=0.015,
-        seed=seed,
-        teacher=task.model,
-        distillation=0.5,
-    )
-    return before, accuracy_drop(base, evaluate(model, task, task.val))
+    task, recipe = arena.task, arena.recipe
+    recalibrate(model.to(task.device), task)
+    before = accuracy_drop(arena.baseline.val, evaluate(model, task, task.val))
+    return before, tune(model, arena, recipe.epochs, recipe.learning_rate, seed)[0]
 
 
-def report(rows: list[dict[str, object]]) -> None:
-    """Print the table of correlations."""
-    print("\n| rule | recalibrated, one budget | all | fine-tuned, one budget | all |")
-    print("|---|---|---|---|---|")
+def report(rows: list[dict[str, object]]) -> str:
+    """The table of correlations, as Markdown."""
+    lines = []
     for rule in RULES:
         cells = []
         for stage in ("recalibrated", "fine-tuned"):
@@ -179,7 +145,9 @@ def report(rows: list[dict[str, object]]) -> None:
             }
             within = [_correlation(group, rule, stage) for group in groups.values()]
             cells += [float(np.mean(within)), _correlation(rows, rule, stage)]
-        print(f"| {rule} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        lines.append([rule, *(f"{cell:.2f}" for cell in cells)])
+    header = ["rule", "recalibrated, one budget", "all", "fine-tuned, one budget", "all"]
+    return table(header, lines)
 
 
 def _correlation(rows: list[dict[str, object]], rule: str, stage: str) -> float:
@@ -188,4 +156,7 @@ def _correlation(rows: list[dict[str, object]], rule: str, stage: str) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AutocompressError as error:
+        raise SystemExit(str(error)) from None

@@ -60,14 +60,19 @@ def study_of(what: str, images: str | None, weights: str | None, out: str) -> St
 
 
 def places(images: str | None, weights: str | None) -> dict[str, str]:
-    """The settings that say where images (train/ and test/, or IDX files) and weights are."""
+    """The settings that say where images and weights are.
+
+    Images are a folder with train/ and test/, or with IDX files, or a file for `array:`.
+    """
     settings: dict[str, str] = {}
     if images:
-        folder = Path(images).resolve()
-        if (folder / "train").is_dir():
-            settings["data.source"] = f"folder:{folder}"
+        place = Path(images).resolve()
+        if place.suffix == ".npz":
+            settings["data.source"] = f"array:{place}"
+        elif (place / "train").is_dir():
+            settings["data.source"] = f"folder:{place}"
         else:
-            settings["data.root"] = str(folder)
+            settings["data.root"] = str(place)
     if weights:
         settings["model.weights"] = str(Path(weights).resolve())
     return settings

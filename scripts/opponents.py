@@ -76,17 +76,22 @@ def _ranks(transform: Any) -> Iterator[int]:
         yield from value if isinstance(value, tuple) else (value,)
 
 
-def allocator(arena: Arena) -> Make:
-    """The study's own knapsack over its layer table, with no knob but the budget."""
+def table_space(arena: Arena) -> tuple[SearchSpace, FactorCache]:
+    """The study's own search space, with its layer table, and the factors to build its plans."""
     config, model = arena.config, arena.baseline.model
     seen = observe_layers(model, arena.task, arena.layers)
     cache = seen.factor_cache(model)
     layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
     total = arena.cost(arena.baseline.profile)
-    space = SearchSpace.from_table(layer_table, config.objective, total)
+    return SearchSpace.from_table(layer_table, config.objective, total), cache
+
+
+def allocator(arena: Arena) -> Make:
+    """The study's own knapsack over its layer table, with no knob but the budget."""
+    space, cache = table_space(arena)
 
     def make(dial: float) -> nn.Module:
-        return apply_plan(model, space.plan(allocate(space, Knobs(dial))), cache)
+        return apply_plan(arena.baseline.model, space.plan(allocate(space, Knobs(dial))), cache)
 
     return make
 
