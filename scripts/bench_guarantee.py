@@ -57,15 +57,15 @@ def main() -> None:
             )
     print("\n| confidence | studies | kept delta on test data | test drop, mean (sd) | params |")
     print("|---|---|---|---|---|")
-    for confidence, found in rows.items():
-        met = [one for one in found if one["met"]]
+    for confidence, results in rows.items():
+        met = [one for one in results if one["met"]]
         drops = np.array([one["best"]["test_drop"] for one in met])
         # A study that found nothing hands out nothing, and so breaks no promise.
-        kept = int((drops <= options.delta).sum()) + len(found) - len(met)
-        mean = float(np.exp(np.mean([np.log(ratio(one)) for one in found])))
+        kept = int((drops <= options.delta).sum()) + len(results) - len(met)
+        mean = float(np.exp(np.mean([np.log(ratio(one)) for one in results])))
         print(
-            f"| {confidence:g} | {len(found)} | {kept} | {drops.mean():.2f} ({drops.std():.2f}) | "
-            f"{mean:.2f}x |"
+            f"| {confidence:g} | {len(results)} | {kept} | "
+            f"{drops.mean():.2f} ({drops.std():.2f}) | {mean:.2f}x |"
         )
 
 
@@ -131,7 +131,7 @@ def ratio(found: dict[str, Any]) -> float:
     """How many times fewer parameters the study's network has; 1 where it found none."""
     if not found["met"]:
         return 1.0
-    return found["baseline"]["profile"]["params"] / found["best"]["profile"]["params"]
+    return float(found["baseline"]["profile"]["params"] / found["best"]["profile"]["params"])
 
 
 if __name__ == "__main__":

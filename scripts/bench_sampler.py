@@ -85,7 +85,7 @@ def make_space(layers: int) -> SearchSpace:
                 transform = kind(rank=3 * step)
                 cost = transform.cost(layer)
                 error = factor * (1 - step / 16) ** 2
-                rows.append(Choice(transform, step / 16, cost.params, cost.macs, error))
+                rows.append(Choice(transform, step / 16, cost.params, cost.macs, error, error**2))
         specs.append(layer)
         choices[layer.name] = tuple(rows)
     total = sum(layer.cost.params for layer in specs)

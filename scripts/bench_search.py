@@ -169,7 +169,8 @@ def search_table(
     results: dict[str, list[dict[str, Any]]], config: StudyConfig, seeds: list[int]
 ) -> str:
     """The comparison as Markdown: means over the seeds, with standard deviations."""
-    common = config.search.trials * Recipe.from_config(config.finetune).epochs
+    recipe = Recipe.from_config(config.finetune)
+    common = config.search.trials * recipe.epochs
     header = [
         "search",
         "trials",
@@ -184,7 +185,7 @@ def search_table(
     rows = []
     for method, runs in results.items():
         # The steps before a study's first trial must not push the last one over the line.
-        slack = 0.5 * config.finetune.epochs
+        slack = 0.5 * recipe.epochs
         limits = [*(point * common + slack for point in POINTS), float("inf")]
         curve = [
             spread([best_after(run["trials"], epochs=limit) for run in runs]) for limit in limits

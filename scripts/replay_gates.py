@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -41,7 +42,7 @@ def main() -> None:
             print(line(result["study"], stage, study, float(result["delta"]), needed))
 
 
-def ancestors(studies: dict[str, Study], result: dict) -> set[str]:
+def ancestors(studies: dict[str, Study], result: dict[str, Any]) -> set[str]:
     """Labels of the winner and of all whose weights it inherits."""
     best, labels = result["best"], set()
     label = f"{best['stage']}/{best['trial']}" if best else None

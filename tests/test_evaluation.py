@@ -1,6 +1,7 @@
 import pytest
 import torch
 from conftest import make_loader
+from torch import nn
 
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import (
@@ -11,6 +12,7 @@ from autocompress.evaluation import (
     paired_drop,
     recalibrate,
 )
+from autocompress.loaders import ArrayLoader, calibration_loader
 from autocompress.task import Task
 
 
@@ -58,6 +60,24 @@ def test_recalibration_gives_the_statistics_of_the_data(task: Task) -> None:
     torch.testing.assert_close(task.model.bn1.running_mean, mean, atol=1e-4, rtol=1e-3)
     assert evaluate(task.model, task, task.val).accuracy > broken + 20
     assert task.model.bn1.momentum == 0.1 and not task.model.training
+
+
+def test_recalibration_sees_the_borders_that_training_sees(task: Task) -> None:
+    white = torch.full((64, 1, 8, 8), 255, dtype=torch.uint8)
+    labels = torch.arange(64) % 4
+    task.train = ArrayLoader(white, labels, 32, [0.0], [1.0], augment="crop", shuffle=True)
+    task.calibration = calibration_loader(task.train)
+    task.model.bn1 = nn.BatchNorm2d(16)
+    recalibrate(task.model, task, 2)
+    once = task.model.bn1.running_mean.clone()  # type: ignore[union-attr, operator]
+    recalibrate(task.model, task, 2)
+    assert torch.equal(once, task.model.bn1.running_mean)  # type: ignore[arg-type]
+    task.train.reseed(0)
+    with torch.no_grad():
+        seen = torch.cat([task.model.stem(images) for images, _ in task.train])  # type: ignore[operator]
+        whole = task.model.stem(torch.ones(64, 1, 8, 8))  # type: ignore[operator]
+    torch.testing.assert_close(once, seen.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(once, whole.mean((0, 2, 3)), atol=1e-3)
 
 
 def test_paired_drop_counts_each_image_once() -> None:

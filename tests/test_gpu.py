@@ -109,7 +109,8 @@ def test_fine_tuning_again_and_again_takes_no_more_memory(task: Task, gpu: torch
         fit(student, task, epochs=2, learning_rate=0.01, seed=seed, teacher=task.model)
         del student
         used.append(torch.cuda.memory_reserved())
-    assert max(used[2:]) <= used[1], used
+    # A graph and the workspaces for it take some 70 MiB.
+    assert used[-1] - used[1] < 16 * 2**20, used
 
 
 def test_scores_are_those_of_the_cpu(task: Task, gpu: torch.device) -> None:

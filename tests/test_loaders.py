@@ -21,6 +21,7 @@ from torch.utils.data import (
 from autocompress.errors import ConfigError
 from autocompress.loaders import (
     ArrayLoader,
+    calibration_loader,
     check_loader,
     check_repeats,
     in_order,
@@ -113,6 +114,18 @@ def test_a_subset_is_of_its_loader() -> None:
     inner = loader.subset(torch.tensor([5, 6, 7])).subset(torch.tensor([2, 0]), shuffle=False)
     assert torch.equal(inner.images, loader.images[[7, 5]])
     assert inner.augment == "flip" and not inner.shuffle
+
+
+def test_calibration_shows_what_training_shows_and_leaves_training_alone() -> None:
+    loader = array_loader(64, shuffle=True, augment="crop-flip")
+    first = all_images(loader)
+    loader.reseed(loader.seed)
+    apart = calibration_loader(loader)
+    assert isinstance(apart, ArrayLoader) and apart.augment == "crop-flip"
+    assert torch.equal(all_images(apart), first)
+    assert torch.equal(all_images(loader), first)
+    theirs = make_loader(32, 0)
+    assert calibration_loader(theirs) is theirs
 
 
 def test_unaugmented_gives_the_same_images_mixed_and_unchanged() -> None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import count_reads, tiny_config
+from conftest import count_reads, make_images, tiny_config
 from torch import nn
 
 from autocompress.errors import ConfigError
 from autocompress.evaluation import accuracy_drop, evaluate
+from autocompress.loaders import ArrayLoader, calibration_loader
 from autocompress.progress import NullDisplay
 from autocompress.task import Task
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import arena as ground  # noqa: E402
+import bench_finetune  # noqa: E402
 import bench_peers  # noqa: E402
+import bench_sampler  # noqa: E402
 import bench_search  # noqa: E402
 import opponents  # noqa: E402
 
@@ -234,3 +238,34 @@ def test_spread_says_what_is_missing() -> None:
     assert ground.spread([None]) == "-"
     assert ground.spread([2.0]) == "2.00"
     assert ground.spread([1.0, 3.0, None]) == "2.00 +/- 1.41 (2 of 3)"
+
+
+def test_every_variant_of_fine_tuning_differs_in_what_it_says(arena: ground.Arena) -> None:
+    images, labels = make_images(256, 1)
+    pixels = (32 * images + 128).clamp(0, 255).byte()
+    arena.counter.loader = ArrayLoader(pixels, labels, 32, [0.5], [0.125], "crop", shuffle=True)
+    arena.task.calibration = calibration_loader(arena.counter.loader)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name in bench_finetune.BY_DEFAULT:
+        model, _ = bench_finetune.VARIANTS[name](deepcopy(arena.baseline.model), arena, 1.0, 0)
+        found[name] = model.state_dict()
+    norms = {key for key in found["as it is"] if "running" in key}
+    for name, state in found.items():
+        same = {key: torch.equal(state[key], found["as it is"][key]) for key in state}
+        weights = all(same[key] for key in same if key not in norms and "tracked" not in key)
+        if name in ("as it is", "running statistics", "whole images"):
+            assert weights, name
+        else:
+            assert not weights, name
+    for name in ("running statistics", "whole images"):
+        assert not any(torch.equal(found[name][key], found["as it is"][key]) for key in norms)
+
+
+def test_proposals_are_timed_for_each_sampler(tmp_path: Path) -> None:
+    space = bench_sampler.make_space(6)
+    trials = bench_sampler.make_trials(space, 30)
+    study = bench_sampler.make_study("sqlite", tmp_path, trials)
+    for name in ("random", "knobs", "annealing"):
+        study.sampler = bench_sampler.sampler(name, space, 30)
+        assert all(milliseconds > 0 for milliseconds in bench_sampler.measure(study, space, 2))
+    assert len(study.trials) == 30 + 3 * (1 + 2)  # one to warm up
