@@ -31,6 +31,7 @@ from autocompress.store import (
     mark_interrupted,
     save_text,
     save_weights,
+    write_proposal,
 )
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
@@ -163,6 +164,7 @@ def _carry_out(
     watch = Stopwatch()
     task, finetune = bench.task, bench.finetune
     seed = trial_seed(bench.seed, trial.number + 1_000_000 * STAGES.index(stage))
+    write_proposal(trial)
     plan = space.suggest(trial)
     trial.set_user_attr("plan", plan.to_json())
     trial.set_user_attr("plan_digest", plan.digest)

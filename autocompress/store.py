@@ -18,7 +18,9 @@ import optuna
 import torch
 from filelock import FileLock, Timeout
 from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
+from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialParamModel
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors.torch import load_file, save_file
@@ -113,6 +115,18 @@ class StudyFolder:
         return FileSystemArtifactStore(self.artifacts)
 
 
+class _Connection(sqlite3.Connection):
+    """One that does not wait for the disk at each of the hundreds of commits of a trial.
+
+    With write-ahead logging a process that is killed loses nothing by that; a machine that loses
+    its power may lose the last commits, and the database stays whole.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
 def open_storage(url: str) -> RDBStorage:
     """Connect to a study database.
 
@@ -127,7 +141,7 @@ def open_storage(url: str) -> RDBStorage:
             parsed = parsed.set(drivername="postgresql+psycopg")
         arguments: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.get_backend_name() == "sqlite":
-            arguments = {"connect_args": {"timeout": 60}}
+            arguments = {"connect_args": {"timeout": 60, "factory": _Connection}}
             if parsed.database and parsed.database != ":memory:":
                 Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
                 with sqlite3.connect(parsed.database, timeout=60) as connection:
@@ -150,6 +164,44 @@ def open_storage(url: str) -> RDBStorage:
             f"run.storage = {hide_password(url)!r} can't be opened: {cause}. Check that the "
             "database runs and its driver is installed (pip install 'autocompress[postgres]')."
         ) from error
+
+
+def write_proposal(trial: Trial) -> None:
+    """Write the parameters that the trial's sampler proposes, all in one transaction.
+
+    `suggest` finds them written then, and else would commit each by itself: 0.2 s for 120 of them
+    on SQLite, and 120 times the way to a PostgreSQL server. What it can't do, other storages and
+    parameters that are queued or not proposed, is left to `suggest`.
+    """
+    storage = trial.study._storage
+    backend = getattr(storage, "_backend", storage)
+    kept = trial._cached_frozen_trial
+    if not isinstance(backend, RDBStorage) or "fixed_params" in kept.system_attrs:
+        return
+    params, space = trial.relative_params, trial.relative_search_space or {}
+    rows = []
+    for name, value in params.items():
+        distribution = space[name]
+        if name in kept.distributions or distribution.single():
+            continue
+        rows.append(
+            TrialParamModel(
+                trial_id=trial._trial_id,
+                param_name=name,
+                param_value=distribution.to_internal_repr(value),
+                distribution_json=distribution_to_json(distribution),
+            )
+        )
+        kept.distributions[name], kept.params[name] = distribution, value
+    session = backend.scoped_session()
+    try:
+        session.add_all(rows)
+        session.commit()
+    except BaseException:
+        session.rollback()
+        raise
+    finally:
+        backend.scoped_session.remove()
 
 
 def hide_password(url: str) -> str:

@@ -130,8 +130,8 @@ def fit(
 
     Args:
         model: The network; moved to the task's device, left in evaluation mode, with batch-norm
-            statistics of its last weights. In between its kernels are channels last, which trains
-            faster.
+            statistics of its last weights (save where a rung ended the run). In between its kernels
+            are channels last, which trains faster.
         task: Data, loss, optimizer and schedule.
         epochs: Length, in passes over the training data; fractions allowed.
         learning_rate: Peak of the schedule.
@@ -193,7 +193,8 @@ def fit(
     if captured is not None:
         captured.release()
     _lay_out(model, torch.contiguous_format).eval()
-    recalibrate(model, task, LAST_BATCHES)
+    if not stopped:
+        recalibrate(model, task, LAST_BATCHES)
     return FitResult(len(losses), tail, images / seconds, seconds, stopped)
 
 

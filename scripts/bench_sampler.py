@@ -27,7 +27,7 @@ from autocompress.layers import LayerSpec
 from autocompress.samplers import KNOBS, make_sampler
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.space import Knobs, SearchSpace, allocate
-from autocompress.store import open_storage
+from autocompress.store import open_storage, write_proposal
 from autocompress.transforms import SVD, SpatialSVD
 
 DELTA = 1.0
@@ -145,6 +145,7 @@ def measure(study: Study, space: SearchSpace, asks: int) -> tuple[float, float, 
     for index in range(asks + 1):
         start, busy = time.perf_counter(), time.process_time()
         trial = study.ask()
+        write_proposal(trial)
         space.suggest(trial)
         middle, used = time.perf_counter(), time.process_time() - busy
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [5.0])

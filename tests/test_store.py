@@ -7,12 +7,18 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 import torch
 from conftest import TinyNet
-from optuna.trial import TrialState
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.store import (
@@ -30,6 +36,7 @@ from autocompress.store import (
     save_weights,
     state_digest,
     trials_spent,
+    write_proposal,
     write_text,
     write_weights,
 )
@@ -101,6 +108,52 @@ def test_a_queued_trial_is_no_dead_one(tmp_path: Path) -> None:
 def test_a_study_that_is_not_there_is_none(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
     assert load_study(storage, "one", "exploration") is None
+
+
+class Proposing(optuna.samplers.RandomSampler):
+    """Proposes two of the parameters and leaves the others to chance."""
+
+    space: ClassVar[dict[str, BaseDistribution]] = {
+        "a": CategoricalDistribution(["svd", "keep"]),
+        "b": FloatDistribution(0.0, 1.0),
+    }
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return dict(self.space)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {"a": "keep", "b": 0.25}
+
+
+@pytest.mark.parametrize("sqlite", [True, False])
+def test_a_proposal_is_written_at_once_and_suggested_as_ever(tmp_path: Path, sqlite: bool) -> None:
+    study = opened(tmp_path) if sqlite else optuna.create_study(directions=["minimize"] * 2)
+    study.sampler = Proposing(seed=0)
+    trial = study.ask()
+    write_proposal(trial)
+    assert study.trials[0].params == ({"a": "keep", "b": 0.25} if sqlite else {})
+    assert trial.suggest_categorical("a", ["svd", "keep"]) == "keep"
+    assert trial.suggest_float("b", 0.0, 1.0) == 0.25
+    other = trial.suggest_float("c", 0.0, 1.0)
+    assert trial.params == {"a": "keep", "b": 0.25, "c": other}
+    study.tell(trial, [1.0, 2.0])
+    assert (opened(tmp_path) if sqlite else study).trials[0].params == trial.params
+    with pytest.raises(ValueError, match="does not support dynamic value space"):
+        study.ask().suggest_categorical("a", ["svd", "cp"])
+
+
+def test_queued_parameters_go_before_proposed_ones(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    study.sampler = Proposing(seed=0)
+    study.enqueue_trial({"b": 0.75})
+    trial = study.ask()
+    write_proposal(trial)
+    assert trial.suggest_float("b", 0.0, 1.0) == 0.75
+    assert trial.suggest_categorical("a", ["svd", "keep"]) == "keep"
 
 
 def test_sqlite_lets_readers_in_while_it_writes(tmp_path: Path) -> None:
