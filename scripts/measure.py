@@ -31,6 +31,7 @@ from autocompress.progress import make_display
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.store import load_study, open_storage
 from autocompress.task import Task
+from autocompress.trials import within_delta
 
 STUDIES = {
     "fashion-mnist-small": "fashion-mnist-small",
@@ -140,7 +141,7 @@ def print_figures(name: str, folder: Path) -> None:
         assert study is not None
         curve, least = [], float("inf")
         for trial in study.trials:
-            if trial.values and trial.values[0] <= result["delta"]:
+            if trial.values and within_delta(trial):
                 least = min(least, trial.values[1])
             full = before["profile"][result["objective"]]
             curve.append(f"{full / least:.2f}" if least < float("inf") else "-")
