@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.exceptions import StorageInternalError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
@@ -134,7 +136,11 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace) -> FrozenTrial:
         if reason is not None and not bench.rejected_as_complete:
             state = TrialState.PRUNED
     except KeyboardInterrupt:
-        mark_interrupted(study, trial._trial_id, trial.number)
+        # It may have cut a read of the database off, whose session then blocks writing; what can't
+        # be marked now is marked when the study goes on.
+        study._storage.remove_session()
+        with suppress(StorageInternalError):
+            mark_interrupted(study, trial._trial_id, trial.number)
         raise
     except Exception as error:
         # The user's own functions may raise anything; the study's log has the whole story.

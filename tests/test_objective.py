@@ -9,6 +9,7 @@ import optuna
 import pytest
 import torch
 from conftest import tiny_config
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
 
 from autocompress import objective
@@ -29,7 +30,7 @@ from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import SearchSpace
-from autocompress.store import StudyFolder
+from autocompress.store import StudyFolder, bury_interrupted
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED
@@ -180,6 +181,25 @@ def test_an_interruption_is_recorded_and_goes_on(bench: Bench) -> None:
         run_trial(bench, "exploration", space_of(bench))
     (trial,) = bench.studies["exploration"].trials
     assert trial.state == TrialState.FAIL and trial.user_attrs[INTERRUPTED]
+
+
+def test_an_interruption_that_the_database_does_not_take_goes_on_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loss(output: Any, batch: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    def locked(*_: Any) -> None:
+        raise StorageInternalError("database is locked")
+
+    bench.task.loss = loss
+    monkeypatch.setattr("autocompress.objective.mark_interrupted", locked)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(bench, "exploration", space_of(bench))
+    # The next start ends it.
+    study = bench.studies["exploration"]
+    assert study.trials[0].state == TrialState.RUNNING
+    assert bury_interrupted(study) == 1
 
 
 def test_a_trial_has_the_seconds_of_its_phases(bench: Bench) -> None:
