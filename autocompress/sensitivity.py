@@ -157,7 +157,7 @@ def observe_layers(
         seed: Fixes the places and the projections.
     """
     generator = torch.Generator().manual_seed(seed)
-    loader = task.train if task.calibration is None else task.calibration
+    loader = task.calibrating
     per_batch = max(1, samples_in(next(iter(loader))))
     batch_count = max(1, min(len(loader), -(-images // per_batch)))
     share = -(-patches // (batch_count * -(-per_batch // CHUNK)))

@@ -21,6 +21,7 @@ from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import TrialParamModel
+from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from safetensors.torch import load_file, save_file
@@ -193,15 +194,8 @@ def write_proposal(trial: Trial) -> None:
             )
         )
         kept.distributions[name], kept.params[name] = distribution, value
-    session = backend.scoped_session()
-    try:
+    with _create_scoped_session(backend.scoped_session) as session:
         session.add_all(rows)
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
-    finally:
-        backend.scoped_session.remove()
 
 
 def hide_password(url: str) -> str:

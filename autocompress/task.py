@@ -146,12 +146,16 @@ class Task:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp_dtype: torch.dtype | None = None
 
+    @property
+    def calibrating(self) -> Loader:
+        """`calibration`, or `train` in its stead."""
+        return self.train if self.calibration is None else self.calibration
+
     def calibration_batches(self, count: int | None) -> Iterator[Batch]:
         """The first `count` batches of `calibration`, on the device; the same in each call."""
-        loader = self.train if self.calibration is None else self.calibration
-        if self.calibration is not None and hasattr(loader, "reseed"):
-            loader.reseed(0)
-        return batches(loader, self.device, count)
+        if self.calibration is not None and hasattr(self.calibration, "reseed"):
+            self.calibration.reseed(0)
+        return batches(self.calibrating, self.device, count)
 
     def example(self) -> tuple[Tensor, ...]:
         """One validation image on the CPU, as the tensors that `model(*inputs)` takes.

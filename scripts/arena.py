@@ -138,8 +138,7 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
     train_baseline(task, config.baseline, epochs, config.seed, display)
     task.model.eval()
     # What only looks at training images must not count as training.
-    calibration = task.train if task.calibration is None else task.calibration
-    task = replace(task, train=CountedLoader(task.train), calibration=calibration)
+    task = replace(task, train=CountedLoader(task.train), calibration=task.calibrating)
     example = task.example()
     val = evaluate(task.model, task, task.val)
     profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
