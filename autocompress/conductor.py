@@ -66,6 +66,7 @@ COST_NAMES = {
     "size": "size (bytes)",
     "macs": "MACs",
     "latency": "latency (ms)",
+    "params+macs": "parameters and MACs (mean share, %)",
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
@@ -180,7 +181,7 @@ def _run(
         bench, table, left_alone = _analyse(
             config, task, baseline, example, folder, identity, display
         )
-    space = SearchSpace.from_table(table, config.objective, _total(config, baseline))
+    space = SearchSpace.from_table(table, config.objective, baseline.profile.cost)
     if not space.options:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
         raise ConfigError(
@@ -541,11 +542,6 @@ def _bury(study: Study, stage: str, display: Display) -> None:
         display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")
     if spent:
         display.say(f"Going on with the {stage} after {spent} trials.")
-
-
-def _total(config: StudyConfig, baseline: Baseline) -> int:
-    profile = baseline.profile
-    return profile.params if config.objective in ("params", "size") else profile.macs
 
 
 def _spent(study: Study) -> float:

@@ -202,8 +202,10 @@ class StudyConfig(_Section):
         description="How sure the drop on new images must be within delta; 0.5 trusts the "
         "measured drop.",
     )
-    objective: Literal["params", "size", "macs", "latency"] = Field(
-        default="params", description="The cost to make small."
+    objective: Literal["params", "size", "macs", "latency", "params+macs"] = Field(
+        default="params",
+        description="The cost to make small; params+macs is the mean of both, each as a share of "
+        "the baseline's.",
     )
     model: ModelConfig = Field(description="The network to compress.")
     data: DataConfig = Field(description="The images to train, choose and test with.")

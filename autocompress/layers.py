@@ -32,6 +32,10 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.params + other.params, self.macs + other.macs)
 
+    def share(self, full: Cost) -> float:
+        """Mean of its parameters' share and its MACs' share of those of `full`."""
+        return (self.params / full.params + self.macs / full.macs) / 2
+
 
 @dataclass(frozen=True)
 class LayerSpec:

@@ -73,7 +73,7 @@ class Bench:
         finetune: Length, learning rate, distillation and gate.
         delta: The tolerance, in points.
         confidence: How sure it must be that the drop is within it.
-        objective: "params", "size", "macs" or "latency".
+        objective: "params", "size", "macs", "latency" or "params+macs".
         seed: The study's seed.
         store: Optuna's artifact store.
         identity: Ties what is kept in the study's folder to the study.
@@ -186,7 +186,8 @@ def _carry_out(
     timing = (0.25, 20) if bench.objective == "latency" else (0.02, 5)
     latency = measure_latency(model, bench.example, seconds=timing[0], min_runs=timing[1]).median_ms
     watch.lap("profile")
-    cost = cost_of(bench.objective, profile, latency)
+    full = bench.baseline.profile
+    cost = cost_of(bench.objective, profile, latency, full)
 
     recalibrate(model, task, RECALIBRATION_BATCHES)
     watch.lap("recalibrate")
@@ -216,7 +217,7 @@ def _carry_out(
         drop = gate.drops[-1]
         set_constraint(trial, gate.lost - bench.delta)
         accuracy = bench.baseline.val.accuracy - drop
-        _record(trial, watch, accuracy, drop, gate.lost, profile, latency)
+        _record(trial, watch, accuracy, drop, gate.lost, profile, latency, full)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
     after = evaluate(model, task, task.val)
@@ -227,7 +228,7 @@ def _carry_out(
     trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)
     watch.lap("store")
-    _record(trial, watch, after.accuracy, drop, bound, profile, latency)
+    _record(trial, watch, after.accuracy, drop, bound, profile, latency, full)
     return (drop, cost), None
 
 
@@ -298,21 +299,26 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     return model.to(bench.task.device).eval(), plan
 
 
-def cost_of(objective: str, profile: Profile, latency_ms: float) -> float:
-    """The second objective in its natural unit: parameters, bytes, MACs or milliseconds."""
+def cost_of(objective: str, profile: Profile, latency_ms: float, full: Profile) -> float:
+    """The second objective in its natural unit.
+
+    That is parameters, bytes, MACs, milliseconds, or percent of `full`, the baseline's profile, for
+    the mean share of its parameters and MACs.
+    """
     costs = {
         "params": float(profile.params),
         "size": float(profile.size_bytes),
         "macs": float(profile.macs),
         "latency": latency_ms,
+        "params+macs": 100 * profile.cost.share(full.cost),
     }
     return costs[objective]
 
 
 def _ratio(bench: Bench, cost: float) -> float:
-    latency = bench.baseline.profile.latency
-    full = cost_of(bench.objective, bench.baseline.profile, latency.median_ms if latency else 0.0)
-    return full / cost if cost else float("inf")
+    full = bench.baseline.profile
+    most = cost_of(bench.objective, full, full.latency.median_ms if full.latency else 0.0, full)
+    return most / cost if cost else float("inf")
 
 
 def _record(
@@ -323,6 +329,7 @@ def _record(
     bound: float,
     profile: Profile,
     latency_ms: float,
+    full: Profile,
 ) -> None:
     trial.set_user_attr(
         "metrics",
@@ -335,6 +342,7 @@ def _record(
             "size_bytes": profile.size_bytes,
             "memory_bytes": profile.memory_bytes,
             "latency_ms": latency_ms,
+            "share": 100 * profile.cost.share(full.cost),
         },
     )
     watch.lap("other")

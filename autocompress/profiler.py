@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from autocompress.errors import ConfigError
+from autocompress.layers import Cost
 from autocompress.task import tensors_in
 
 Example = tuple[Tensor, ...]
@@ -112,6 +113,11 @@ class Profile:
     accuracy: float | None = None
     layers: tuple[LayerProfile, ...] = ()
     uncounted: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> Cost:
+        """Parameters and MACs alone."""
+        return Cost(self.params, self.macs)
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain values that JSON can hold."""

@@ -22,6 +22,7 @@ import optuna
 import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.layers import Cost
 from autocompress.trials import within_delta
 
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
@@ -31,6 +32,7 @@ OBJECTIVES = {
     "size": ("size_bytes", "Size", "smaller"),
     "macs": ("macs", "MACs", "fewer MACs"),
     "latency": ("latency_ms", "Latency", "faster"),
+    "params+macs": ("share", "Parameters and MACs, mean share", "fewer parameters and MACs"),
 }
 """Objective -> key in the metrics of a trial, axis title, words of the headline."""
 
@@ -106,8 +108,8 @@ def quantity(value: float | None, metric: str) -> str:
     """
     if value is None or not math.isfinite(value):
         return "–"
-    if metric in ("accuracy", "drop"):
-        return f"{value:.2f} %" if metric == "accuracy" else f"{value:.2f}"
+    if metric in ("accuracy", "drop", "share"):
+        return f"{value:.2f}" if metric == "drop" else f"{value:.2f} %"
     if metric == "latency_ms":
         return f"{_digits(value)} ms"
     unit = "B" if metric in ("size_bytes", "memory_bytes") else ""
@@ -213,7 +215,7 @@ class _View:
         key = OBJECTIVES[objective][0]
         baseline = result.get("baseline") or {}
         chosen = (result.get("best") if result.get("met") else None) or result.get("nearest")
-        cost = _metrics_of_profile(baseline.get("profile")).get(key)
+        cost = _metrics_of_profile(baseline.get("profile"), baseline.get("profile")).get(key)
         records = {stage: study.get_trials(deepcopy=False) for stage, study in studies.items()}
         front = {id(t) for t in pareto_trials(t for ts in records.values() for t in ts)}
         trials = [
@@ -446,7 +448,7 @@ def _headline(view: _View) -> dict[str, Any]:
             "figures": [],
         }
     chosen = view.chosen
-    after = _metrics_of_profile(chosen.get("profile")) or dict(chosen.get("metrics") or {})
+    after = _metrics(view, chosen)
     key, _, words = OBJECTIVES[view.objective]
     ratio = _divide(before.get(key), after.get(key))
     drop = _drop(chosen)
@@ -528,8 +530,7 @@ def _comparison(view: _View) -> dict[str, Any]:
         name = f"best of exploration (trial {stage_best.get('trial')})"
         columns.append((name, dict(stage_best.get("metrics") or {})))
     if view.chosen is not None:
-        after = _metrics_of_profile(view.chosen.get("profile"))
-        after = after or dict(view.chosen.get("metrics") or {})
+        after = _metrics(view, view.chosen)
         after["accuracy"] = view.chosen.get("val_accuracy", after.get("accuracy"))
         after["test"] = view.chosen.get("test_accuracy")
         where = f"{view.chosen.get('stage')} trial {view.chosen.get('trial')}"
@@ -575,9 +576,8 @@ def _second(view: _View) -> str:
     if not second:
         return ""
     key, _, words = OBJECTIVES[view.objective]
-    metrics = _metrics_of_profile(second.get("profile")) or dict(second.get("metrics") or {})
     base = _baseline_metrics(view)
-    ratio = _ratio(_divide(base.get(key), metrics.get(key)))
+    ratio = _ratio(_divide(base.get(key), _metrics(view, second).get(key)))
     return (
         f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
         f"drop {quantity(_drop(second), 'drop')} points on validation data."
@@ -728,14 +728,29 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
     return rows
 
 
-def _metrics_of_profile(profile: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A profile under the names of a trial's metrics."""
+def _metrics_of_profile(
+    profile: Mapping[str, Any] | None, full: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A profile under the names of a trial's metrics; `full` is the baseline's."""
     if not profile:
         return {}
     keys = ("accuracy", "params", "macs", "size_bytes", "memory_bytes")
+    metrics = {key: profile.get(key) for key in keys}
     latency = profile.get("latency")
-    median = latency.get("median_ms") if isinstance(latency, Mapping) else None
-    return {**{key: profile.get(key) for key in keys}, "latency_ms": median}
+    metrics["latency_ms"] = latency.get("median_ms") if isinstance(latency, Mapping) else None
+    if full:
+        metrics["share"] = 100 * _cost(profile).share(_cost(full))
+    return metrics
+
+
+def _cost(profile: Mapping[str, Any]) -> Cost:
+    return Cost(profile["params"], profile["macs"])
+
+
+def _metrics(view: _View, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of the winner, the second or the nearest trial, as far as they are known."""
+    known = _metrics_of_profile(found.get("profile"), view.baseline.get("profile"))
+    return known or dict(found.get("metrics") or {})
 
 
 def _baseline_metrics(view: _View) -> dict[str, Any]:
@@ -743,7 +758,7 @@ def _baseline_metrics(view: _View) -> dict[str, Any]:
 
     Two latencies from different hours of a busy machine make no ratio.
     """
-    metrics = _metrics_of_profile(view.baseline.get("profile"))
+    metrics = _metrics_of_profile(view.baseline.get("profile"), view.baseline.get("profile"))
     beside = (view.chosen or {}).get("baseline_latency")
     if isinstance(beside, Mapping):
         metrics["latency_ms"] = beside.get("median_ms", metrics.get("latency_ms"))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
+from autocompress.layers import Cost
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
 
@@ -66,30 +67,27 @@ class SearchSpace:
     fixed_cost: int
 
     @classmethod
-    def from_table(cls, table: LayerTable, objective: str, total: int) -> SearchSpace:
+    def from_table(cls, table: LayerTable, objective: str, full: Cost) -> SearchSpace:
         """The whole space of a layer table.
 
         Args:
             table: The layer table.
-            objective: "params", "size", "macs" or "latency"; the first two are spent in
-                parameters, the others in MACs.
-            total: The baseline's cost in that unit.
+            objective: "params", "size", "macs", "latency" or "params+macs", as `spend` counts it.
+            full: The baseline's cost.
         """
-        unit = cost_unit(objective)
         options: dict[str, tuple[Option, ...]] = {}
         worst = max((c.impact for own in table.choices.values() for c in own), default=0.0) or 1.0
         for layer in table.layers:
             choices = table.choices.get(layer.name, ())
             if not choices:
                 continue
-            keep = Option(None, getattr(layer.cost, unit), 0.0, KEEP)
-            options[layer.name] = (
-                keep,
-                *(
-                    Option(c, getattr(c, unit), (c.impact / worst) ** 0.5, c.transform.name)
-                    for c in choices
-                ),
-            )
+            own = [Option(None, spend(objective, layer.cost, full), 0.0, KEEP)]
+            for choice in choices:
+                cost = spend(objective, Cost(choice.params, choice.macs), full)
+                error = (choice.impact / worst) ** 0.5
+                own.append(Option(choice, cost, error, choice.transform.name))
+            options[layer.name] = tuple(own)
+        total = spend(objective, full, full)
         return cls(options, total - sum(own[0].cost for own in options.values()))
 
     @cached_property
@@ -452,6 +450,15 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
     return {name: space.options[name][i] for name, i in zip(names, decide(high), strict=True)}
 
 
-def cost_unit(objective: str) -> str:
-    """The unit that the allocator spends for an objective: "params" or "macs"."""
-    return "params" if objective in ("params", "size") else "macs"
+def spend(objective: str, cost: Cost, full: Cost) -> int:
+    """What a cost counts for the allocator.
+
+    Args:
+        objective: "params" and "size" are spent in parameters, "macs" and "latency" in MACs,
+            "params+macs" in billionths of the mean share.
+        cost: Of a layer or a network.
+        full: Of the baseline.
+    """
+    if objective == "params+macs":
+        return round(1e9 * cost.share(full))
+    return cost.params if objective in ("params", "size") else cost.macs

@@ -436,7 +436,7 @@ def _baseline_cost(study: Study, objective: str) -> float:
 
     baseline = Profile.from_dict(study.user_attrs["baseline"])
     latency = baseline.latency
-    return cost_of(objective, baseline, 0.0 if latency is None else latency.median_ms)
+    return cost_of(objective, baseline, 0.0 if latency is None else latency.median_ms, baseline)
 
 
 def _rows(summary: Any) -> Any:

@@ -38,6 +38,7 @@ from autocompress.evaluation import (
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
+from autocompress.space import spend
 from autocompress.store import state_digest, write_text
 from autocompress.task import Batch, Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
@@ -115,7 +116,7 @@ class Arena:
 
     def cost(self, profile: Profile) -> int:
         """What the study makes small; latency is spent in MACs."""
-        return profile.params if self.config.objective in ("params", "size") else profile.macs
+        return spend(self.config.objective, profile.cost, self.baseline.profile.cost)
 
     def share(self, model: nn.Module) -> float:
         """The network's cost as a share of the baseline's."""
@@ -490,7 +491,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--final-epochs", type=float, help="finetune.final_epochs")
     parser.add_argument("--annealing-trials", type=int, help="search.annealing_trials")
     parser.add_argument("--delta", type=float, help="tolerated accuracy drop, in points")
-    parser.add_argument("--objective", help="the cost to make small: params or macs")
+    parser.add_argument("--objective", help="the cost to make small: params, macs, params+macs")
     return parser
 
 

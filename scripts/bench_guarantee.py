@@ -1,18 +1,17 @@
 """How often the selected network keeps delta on test data, over many small studies.
 
     python scripts/bench_guarantee.py [--images /usr/share/datasets/fashion-mnist] [--studies 20]
+    python scripts/bench_guarantee.py --train 4000 --validation 6000 --delta 1 --trials 16 8
 
-Each study has other training images (4,000 of Fashion-MNIST, shrunk to 14 x 14 pixels, of which a
-third are for validation), another seed, and so another baseline; all are tested on the same 10,000
-test images. For each `confidence` it prints in how many studies the winner's test drop was within
-delta, the mean drop, and the mean compression: what the margin costs. A study that was finished
-before is not run again.
+Each study has other training and validation images (of Fashion-MNIST, shrunk to 14 x 14 pixels),
+another seed, and so another baseline; all are tested on the same 10,000 test images. For each
+`confidence` it prints in how many studies the winner's test drop was within delta, the mean drop,
+and the mean compression: what the margin costs. A study that was finished before is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,15 @@ from autocompress.data import load_data
 from autocompress.loaders import unaugmented
 from autocompress.progress import NullDisplay
 
-TRAIN = 4000
-
 
 def main() -> None:
     """Run the studies and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of Fashion-MNIST")
     parser.add_argument("--studies", type=int, default=20)
+    parser.add_argument("--train", type=int, default=2667, help="images to train on")
+    parser.add_argument("--validation", type=int, default=1333, help="images to choose on")
+    parser.add_argument("--trials", type=int, nargs=2, default=[8, 4], help="of both stages")
     parser.add_argument("--delta", type=float, default=2.0)
     parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--out", default="runs", help="folder of the studies' folders")
@@ -44,9 +44,9 @@ def main() -> None:
     rows: dict[float, list[dict[str, Any]]] = {c: [] for c in options.confidences}
     images = fashion(options.images)
     for seed in range(options.studies):
-        source = images_of(images, out, seed)
+        source = images_of(images, out, seed, options.train + options.validation)
         for confidence in options.confidences:
-            found = run(source, out, seed, confidence, options.delta)
+            found = run(source, out, seed, confidence, options)
             rows[confidence].append(found)
             best = found["best"] or {}
             print(
@@ -84,47 +84,50 @@ def fashion(root: str | None) -> tuple[np.ndarray, ...]:
     return tuple(parts)
 
 
-def images_of(images: Sequence[np.ndarray], out: Path, seed: int) -> Path:
-    """An `.npz` of the seed's training images and all test images."""
-    path = out / f"guarantee-{seed}.npz"
+def images_of(images: Sequence[np.ndarray], out: Path, seed: int, count: int) -> Path:
+    """An `.npz` of `count` images of the seed to train and choose on, and all test images."""
+    path = out / f"guarantee-{count}-{seed}.npz"
     if not path.exists():
         x, y, x_test, y_test = images
-        rows = np.random.default_rng(seed).permutation(len(x))[:TRAIN]
+        rows = np.random.default_rng(seed).permutation(len(x))[:count]
         out.mkdir(parents=True, exist_ok=True)
         np.savez(path, x_train=x[rows], y_train=y[rows], x_test=x_test, y_test=y_test)
     return path
 
 
-def run(source: Path, out: Path, seed: int, confidence: float, delta: float) -> dict[str, Any]:
+def run(
+    source: Path, out: Path, seed: int, confidence: float, options: argparse.Namespace
+) -> dict[str, Any]:
     """The `result.json` of one study."""
+    sizes = (options.train, options.validation)
+    exploration, annealing = options.trials
     config = parse_config(
         {
-            "name": f"guarantee-{confidence:g}-{seed}",
+            "name": f"guarantee-{sizes[0]}-{sizes[1]}-{confidence:g}-{seed}",
             "seed": seed,
-            "delta": delta,
+            "delta": options.delta,
             "confidence": confidence,
             "model.source": "zoo:resnet_small",
             "model.arguments": {"num_classes": 10, "in_channels": 1, "width": 16},
             "data.source": f"array:{source}",
             "data.augment": "none",
-            "data.val_fraction": 1 / 3,
+            "data.val_fraction": sizes[1] / sum(sizes),
             "data.batch_size": 64,
             "baseline.epochs": 6,
             "baseline.learning_rate": 0.1,
             "search.transforms": ("svd", "spatial_svd", "tucker2"),
-            "search.trials": 8,
-            "search.annealing_trials": 4,
+            "search.trials": exploration,
+            "search.annealing_trials": annealing,
             "finetune.epochs": 1,
             "finetune.final_epochs": 4,
             "finetune.learning_rate": 0.03,
             "run.out": str(out),
         }
     )
-    result = out / config.name / "result.json"
-    if not result.exists():
-        run_study(config, task_from_config(config), NullDisplay(), "scripts/bench_guarantee.py")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+    outcome = run_study(
+        config, task_from_config(config), NullDisplay(), "scripts/bench_guarantee.py"
+    )
+    return dict(outcome.summary)
 
 
 def ratio(found: dict[str, Any]) -> float:

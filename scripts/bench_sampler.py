@@ -23,7 +23,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.annealing import AnnealingSampler, Parent
-from autocompress.layers import LayerSpec
+from autocompress.layers import Cost, LayerSpec
 from autocompress.samplers import KNOBS, make_sampler
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.space import Knobs, SearchSpace, allocate
@@ -88,8 +88,8 @@ def make_space(layers: int) -> SearchSpace:
                 rows.append(Choice(transform, step / 16, cost.params, cost.macs, error, error**2))
         specs.append(layer)
         choices[layer.name] = tuple(rows)
-    total = sum(layer.cost.params for layer in specs)
-    return SearchSpace.from_table(LayerTable(tuple(specs), choices, {}), "params", total)
+    full = sum((layer.cost for layer in specs), Cost(0, 0))
+    return SearchSpace.from_table(LayerTable(tuple(specs), choices, {}), "params", full)
 
 
 def make_trials(space: SearchSpace, count: int) -> list[FrozenTrial]:

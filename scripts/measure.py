@@ -27,6 +27,8 @@ from autocompress.conductor import run_study
 from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
+from autocompress.objective import cost_of
+from autocompress.profiler import Profile
 from autocompress.progress import make_display
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.store import load_study, open_storage
@@ -135,6 +137,9 @@ def print_figures(name: str, folder: Path) -> None:
             f"test {before['test_accuracy']:.2f} -> {best['test_accuracy']:.2f}, drop "
             f"{best['test_drop']:.2f} ({low:.2f} to {high:.2f})"
         )
+    baseline = Profile.from_dict(before["profile"])
+    assert baseline.latency is not None
+    full = cost_of(result["objective"], baseline, baseline.latency.median_ms, baseline)
     storage = open_storage(f"sqlite:///{folder.resolve() / 'study.db'}")
     for stage in result["trials"]:
         study = load_study(storage, name, stage)
@@ -143,7 +148,6 @@ def print_figures(name: str, folder: Path) -> None:
         for trial in study.trials:
             if trial.values and within_delta(trial):
                 least = min(least, trial.values[1])
-            full = before["profile"][result["objective"]]
             curve.append(f"{full / least:.2f}" if least < float("inf") else "-")
         print(f"best {result['objective']} ratio after each {stage} trial: {' '.join(curve)}")
 

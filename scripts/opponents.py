@@ -82,8 +82,8 @@ def table_space(arena: Arena) -> tuple[SearchSpace, FactorCache]:
     seen = observe_layers(model, arena.task, arena.layers)
     cache = seen.factor_cache(model)
     layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
-    total = arena.cost(arena.baseline.profile)
-    return SearchSpace.from_table(layer_table, config.objective, total), cache
+    full = arena.baseline.profile.cost
+    return SearchSpace.from_table(layer_table, config.objective, full), cache
 
 
 def allocator(arena: Arena) -> Make:

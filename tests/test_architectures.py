@@ -61,7 +61,7 @@ def test_it_is_compressed_by_half(
     table = build_table(model, layers, cache, seen, tuple(TRANSFORMS))
     before = profile_model(model, example, latency=False)
     for objective, budget in (("params", 0.5), ("macs", 0.7)):
-        space = SearchSpace.from_table(table, objective, getattr(before, objective))
+        space = SearchSpace.from_table(table, objective, before.cost)
         picked = allocate(space, Knobs(budget))
         small = apply_plan(model, space.plan(picked), cache)
         after = profile_model(small, example, latency=False)

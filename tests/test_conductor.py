@@ -343,11 +343,12 @@ def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("objective", ["size", "macs", "latency"])
+@pytest.mark.parametrize("objective", ["size", "macs", "latency", "params+macs"])
 def test_every_objective_is_the_second_value(task: Task, tmp_path: Path, objective: str) -> None:
     config = tiny_config(tmp_path, trials=2, annealing_trials=1, objective=objective)
     run_study(config, task, NullDisplay())
-    key = {"size": "size_bytes", "macs": "macs", "latency": "latency_ms"}[objective]
+    keys = {"size": "size_bytes", "latency": "latency_ms", "params+macs": "share"}
+    key = keys.get(objective, objective)
     for study in studies_of(tmp_path / "tiny").values():
         assert all(t.values[1] == t.user_attrs["metrics"][key] for t in study.trials)
 

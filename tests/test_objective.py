@@ -64,7 +64,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
     seen = observe_layers(task.model, task, layers, images=64, patches=128)
     cache = seen.factor_cache(task.model)
     table = build_table(task.model, layers, cache, seen, ("svd", "tucker2"))
-    space = SearchSpace.from_table(table, "params", baseline.profile.params)
+    space = SearchSpace.from_table(table, "params", baseline.profile.cost)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
     return Bench(
         task=task,
@@ -240,8 +240,10 @@ def test_latency_is_measured_with_care_where_it_is_the_objective(
 
 def test_costs_are_in_their_own_units() -> None:
     profile = Profile(params=10, size_bytes=48, macs=500, memory_bytes=100)
-    costs = [cost_of(name, profile, 2.5) for name in ("params", "size", "macs", "latency")]
-    assert costs == [10.0, 48.0, 500.0, 2.5]
+    full = Profile(params=40, size_bytes=192, macs=1000, memory_bytes=400)
+    names = ("params", "size", "macs", "latency", "params+macs")
+    costs = [cost_of(name, profile, 2.5, full) for name in names]
+    assert costs == [10.0, 48.0, 500.0, 2.5, (25.0 + 50.0) / 2]
 
 
 def test_the_best_so_far_is_the_cheapest_within_delta(bench: Bench) -> None:

@@ -355,6 +355,14 @@ def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
     assert "fewer MACs" in outline.text
 
 
+def test_parameters_and_macs_together_have_one_ratio(tmp_path: Path) -> None:
+    found = {**result(), "objective": "params+macs"}
+    before, after = found["baseline"]["profile"], found["best"]["profile"]
+    share = (after["params"] / before["params"] + after["macs"] / before["macs"]) / 2
+    _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    assert f"{1 / share:.2f}x fewer parameters and MACs" in outline.text
+
+
 def test_pareto_trials_are_feasible_and_not_beaten() -> None:
     trials = [
         trial(0.2, 100.0),

@@ -4,7 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from autocompress.layers import LayerSpec
+from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.space import (
@@ -20,7 +20,9 @@ from autocompress.space import (
 from autocompress.transforms import SVD, SpatialSVD
 
 
-def make_space(sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3)) -> SearchSpace:
+def make_space(
+    sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3), objective: str = "params"
+) -> SearchSpace:
     """Three equal layers whose errors differ by a factor."""
     layers, choices = [], {}
     for index, factor in enumerate(sensitivities):
@@ -50,8 +52,8 @@ def make_space(sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3)) -> SearchSpac
         layers.append(layer)
         choices[layer.name] = tuple(rows)
     table = LayerTable(tuple(layers), choices, {})
-    total = sum(layer.cost.params for layer in layers) + 1000
-    return SearchSpace.from_table(table, "params", total)
+    full = sum((layer.cost for layer in layers), Cost(1000, 0))
+    return SearchSpace.from_table(table, objective, full)
 
 
 @pytest.fixture
@@ -67,6 +69,20 @@ def test_allocation_keeps_the_budget_and_comes_near_it(
     cost = space.cost(allocate(space, Knobs(budget, rule)))
     assert cost <= budget * space.baseline_cost
     assert cost >= 0.6 * budget * space.baseline_cost
+
+
+def test_parameters_and_macs_together_count_as_the_mean_of_their_shares() -> None:
+    space = make_space(objective="params+macs")
+    # 9216 parameters at 64 places in each of the three layers, and 1000 parameters besides.
+    full = Cost(3 * 9216 + 1000, 3 * 9216 * 64)
+    picked = allocate(space, Knobs(0.4))
+    left = [layer.choice for layer in picked.values() if layer.choice]
+    assert len(left) == 3
+    params = sum(c.params for c in left) + 1000
+    macs = sum(c.macs for c in left)
+    share = (params / full.params + macs / full.macs) / 2
+    assert 0.3 < share <= 0.4
+    assert space.cost(picked) / space.baseline_cost == pytest.approx(share, abs=1e-8)
 
 
 def test_sensitive_layers_keep_more(space: SearchSpace) -> None:
