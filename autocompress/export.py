@@ -38,6 +38,7 @@ from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.models import build_model
 from autocompress.plan import Plan
 from autocompress.profiler import Example, Profile, size_bytes
+from autocompress.runtime import open_onnx
 from autocompress.surgery import build_plan
 from autocompress.task import tensors_in
 
@@ -249,20 +250,9 @@ def check_onnx(path: str | Path, model: nn.Module, images: Tensor | Example) -> 
         AutocompressError: If the difference is above `TOLERANCE` relative to the largest output.
     """
     import onnx
-    import onnxruntime
 
     onnx.checker.check_model(str(path))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [value.name for value in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        arrays = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-        return [torch.from_numpy(value) for value in session.run(None, arrays)]
-
-    return _difference(Path(path).name, run, _portable(model), images)
+    return _difference(Path(path).name, open_onnx(path), _portable(model), images)
 
 
 def check_pt2(path: str | Path, model: nn.Module, images: Tensor | Example) -> float:

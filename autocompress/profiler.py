@@ -77,7 +77,7 @@ class Latency:
         runs: Number of timed batches.
         device: Where it ran, such as "cpu" or "cuda:0".
         threads: CPU threads of PyTorch.
-        runtime: What ran the network; "eager" is PyTorch itself.
+        runtime: What ran the network, such as "ONNX Runtime"; "eager" is PyTorch itself.
     """
 
     median_ms: float
@@ -87,6 +87,22 @@ class Latency:
     device: str
     threads: int
     runtime: str = "eager"
+
+    @classmethod
+    def of(
+        cls, times: Sequence[float], batch_size: int, device: torch.device, runtime: str = "eager"
+    ) -> Latency:
+        """The latency of batches that took `times`, in seconds, with PyTorch's threads."""
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(
+            median_ms=1e3 * median,
+            iqr_ms=1e3 * (high - low),
+            batch_size=batch_size,
+            runs=len(times),
+            device=str(device),
+            threads=torch.get_num_threads(),
+            runtime=runtime,
+        )
 
 
 @dataclass(frozen=True)
@@ -191,7 +207,7 @@ def profile_model(
     Raises:
         ConfigError: If `example` is empty.
     """
-    image = _on_device(model, _batch_of(example, 1))
+    image = _on_device(model, batch_of(example, 1))
     with _eval_mode(model):
         tally = _count(model, image, forward)
     layers = _layers(model, tally)
@@ -434,53 +450,55 @@ def _time(
     min_runs: int,
 ) -> list[Latency]:
     """Time the models turn by turn."""
-    if batch_size < 1 or min_runs < 2:
-        raise ConfigError(
-            f"Latency needs batch_size >= 1 and min_runs >= 2, got {batch_size} and {min_runs}."
-        )
-    batch = _batch_of(example, batch_size)
+    batch = batch_of(example, batch_size)
     inputs = [_on_device(model, batch) for model in models]
-    spent: list[list[float]] = [[] for _ in models]
 
-    def turn(keep: bool) -> None:
-        for model, own, times in zip(models, inputs, spent, strict=True):
-            elapsed = _time_once(model, own, forward)
-            if keep:
-                times.append(elapsed)
+    def once(model: nn.Module, own: Example) -> Callable[[], None]:
+        def run() -> None:
+            _run(model, own, forward)
+            _synchronize(own[0].device)
 
+        return run
+
+    runs = [once(model, own) for model, own in zip(models, inputs, strict=True)]
     with torch.no_grad(), _eval_mode(*models):
-        begin = time.perf_counter()
-        for _ in range(WARM_UP_RUNS):
-            turn(keep=False)
-        while time.perf_counter() - begin < WARM_UP_FRACTION * seconds:
-            turn(keep=False)
-        begin = time.perf_counter()
-        while len(spent[0]) < min_runs or time.perf_counter() - begin < seconds:
-            turn(keep=True)
+        spent = time_in_turns(runs, seconds, min_runs)
     return [
-        _latency(times, batch_size, own[0].device) for times, own in zip(spent, inputs, strict=True)
+        Latency.of(times, batch_size, own[0].device)
+        for times, own in zip(spent, inputs, strict=True)
     ]
 
 
-def _time_once(model: nn.Module, inputs: Example, forward: Forward | None) -> float:
-    """Seconds of one batch; work that an accelerator still queues is waited for."""
-    _synchronize(inputs[0].device)
+def time_in_turns(
+    runs: Sequence[Callable[[], object]], seconds: float, min_runs: int
+) -> list[list[float]]:
+    """The seconds that each of `runs` takes, called turn by turn, so that noise hits all alike.
+
+    Args:
+        runs: What is timed; each returns when its work is done.
+        seconds: Time to spend, the warm-up not counted.
+        min_runs: Turns at least, even if they take longer.
+    """
+    if min_runs < 2:
+        raise ConfigError(f"Latency needs min_runs >= 2, got {min_runs}.")
+    spent: list[list[float]] = [[] for _ in runs]
+
+    def turn(keep: bool) -> None:
+        for run, times in zip(runs, spent, strict=True):
+            begin = time.perf_counter()
+            run()
+            if keep:
+                times.append(time.perf_counter() - begin)
+
     begin = time.perf_counter()
-    _run(model, inputs, forward)
-    _synchronize(inputs[0].device)
-    return time.perf_counter() - begin
-
-
-def _latency(times: Sequence[float], batch_size: int, device: torch.device) -> Latency:
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Latency(
-        median_ms=1e3 * median,
-        iqr_ms=1e3 * (high - low),
-        batch_size=batch_size,
-        runs=len(times),
-        device=str(device),
-        threads=torch.get_num_threads(),
-    )
+    for _ in range(WARM_UP_RUNS):
+        turn(keep=False)
+    while time.perf_counter() - begin < WARM_UP_FRACTION * seconds:
+        turn(keep=False)
+    begin = time.perf_counter()
+    while len(spent[0]) < min_runs or time.perf_counter() - begin < seconds:
+        turn(keep=True)
+    return spent
 
 
 def _run(model: nn.Module, inputs: Example, forward: Forward | None) -> Any:
@@ -492,8 +510,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batch_of(example: Example, size: int) -> Example:
-    """The first sample of `example`, `size` times."""
+def batch_of(example: Example, size: int) -> Example:
+    """The first sample of `example`, `size` times.
+
+    Raises:
+        ConfigError: If there is none, or `size` is below 1.
+    """
+    if size < 1:
+        raise ConfigError(f"Latency needs batch_size >= 1, got {size}.")
     if not example or not all(isinstance(value, Tensor) and value.ndim for value in example):
         raise ConfigError(
             "The example must be a tuple of at least one tensor, batch first, such as "

@@ -110,7 +110,7 @@ def quantity(value: float | None, metric: str) -> str:
         return "–"
     if metric in ("accuracy", "drop", "share"):
         return f"{value:.2f}" if metric == "drop" else f"{value:.2f} %"
-    if metric == "latency_ms":
+    if metric in ("latency_ms", "onnx_ms"):
         return f"{_digits(value)} ms"
     unit = "B" if metric in ("size_bytes", "memory_bytes") else ""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -469,7 +469,9 @@ def _headline(view: _View) -> dict[str, Any]:
             f"The nearest is {where} with {quantity(drop, 'drop')} points on validation data."
         )
     names = {"params": "parameters", "size_bytes": "size", "macs": "MACs", "memory_bytes": "memory"}
-    names["latency_ms"] = "latency"
+    # The exported file's speed is what a user will see; PyTorch's where there is no such file.
+    measured = before.get("onnx_ms") is not None
+    names |= {"onnx_ms": "latency, ONNX Runtime"} if measured else {"latency_ms": "latency"}
     figures = [
         (_ratio(_divide(before.get(k), after.get(k))), name, _arrow(before.get(k), after.get(k), k))
         for k, name in names.items()
@@ -542,7 +544,8 @@ def _comparison(view: _View) -> dict[str, Any]:
         ("Size", "size_bytes"),
         ("MACs, one image", "macs"),
         ("Memory, one image", "memory_bytes"),
-        (_latency_label(view.baseline.get("profile")), "latency_ms"),
+        (_latency_label((view.baseline.get("profile") or {}).get("latency")), "latency_ms"),
+        (_latency_label(_onnx_latency(view.chosen, "baseline")), "onnx_ms"),
     ]
     rows = []
     for label, key in labels:
@@ -561,8 +564,12 @@ def _comparison(view: _View) -> dict[str, Any]:
     return {"columns": [name for name, _ in columns], "rows": rows}
 
 
-def _latency_label(profile: Mapping[str, Any] | None) -> str:
-    latency = (profile or {}).get("latency")
+def _onnx_latency(chosen: Mapping[str, Any] | None, which: str) -> Mapping[str, Any]:
+    """What ONNX Runtime took for the "baseline" or the "model"; empty where it was not measured."""
+    return ((chosen or {}).get("onnx_latency") or {}).get(which) or {}
+
+
+def _latency_label(latency: object) -> str:
     if not isinstance(latency, Mapping):
         return "Latency"
     words = [str(latency.get("runtime") or ""), f"batch {latency.get('batch_size')}"]
@@ -750,7 +757,8 @@ def _cost(profile: Mapping[str, Any]) -> Cost:
 def _metrics(view: _View, found: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of the winner, the second or the nearest trial, as far as they are known."""
     known = _metrics_of_profile(found.get("profile"), view.baseline.get("profile"))
-    return known or dict(found.get("metrics") or {})
+    known = known or dict(found.get("metrics") or {})
+    return known | {"onnx_ms": _onnx_latency(found, "model").get("median_ms")}
 
 
 def _baseline_metrics(view: _View) -> dict[str, Any]:
@@ -762,6 +770,7 @@ def _baseline_metrics(view: _View) -> dict[str, Any]:
     beside = (view.chosen or {}).get("baseline_latency")
     if isinstance(beside, Mapping):
         metrics["latency_ms"] = beside.get("median_ms", metrics.get("latency_ms"))
+    metrics["onnx_ms"] = _onnx_latency(view.chosen, "baseline").get("median_ms")
     return metrics
 
 

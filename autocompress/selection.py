@@ -11,18 +11,21 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial
 
 from autocompress.config import StudyConfig
+from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
-from autocompress.export import save_model
+from autocompress.export import export_onnx, save_model
 from autocompress.finals import Finalist, choose_finalists
 from autocompress.objective import Bench, pace
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
+from autocompress.runtime import compare_onnx_latency
 from autocompress.store import StudyFolder, trials_spent, write_text
 from autocompress.trials import has_weights, lost, violation, within_delta
 
@@ -77,6 +80,7 @@ def conclude(
         summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
         with timed(seconds, "export"):
             _export(bench, winners[0], best, folder.best, display)
+            best["onnx_latency"] = _onnx_latency(bench, folder.best / "model.onnx", display)
             for second in winners[1:]:
                 summary["second"] = _describe_finalist(bench, second, config)
                 _export(bench, second, summary["second"], folder.second, display)
@@ -246,6 +250,25 @@ def _export(
         display.say(f"{place.name}/{name} was not written: {reason}")
     found["files"] = dict(export.files)
     found["export_differences"] = dict(export.checks)
+
+
+def _onnx_latency(bench: Bench, path: Path, display: Display) -> dict[str, Any] | None:
+    """The latency of the baseline and of the exported winner on ONNX Runtime, turn by turn."""
+    if not path.exists():
+        return None
+    try:
+        with TemporaryDirectory() as place:
+            baseline = Path(place) / "baseline.onnx"
+            export_onnx(bench.baseline.model, bench.example, baseline)
+            before, after = compare_onnx_latency(baseline, path, bench.example)
+    except AutocompressError as error:
+        display.say(f"The latency on ONNX Runtime was not measured: {error}")
+        return None
+    display.say(
+        f"ONNX Runtime, one image, {after.threads} threads: {before.median_ms:.3f} ms -> "
+        f"{after.median_ms:.3f} ms, {before.median_ms / after.median_ms:.2f}x as fast."
+    )
+    return {"baseline": asdict(before), "model": asdict(after)}
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from measure import places
+from measure import places, speedups
 from torch import nn
 
 from autocompress.api import task_from_config
@@ -35,9 +36,11 @@ from autocompress.evaluation import (
     paired_drop,
     recalibrate,
 )
+from autocompress.export import export_onnx
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
+from autocompress.runtime import compare_onnx_latency
 from autocompress.space import spend
 from autocompress.store import state_digest, write_text
 from autocompress.task import Batch, Loader, Task
@@ -320,6 +323,11 @@ def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
     """The figures of a method's final network. Reads the test data: once for each method."""
     profile = profile_model(model, arena.example, latency=False)
     before, after = compare_latency(arena.baseline.model, model, arena.example)
+    with TemporaryDirectory() as place:
+        files = Path(place) / "baseline.onnx", Path(place) / "model.onnx"
+        for network, path in zip((arena.baseline.model, model), files, strict=True):
+            export_onnx(network, arena.example, path)
+        onnx_before, onnx_after = compare_onnx_latency(*files, arena.example)
     task = arena.task
     reference: Evaluation = evaluate(arena.baseline.model, task, task.test)
     drop, low, high = paired_drop(reference, evaluate(model, task, task.test))
@@ -328,6 +336,7 @@ def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
         "params_ratio": full.params / profile.params,
         "macs_ratio": full.macs / profile.macs,
         "latency_ratio": before.median_ms / after.median_ms,
+        "onnx_ratio": onnx_before.median_ms / onnx_after.median_ms,
         "val_drop": val_drop,
         "test_drop": drop,
         "test_drop_interval": [low, high],
@@ -411,10 +420,12 @@ def study_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     if best is None:
         return {}
     before, after = summary["baseline"]["profile"], best["profile"]
+    eager, onnx = speedups(best)
     return {
         "params_ratio": before["params"] / after["params"],
         "macs_ratio": before["macs"] / after["macs"],
-        "latency_ratio": best["baseline_latency"]["median_ms"] / after["latency"]["median_ms"],
+        "latency_ratio": eager,
+        "onnx_ratio": onnx,
         **{key: best[key] for key in ("val_drop", "test_drop", "test_drop_interval")},
     }
 

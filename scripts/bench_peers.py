@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Arena], Make]]] = {
     "alds": ("ALDS-style splits, min-max error", alds),
 }
 OURS = "autocompress"
-FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio")
+FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio", "onnx_ratio")
 
 
 def main() -> None:
@@ -128,12 +128,18 @@ def print_result(result: dict[str, Any]) -> None:
 
 def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     """The comparison as Markdown: means over the seeds, with standard deviations."""
-    header = ["method", "params", "MACs", "val drop", "test drop", "latency", "epochs", "s", "met"]
+    header = ["method", "params", "MACs", "val drop", "test drop", "PyTorch", "ONNX Runtime"]
+    header += ["epochs", "s", "met"]
     rows = []
     for method, runs in results.items():
         name = FAMILIES[method][0] if method in FAMILIES else OURS
         figures = [spread([run.get(key) for run in runs]) for key in FIGURES]
-        figures = [f"{figures[0]}x", f"{figures[1]}x", *figures[2:4], f"{figures[4]}x"]
+        figures = [
+            f"{figures[0]}x",
+            f"{figures[1]}x",
+            *figures[2:4],
+            *(f"{f}x" for f in figures[4:]),
+        ]
         effort = [spread([run[key] for run in runs], 1) for key in ("epochs", "seconds")]
         rows.append([name, *figures, *effort, f"{sum(r['met'] for r in runs)} of {len(runs)}"])
     return table(header, rows) + f"\n\nSeeds {', '.join(map(str, seeds))}."

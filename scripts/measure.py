@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,6 +114,15 @@ def time_tables() -> None:
         print(f"{source}: {rows} choices for {len(layers)} layers in {seconds:.1f} s")
 
 
+def speedups(best: Mapping[str, Any]) -> tuple[float, float]:
+    """How many times as fast the winner is in PyTorch and on ONNX Runtime, NaN where not known."""
+    eager = best["baseline_latency"]["median_ms"] / best["profile"]["latency"]["median_ms"]
+    onnx = best.get("onnx_latency")
+    if onnx is None:
+        return eager, math.nan
+    return eager, onnx["baseline"]["median_ms"] / onnx["model"]["median_ms"]
+
+
 def print_figures(name: str, folder: Path) -> None:
     """Print the study's result and the best network so far after each trial."""
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -129,10 +141,11 @@ def print_figures(name: str, folder: Path) -> None:
         best = result["best"]
         low, high = best["test_drop_interval"]
         params, macs = (before["profile"][key] / best["profile"][key] for key in ("params", "macs"))
-        faster = best["baseline_latency"]["median_ms"] / best["profile"]["latency"]["median_ms"]
+        eager, onnx = speedups(best)
         print(
             f"winner: {best['stage']}/{best['trial']}, "
-            f"{params:.2f}x params, {macs:.2f}x MACs, {faster:.2f}x faster (eager), "
+            f"{params:.2f}x params, {macs:.2f}x MACs, {eager:.2f}x as fast (PyTorch), "
+            f"{onnx:.2f}x as fast (ONNX Runtime), "
             f"val drop {best['val_drop']:.2f}, "
             f"test {before['test_accuracy']:.2f} -> {best['test_accuracy']:.2f}, drop "
             f"{best['test_drop']:.2f} ({low:.2f} to {high:.2f})"

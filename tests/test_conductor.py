@@ -82,6 +82,9 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
     assert low <= best["test_drop"] <= high
     assert best["test_drop"] == pytest.approx(before["test_accuracy"] - best["test_accuracy"])
     assert summary["command"] == "the command" and summary["test_reads"] == 1
+    for which in ("baseline", "model"):
+        latency = best["onnx_latency"][which]
+        assert latency["runtime"] == "ONNX Runtime" and latency["median_ms"] > 0
 
 
 def test_the_networks_handed_out_are_one(finished: Outcome, task: Task) -> None:

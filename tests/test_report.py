@@ -345,6 +345,19 @@ def test_latency_ratio_comes_from_measurements_in_turns(tmp_path: Path) -> None:
     assert "paired on the same 10,000 images" in outline.text
 
 
+def test_the_speed_of_the_exported_file_is_shown_before_pytorchs(tmp_path: Path) -> None:
+    found = result()
+    times = {"batch_size": 1, "threads": 2, "runtime": "ONNX Runtime"}
+    found["best"]["onnx_latency"] = {
+        "baseline": {"median_ms": 6.0, **times},
+        "model": {"median_ms": 1.5, **times},
+    }
+    _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    assert "latency, ONNX Runtime" in outline.text
+    assert "6.00 ms → 1.50 ms" in outline.text
+    assert "Latency, ONNX Runtime, batch 1, 2 threads" in outline.text
+
+
 def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
     """A study of exploration alone, and one in which no trial has ended."""
     bare = {"study": "new", "delta": 0.5, "objective": "latency", "met": False, "baseline": {}}
