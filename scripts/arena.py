@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -457,6 +458,37 @@ def remember(
     result = {**work(), "seconds": round(time.perf_counter() - start, 1), "settings": given}
     write_text(path, json.dumps(result, indent=1))
     return result
+
+
+def run_all(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    settings: Callable[[str], Mapping[str, Any]],
+    work: Callable[[str, int], dict[str, Any]],
+    line: Callable[[dict[str, Any]], str],
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every method with every seed, save what earlier runs have finished.
+
+    Args:
+        methods: Their names.
+        seeds: Of search and training.
+        out: Where finished results are kept.
+        settings: What a method's kept result stands for.
+        work: `work(method, seed)` gives a result.
+        line: What is printed of a result.
+
+    Returns:
+        Method to its results, in the order of the seeds.
+    """
+    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    for seed in seeds:
+        for method in methods:
+            print(f"## {method}, seed {seed}", flush=True)
+            path = out / f"{method}-{seed}.json"
+            results[method].append(remember(path, settings(method), partial(work, method, seed)))
+            print(line(results[method][-1]), flush=True)
+    return results
 
 
 def settings_of(arena: Arena) -> dict[str, Any]:

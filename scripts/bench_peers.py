@@ -27,7 +27,7 @@ from arena import (
     describe,
     finish,
     parser_of,
-    remember,
+    run_all,
     run_whole_study,
     settings_of,
     spread,
@@ -61,23 +61,17 @@ def main() -> None:
     if "torch-pruning" in methods:
         import_torch_pruning()  # rather missing now than after hours
     arena, out = start(options)
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    for seed in options.seeds:
-        for method in methods:
-            print(f"## {method}, seed {seed}", flush=True)
-            path = out / f"{method}-{seed}.json"
-            epochs = arena.planned_epochs
-            ours = out / f"{OURS}-{seed}.json"
-            if ours.exists():
-                epochs = json.loads(ours.read_text(encoding="utf-8"))["epochs"]
 
-            def work(method: str = method, seed: int = seed, epochs: float = epochs) -> Any:
-                if method == OURS:
-                    return run_ours(arena, out, seed)
-                return run_peer(arena, method, seed, epochs)
+    def work(method: str, seed: int) -> dict[str, Any]:
+        if method == OURS:
+            return run_ours(arena, out, seed)
+        ours = out / f"{OURS}-{seed}.json"
+        epochs = arena.planned_epochs
+        if ours.exists():
+            epochs = json.loads(ours.read_text(encoding="utf-8"))["epochs"]
+        return run_peer(arena, method, seed, epochs)
 
-            results[method].append(remember(path, settings_of(arena), work))
-            print_result(results[method][-1])
+    results = run_all(methods, options.seeds, out, lambda _: settings_of(arena), work, result_line)
     write_text(out / "peers.json", json.dumps(results, indent=1))
     print("\n" + peers_table(results, options.seeds))
 
@@ -120,10 +114,10 @@ def run_peer(arena: Arena, method: str, seed: int, epochs: float) -> dict[str, A
     return result
 
 
-def print_result(result: dict[str, Any]) -> None:
+def result_line(result: dict[str, Any]) -> str:
     """One line for a finished method."""
-    shown = {key: round(result[key], 3) for key in (*FIGURES, "epochs", "seconds") if key in result}
-    print(shown, flush=True)
+    keys = (*FIGURES, "epochs", "seconds")
+    return str({key: round(result[key], 3) for key in keys if key in result})
 
 
 def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:

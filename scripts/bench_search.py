@@ -28,7 +28,7 @@ from arena import (
     describe,
     finish,
     parser_of,
-    remember,
+    run_all,
     run_whole_study,
     settings_of,
     spread,
@@ -70,23 +70,22 @@ def main() -> None:
     if "tpe-long" in methods and not options.flat_trials:
         parser.error("--methods tpe-long needs --flat-trials")
     arena, out = start(options)
-    results: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
-    for seed in options.seeds:
-        for method in methods:
-            print(f"## {method}, seed {seed}", flush=True)
 
-            def work(method: str = method, seed: int = seed) -> dict[str, Any]:
-                if method in ("uniform", "allocator"):
-                    return run_family(arena, method, seed)
-                settings = stages(arena.config, method, options.flat_trials)
-                return run_search(arena, f"{method}-{seed}", out, seed, settings)
+    def work(method: str, seed: int) -> dict[str, Any]:
+        if method in ("uniform", "allocator"):
+            return run_family(arena, method, seed)
+        settings = stages(arena.config, method, options.flat_trials)
+        return run_search(arena, f"{method}-{seed}", out, seed, settings)
 
-            settings = settings_of(arena) | {"flat trials": options.flat_trials}
-            if method != "tpe-long":
-                del settings["flat trials"]
-            results[method].append(remember(out / f"{method}-{seed}.json", settings, work))
-            best = best_after(results[method][-1]["trials"])
-            print(f"best within delta: {best and round(best, 2)}", flush=True)
+    def settings(method: str) -> dict[str, Any]:
+        flat = {"flat trials": options.flat_trials} if method == "tpe-long" else {}
+        return settings_of(arena) | flat
+
+    def shown(result: dict[str, Any]) -> str:
+        best = best_after(result["trials"])
+        return f"best within delta: {best and round(best, 2)}"
+
+    results = run_all(methods, options.seeds, out, settings, work, shown)
     write_text(out / "search.json", json.dumps(results, indent=1))
     print("\n" + search_table(results, arena.config, options.seeds))
 

@@ -191,6 +191,25 @@ def test_a_kept_result_stands_for_its_settings(tmp_path: Path) -> None:
         ground.remember(path, {"delta": 2.0}, lambda: {"figure": 3})
 
 
+def test_all_methods_run_with_all_seeds_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[tuple[str, int]] = []
+
+    def work(method: str, seed: int) -> dict[str, Any]:
+        done.append((method, seed))
+        return {"figure": f"{method} {seed}"}
+
+    for _ in range(2):
+        found = ground.run_all(
+            ("a", "b"), (0, 1), tmp_path, lambda method: {"of": method}, work, lambda r: r["figure"]
+        )
+    assert done == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert [run["figure"] for run in found["b"]] == ["b 0", "b 1"]
+    assert found["b"][0]["settings"] == {"of": "b"}
+    assert "## b, seed 1\nb 1\n" in capsys.readouterr().out
+
+
 def test_stages_share_the_same_epochs(arena: ground.Arena) -> None:
     config = ground.override(
         arena.config,
