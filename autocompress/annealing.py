@@ -25,9 +25,8 @@ CIFAR ResNet-20 stood 7 to 14 points lower before fine-tuning than at 0."""
 NEARLY = 2.5
 """A trial that lost at most this many times delta may come within it by more fine-tuning."""
 
-AIM = 1.3
-"""Drop that annealing aims at, in times delta, where the winner is fine-tuned for longer than a
-trial: on a CIFAR ResNet-20 that won back 0.3 of a trial's drop."""
+PROMISE = 0.87
+"""What children are expected to lose after the winner's long fine-tuning, in times delta."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ class AnnealingSampler(PlanSampler):
         space: The space around the exploration's best trials.
         seed: The study's seed.
         delta: The tolerance, in points.
-        aim: The drop that children aim at, in points; delta, or more where the winner is
-            fine-tuned for longer than they are.
+        aim: The drop that children aim at, in points; `aim_for` tells it. It may be set anew as
+            more is known.
         parents: The exploration's trials that may be parents.
         rounds: Number of rounds.
         trials: Number of trials of the whole annealing.
@@ -92,7 +91,7 @@ class AnnealingSampler(PlanSampler):
     ) -> None:
         super().__init__(space, seed)
         self._delta = delta
-        self._aim = delta if aim is None else aim
+        self.aim = delta if aim is None else aim
         self._parents = list(parents)
         self._rounds = rounds
         self._trials = max(trials, 1)
@@ -142,7 +141,7 @@ class AnnealingSampler(PlanSampler):
     def _choose(self, pool: Sequence[Parent], slope: float, rng: np.random.Generator) -> Parent:
         """The trial within the aim whose child promises to be the cheapest, at times the second or
         third where theirs promise nearly as much; where none is within the aim, the nearest."""
-        promise = {p: p.cost * self._share(p, slope) for p in pool if p.drop <= self._aim}
+        promise = {p: p.cost * self._share(p, slope) for p in pool if p.drop <= self.aim}
         if not promise:
             return min(pool, key=lambda p: p.drop)
         best = min(promise.values())
@@ -159,12 +158,12 @@ class AnnealingSampler(PlanSampler):
         It is the nearest or the cheapest of them, in turn; none that was fine-tuned further before,
         or is now.
         """
-        least = min((p.cost for p in pool if p.drop <= self._aim), default=math.inf)
+        least = min((p.cost for p in pool if p.drop <= self.aim), default=math.inf)
         ripened = {t.user_attrs.get(PARENT) for t in others if _is_ripened(t)}
         near = [
             p
             for p in self._parents
-            if self._aim < p.drop <= NEARLY * self._delta
+            if self.aim < p.drop <= NEARLY * self._delta
             and p.cost < 0.97 * least
             and p.label not in ripened
         ]
@@ -192,7 +191,18 @@ class AnnealingSampler(PlanSampler):
 
     def _share(self, parent: Parent, slope: float) -> float:
         """Share of its parent's cost at which a child is expected to reach the aim."""
-        return math.exp(min(0.0, parent.drop - self._aim) / slope)
+        return math.exp(min(0.0, parent.drop - self.aim) / slope)
+
+
+def aim_for(delta: float, kept: float) -> float:
+    """The drop that children should aim at, in points.
+
+    Args:
+        delta: The tolerance, in points.
+        kept: Share of what a trial lost that it loses still after the winner's fine-tuning; 1 where
+            that is no longer than a trial's.
+    """
+    return delta * max(1.0, PROMISE / kept)
 
 
 def _is_ripened(trial: FrozenTrial) -> bool:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +24,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import __version__
-from autocompress.annealing import AIM, NEARLY, AnnealingSampler, Parent
+from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
+from autocompress.finals import REHEARSAL, kept_share, rehearse
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.plan import Plan
@@ -74,6 +75,9 @@ TABLE_FORMAT = 2
 """Grows with every change of what the layer table holds: an older one is made anew."""
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
+REHEARSED_FROM = 6
+"""Trials of an annealing from which on it is worth a long fine-tuning to learn what these may lose.
+With fewer, too few come after it."""
 MAX_FAILURES = 5
 """A study in which this many trials in a row fail has a fault that no further trial will cure."""
 
@@ -205,16 +209,18 @@ def _run(
     if config.search.stage != "annealing":
         later = 0.0
         if config.search.stage == "both":
-            longer = annealing_epochs(bench.finetune) / max(bench.finetune.epochs, 0.1)
-            later = config.search.annealing_trials * longer
+            length = annealing_length(bench.finetune, config.search.annealing_trials)
+            later = length / max(bench.finetune.epochs, 0.1)
         _run_stage(bench, "exploration", space, config, display, later)
     annealing = load_study(storage, config.name, "annealing")
     if annealing is not None:
         bench.studies["annealing"] = annealing
     if config.search.stage != "exploration" and config.search.annealing_trials > 0:
-        annealing = _anneal(bench, config, space, bound, facts, storage, display)
+        annealing = _anneal(bench, config, space, bound, facts, storage, folder, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
+    if annealing is not None and REHEARSAL in annealing.user_attrs:
+        seconds["rehearsal"] = annealing.user_attrs[REHEARSAL]["seconds"]
     summary = conclude(config, bench, folder, display, seconds, command)
     for study in bench.studies.values():
         annotate(study)
@@ -386,8 +392,12 @@ def _run_stage(
     config: StudyConfig,
     display: Display,
     later: float = 0.0,
+    between: Callable[[int], bool] = lambda spent: False,
 ) -> None:
-    """Run trials until exactly as many as planned have ended by themselves."""
+    """Run trials until exactly as many as planned have ended by themselves.
+
+    Before each, `between` is told how many have, and says whether it used the display meanwhile.
+    """
     study = bench.studies[stage]
     planned = {
         "exploration": config.search.trials,
@@ -396,17 +406,23 @@ def _run_stage(
     total = planned[stage]
     # The winner's fine-tuning, with two seeds, counts as the trials that would take as long.
     later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage), 0.1)
-    display.stage(
-        stage,
-        total,
-        len(trials_spent(study)),
-        delta=bench.delta,
-        objective=bench.objective,
-        best=best_so_far(bench),
-        later=later,
-    )
+
+    def announce() -> None:
+        display.stage(
+            stage,
+            total,
+            len(trials_spent(study)),
+            delta=bench.delta,
+            objective=bench.objective,
+            best=best_so_far(bench),
+            later=later,
+        )
+
+    announce()
     failed: list[FrozenTrial] = []
-    while len(trials_spent(study)) < total:
+    while (spent := len(trials_spent(study))) < total:
+        if between(spent):
+            announce()
         ended = run_trial(bench, stage, space)
         failed = [*failed, ended] if ended.state == TrialState.FAIL else []
         hopeless = len(failed) == total and stage == "exploration"
@@ -426,6 +442,7 @@ def _anneal(
     bound: Mapping[str, Any],
     facts: Mapping[str, Any],
     storage: optuna.storages.RDBStorage,
+    folder: StudyFolder,
     display: Display,
 ) -> Study | None:
     """The second study: narrower, seeded from the exploration's best, with their weights."""
@@ -446,12 +463,10 @@ def _anneal(
     if EPOCHS not in annealing.user_attrs:
         # As final_epochs may change later, and the trials of one study must be alike.
         annealing.set_user_attr(EPOCHS, annealing_epochs(bench.finetune))
-    epochs = annealing.user_attrs[EPOCHS]
-    annealing.sampler = AnnealingSampler(
+    sampler = annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
         delta=config.delta,
-        aim=config.delta * (AIM if bench.finetune.final_epochs > epochs else 1.0),
         parents=[
             Parent(
                 f"exploration/{trial.number}",
@@ -467,7 +482,25 @@ def _anneal(
     _describe(annealing, facts)
     bench.studies["annealing"] = annealing
     _bury(annealing, "annealing", display)
-    _run_stage(bench, "annealing", narrowed, config, display)
+    longer = bench.finetune.final_epochs > annealing.user_attrs[EPOCHS]
+    total = config.search.annealing_trials
+
+    def rehearse_midway(spent: int) -> bool:
+        due = longer and total >= REHEARSED_FROM and REHEARSAL not in annealing.user_attrs
+        found = None
+        if due and spent >= total // 2:
+            start = time.perf_counter()
+            found = rehearse(config, bench, folder, display)
+            if found is not None:
+                label, kept = found
+                seconds = round(time.perf_counter() - start, 2)
+                annealing.set_user_attr(
+                    REHEARSAL, {"trial": label, "kept": kept, "seconds": seconds}
+                )
+        sampler.aim = aim_for(config.delta, kept_share(bench) if longer else 1.0)
+        return found is not None
+
+    _run_stage(bench, "annealing", narrowed, config, display, between=rehearse_midway)
     return annealing
 
 
@@ -478,6 +511,13 @@ def annealing_epochs(finetune: Recipe) -> float:
     short trial may meet it at the end: few trials at a middle length tell better which.
     """
     return max(finetune.epochs, math.sqrt(finetune.epochs * finetune.final_epochs))
+
+
+def annealing_length(finetune: Recipe, trials: int) -> float:
+    """Passes over the training data in a whole annealing, with its rehearsal of the finals."""
+    each = annealing_epochs(finetune)
+    rehearsed = trials >= REHEARSED_FROM and finetune.final_epochs > each
+    return trials * each + (finetune.final_epochs if rehearsed else 0.0)
 
 
 def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:

@@ -21,13 +21,13 @@ from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import export_onnx, save_model
-from autocompress.finals import Finalist, choose_finalists
+from autocompress.finals import REHEARSAL, Finalist, candidates, choose_finalists
 from autocompress.objective import Bench, pace
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
 from autocompress.runtime import compare_onnx_latency
 from autocompress.store import StudyFolder, trials_spent, write_text
-from autocompress.trials import has_weights, lost, violation, within_delta
+from autocompress.trials import lost, violation, within_delta
 
 
 def conclude(
@@ -53,12 +53,7 @@ def conclude(
     Returns:
         The content of `result.json`.
     """
-    labelled = {
-        f"{stage}/{trial.number}": trial
-        for stage, study in bench.studies.items()
-        for trial in study.get_trials(deepcopy=False)
-        if has_weights(trial)
-    }
+    labelled = candidates(bench)
     previous = _previous_result(folder)
     if previous is not None and _still_stands(previous, config, bench, labelled, folder):
         display.say("Nothing to do: the study is finished.")
@@ -144,6 +139,7 @@ def _facts(
         "second": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
+        "rehearsal": _rehearsal(bench),
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,
@@ -157,6 +153,12 @@ def _facts(
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _rehearsal(bench: Bench) -> Any:
+    """The long fine-tuning in the midst of the annealing; None if there was none."""
+    annealing = bench.studies.get("annealing")
+    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 
 
 def _stage_best(bench: Bench, within: Sequence[tuple[str, FrozenTrial]]) -> dict[str, Any]:

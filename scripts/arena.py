@@ -26,7 +26,7 @@ from torch import nn
 
 from autocompress.api import task_from_config
 from autocompress.baseline import Baseline, train_baseline
-from autocompress.conductor import annealing_epochs, run_study
+from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import (
@@ -114,7 +114,7 @@ class Arena:
     def planned_epochs(self) -> float:
         """Epochs of a whole study, the winner's included, if no trial stops early."""
         search, recipe = self.config.search, self.recipe
-        annealing = search.annealing_trials * annealing_epochs(recipe)
+        annealing = annealing_length(recipe, search.annealing_trials)
         # The winner is fine-tuned with two seeds.
         return search.trials * recipe.epochs + annealing + 2 * recipe.final_epochs
 

@@ -38,7 +38,7 @@ from arena import (
 )
 from opponents import allocator, uniform
 
-from autocompress.conductor import annealing_epochs
+from autocompress.conductor import annealing_length
 from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError
 from autocompress.store import write_text
@@ -105,7 +105,8 @@ def stages(config: StudyConfig, method: str, flat_trials: int | None) -> dict[st
     first = max(1, trials // 2)
     recipe = Recipe.from_config(config.finetune)
     left = (trials - first) * recipe.epochs
-    second = round(left / max(annealing_epochs(recipe), 1e-9))
+    slack = 0.5 * recipe.epochs
+    second = max(n for n in range(trials + 1) if annealing_length(recipe, n) <= left + slack)
     return {"search.trials": first, "search.annealing_trials": max(1, second)}
 
 

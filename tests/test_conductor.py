@@ -225,6 +225,26 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
 
 
 @pytest.mark.usefixtures("quick")
+def test_the_finals_are_rehearsed_midway_through_a_long_annealing(
+    task: Task, tmp_path: Path
+) -> None:
+    longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
+    short = run_study(tiny_config(tmp_path, annealing_trials=5, **longer), task, NullDisplay())
+    assert short.summary["rehearsal"] is None
+    # The same study goes on, and now there are trials for which it is worth it.
+    display = Recorder()
+    outcome = run_study(tiny_config(tmp_path, annealing_trials=7, **longer), task, display)
+    found = outcome.summary["rehearsal"]
+    stage, number = found["trial"].split("/")
+    assert number in map(str, range(5)) and found["kept"] == pytest.approx(found["kept"])
+    study = studies_of(tmp_path / "tiny")["annealing"]
+    assert study.user_attrs["rehearsal"] == found and outcome.summary["seconds"]["rehearsal"] > 0
+    name = f"-{stage}-{number}-2-"
+    weights = [path.name for path in outcome.folder.joinpath("finals").iterdir()]
+    assert any(name in one for one in weights)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_failing_trial_is_recorded_and_the_study_goes_on(task: Task, tmp_path: Path) -> None:
     calls: Iterator[int] = iter(range(10**6))
 

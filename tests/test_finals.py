@@ -15,7 +15,15 @@ from torch import nn
 
 from autocompress import finals
 from autocompress.evaluation import Evaluation
-from autocompress.finals import FINALS, Finalist, choose_finalists
+from autocompress.finals import (
+    FINALS,
+    KEPT,
+    REHEARSAL,
+    Finalist,
+    choose_finalists,
+    kept_share,
+    rehearse,
+)
 from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
@@ -26,14 +34,16 @@ DELTA = 5.0
 
 def trials(*pairs: tuple[float, float]) -> dict[str, FrozenTrial]:
     """Trials of `(cost, lost)`, by label."""
-    return {
-        f"annealing/{number}": create_trial(
+    found = {}
+    for number, (cost, lost) in enumerate(pairs):
+        trial = create_trial(
             values=[lost - 1.0, cost],
             system_attrs={"constraints": [lost - DELTA]},
             user_attrs={"weights": "w"},
         )
-        for number, (cost, lost) in enumerate(pairs)
-    }
+        trial.number = number
+        found[f"annealing/{number}"] = trial
+    return found
 
 
 class Fits:
@@ -70,7 +80,8 @@ def choose(
 
     monkeypatch.setattr(finals, "_final_fit", fits)
     monkeypatch.setattr(finals, "_before", before)
-    bench = cast(Bench, SimpleNamespace(finetune=SimpleNamespace(final_epochs=final_epochs)))
+    settings = SimpleNamespace(final_epochs=final_epochs)
+    bench = cast(Bench, SimpleNamespace(finetune=settings, studies={}))
     config = tiny_config(tmp_path, delta=DELTA)
     return choose_finalists(config, bench, StudyFolder(tmp_path), found, NullDisplay())
 
@@ -141,6 +152,49 @@ def test_a_plan_that_one_seed_favoured_gives_way_to_the_next(
     assert fits.calls == [(f"annealing/{n}", seed) for n in (2, 1) for seed in (0, 1)]
     assert winner.label == "annealing/1" and winner.seeds == {0: 4.5, 1: 4.5}
     assert second.label == "annealing/0" and second.seeds == {}
+
+
+@pytest.mark.parametrize(
+    ("bound", "kept", "expected"),
+    [
+        (3.0, 0.5, (2 / 3 + 2 * 0.5) / 3),
+        (5.9, 5.9 / 6.0, (2 / 3 + 2 * 5.9 / 6.0) / 3),
+        (-1.0, -1 / 6, 0.4),  # one lucky run promises no miracles
+        (None, 1.0, (2 / 3 + 2) / 3),  # it diverged
+    ],
+)
+def test_a_rehearsal_tells_what_trials_may_lose(
+    bound: float | None,
+    kept: float,
+    expected: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 7.5 is the most that promises to come within 5 by what is assumed before.
+    found = trials((100, 4.0), (60, 6.0), (40, 8.0))
+    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
+    bench = cast(Bench, SimpleNamespace(studies={"annealing": study}))
+    fits = Fits(lambda label, seed: bound)
+    monkeypatch.setattr(finals, "_final_fit", fits)
+    assert kept_share(bench) == KEPT
+    config = tiny_config(tmp_path, delta=DELTA)
+    done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay())
+    assert done == ("annealing/1", pytest.approx(kept)) and fits.calls == [("annealing/1", 0)]
+    study.user_attrs[REHEARSAL] = {"trial": done[0], "kept": done[1]}
+    assert kept_share(bench) == pytest.approx(expected)
+
+
+def test_where_no_trial_promises_anything_nothing_is_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 7.6))
+    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
+    bench = cast(Bench, SimpleNamespace(studies={"annealing": study}))
+    fits = Fits(lambda label, seed: 1.0)
+    monkeypatch.setattr(finals, "_final_fit", fits)
+    config = tiny_config(tmp_path, delta=DELTA)
+    assert rehearse(config, bench, StudyFolder(tmp_path), NullDisplay()) is None
+    assert not fits.calls
 
 
 def test_no_network_is_scored_beyond_the_second(

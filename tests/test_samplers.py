@@ -7,7 +7,7 @@ import optuna
 import pytest
 from test_space import make_space
 
-from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.annealing import AnnealingSampler, Parent, aim_for
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
 from autocompress.space import Knobs, SearchSpace, allocate
@@ -334,6 +334,12 @@ def test_children_save_more_where_others_lost_little() -> None:
 
 def test_children_save_more_where_more_may_be_lost() -> None:
     assert next_child(0.6, aim=1.3) < next_child(0.6, aim=1.0)
+
+
+def test_the_aim_is_what_the_long_fine_tuning_makes_good() -> None:
+    assert aim_for(1.0, 2 / 3) == pytest.approx(1.305)
+    assert aim_for(2.0, 0.435) == pytest.approx(4.0)
+    assert aim_for(2.0, 1.0) == 2.0
 
 
 def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
