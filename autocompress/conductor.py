@@ -30,7 +30,7 @@ from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
-from autocompress.finals import REHEARSAL, kept_share, rehearse
+from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.plan import Plan
@@ -219,8 +219,9 @@ def _run(
         annealing = _anneal(bench, config, space, bound, facts, storage, folder, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
-    if annealing is not None and REHEARSAL in annealing.user_attrs:
-        seconds["rehearsal"] = annealing.user_attrs[REHEARSAL]["seconds"]
+    rehearsal = rehearsal_of(bench)
+    if rehearsal is not None:
+        seconds["rehearsal"] = rehearsal["seconds"]
     summary = conclude(config, bench, folder, display, seconds, command)
     for study in bench.studies.values():
         annotate(study)
@@ -486,9 +487,9 @@ def _anneal(
     total = config.search.annealing_trials
 
     def rehearse_midway(spent: int) -> bool:
-        due = longer and total >= REHEARSED_FROM and REHEARSAL not in annealing.user_attrs
+        due = longer and total >= REHEARSED_FROM and spent >= total // 2
         found = None
-        if due and spent >= total // 2:
+        if due and rehearsal_of(bench) is None:
             start = time.perf_counter()
             found = rehearse(config, bench, folder, display)
             if found is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
@@ -74,11 +75,7 @@ def choose_finalists(
         labelled: "<stage>/<number>" to each trial that has weights.
         display: Told about the progress.
     """
-
-    def tune(label: str, seed: int) -> Finalist | None:
-        return _final_fit(config, bench, folder, label, seed, display)
-
-    tuned = Finals(labelled, config.delta, config.seed, tune, kept_share(bench))
+    tuned = _finals(config, bench, folder, labelled, display)
     if bench.finetune.final_epochs > 0:
         tuned.run()
     found: list[Finalist] = []
@@ -108,14 +105,11 @@ def rehearse(
         fine-tuning diverged. None where no trial promises to come within delta.
     """
     labelled = candidates(bench)
-
-    def tune(label: str, seed: int) -> Finalist | None:
-        return _final_fit(config, bench, folder, label, seed, display)
-
-    label = Finals(labelled, config.delta, config.seed, tune).first()
+    label = _finals(config, bench, folder, labelled, display).first()
     if label is None:
         return None
-    before, finalist = lost(labelled[label], config.delta), tune(label, config.seed)
+    before = lost(labelled[label], config.delta)
+    finalist = _final_fit(config, bench, folder, label, config.seed, display)
     if finalist is None or before <= 0:
         return label, 1.0
     return label, finalist.bound / before
@@ -123,11 +117,16 @@ def rehearse(
 
 def kept_share(bench: Bench) -> float:
     """Share of what a trial lost that it is expected to lose still after a long fine-tuning."""
-    annealing = bench.studies.get("annealing")
-    found = annealing.user_attrs.get(REHEARSAL) if annealing is not None else None
+    found = rehearsal_of(bench)
     if found is None:
         return KEPT
     return min(1.0, max(LEAST_KEPT, (KEPT + 2 * float(found["kept"])) / 3))
+
+
+def rehearsal_of(bench: Bench) -> Mapping[str, Any] | None:
+    """The rehearsal's "trial", "kept" and "seconds"; None if there was none."""
+    annealing = bench.studies.get("annealing")
+    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:
@@ -222,6 +221,19 @@ class Finals:
             and lost(trial, self._delta) <= most
         ]
         return min(promising, key=self._cost, default=None)
+
+
+def _finals(
+    config: StudyConfig,
+    bench: Bench,
+    folder: StudyFolder,
+    labelled: Mapping[str, FrozenTrial],
+    display: Display,
+) -> Finals:
+    def tune(label: str, seed: int) -> Finalist | None:
+        return _final_fit(config, bench, folder, label, seed, display)
+
+    return Finals(labelled, config.delta, config.seed, tune, kept_share(bench))
 
 
 def _before(bench: Bench, label: str) -> Finalist:

@@ -21,7 +21,7 @@ from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import export_onnx, save_model
-from autocompress.finals import REHEARSAL, Finalist, candidates, choose_finalists
+from autocompress.finals import Finalist, candidates, choose_finalists, rehearsal_of
 from autocompress.objective import Bench, pace
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
@@ -139,7 +139,7 @@ def _facts(
         "second": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
-        "rehearsal": _rehearsal(bench),
+        "rehearsal": rehearsal_of(bench),
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,
@@ -153,12 +153,6 @@ def _facts(
         "command": command,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _rehearsal(bench: Bench) -> Any:
-    """The long fine-tuning in the midst of the annealing; None if there was none."""
-    annealing = bench.studies.get("annealing")
-    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 
 
 def _stage_best(bench: Bench, within: Sequence[tuple[str, FrozenTrial]]) -> dict[str, Any]:

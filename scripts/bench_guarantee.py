@@ -12,7 +12,8 @@ and the mean compression: what the margin costs. A study that was finished befor
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,23 @@ def main() -> None:
                 f"{best.get('val_drop', float('nan')):.2f}, {ratio(found):.2f}x parameters",
                 flush=True,
             )
-    print("\n| confidence | studies | kept delta on test data | test drop, mean (sd) | params |")
-    print("|---|---|---|---|---|")
+    header = ["confidence", "studies", "kept delta on test data", "test drop, mean (sd; largest)"]
+    header += ["more than on validation", "unused", "after exploration", "params", "MACs"]
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for confidence, results in rows.items():
         met = [one for one in results if one["met"]]
         drops = np.array([one["best"]["test_drop"] for one in met])
         # A study that found nothing hands out nothing, and so breaks no promise.
         kept = int((drops <= options.delta).sum()) + len(results) - len(met)
-        mean = float(np.exp(np.mean([np.log(ratio(one)) for one in results])))
+        more = np.mean([one["best"]["test_drop"] - one["best"]["val_drop"] for one in met])
+        unused = np.mean([one["best"]["tolerance_unused"] for one in met])
+        ratios: list[Callable[[dict[str, Any]], float]]
+        ratios = [explored, ratio, partial(ratio, cost="macs")]
+        means = (np.exp(np.mean([np.log(of(one)) for one in results])) for of in ratios)
         print(
             f"| {confidence:g} | {len(results)} | {kept} | "
-            f"{drops.mean():.2f} ({drops.std():.2f}) | {mean:.2f}x |"
+            f"{drops.mean():.2f} ({drops.std():.2f}; {drops.max():.2f}) | {more:.2f} | "
+            f"{unused:.2f} | {' | '.join(f'{mean:.2f}x' for mean in means)} |"
         )
 
 
@@ -130,11 +137,19 @@ def run(
     return dict(outcome.summary)
 
 
-def ratio(found: dict[str, Any]) -> float:
-    """How many times fewer parameters the study's network has; 1 where it found none."""
+def ratio(found: dict[str, Any], cost: str = "params") -> float:
+    """How many times less the study's network costs; 1 where it found none."""
     if not found["met"]:
         return 1.0
-    return float(found["baseline"]["profile"]["params"] / found["best"]["profile"]["params"])
+    return float(found["baseline"]["profile"][cost] / found["best"]["profile"][cost])
+
+
+def explored(found: dict[str, Any]) -> float:
+    """How many times fewer parameters the exploration's best has; 1 where it found none."""
+    best = found["stage_best"].get("exploration")
+    if best is None:
+        return 1.0
+    return float(found["baseline"]["profile"]["params"] / best["metrics"]["params"])
 
 
 if __name__ == "__main__":

@@ -74,8 +74,8 @@ def main() -> None:
     def work(method: str, seed: int) -> dict[str, Any]:
         if method in ("uniform", "allocator"):
             return run_family(arena, method, seed)
-        settings = stages(arena.config, method, options.flat_trials)
-        return run_search(arena, f"{method}-{seed}", out, seed, settings)
+        own = stages(arena.config, method, options.flat_trials)
+        return run_search(arena, f"{method}-{seed}", out, seed, own)
 
     def settings(method: str) -> dict[str, Any]:
         flat = {"flat trials": options.flat_trials} if method == "tpe-long" else {}

@@ -221,7 +221,8 @@ def test_stages_share_about_the_same_epochs(arena: ground.Arena) -> None:
         own = ground.override(config, bench_search.stages(config, method, None))
         recipe = Recipe.from_config(own.finetune)
         annealing = annealing_length(recipe, own.search.annealing_trials)
-        assert 0.9 * 24 * 5 <= own.search.trials * 5 + annealing <= 24.5 * 5
+        # Another trial of the annealing would bring the rehearsal with it, and be too much.
+        assert own.search.trials * 5 + annealing == (110 if method == "both" else 120)
     assert bench_search.stages(config, "tpe-long", 300)["search.trials"] == 300
 
 
