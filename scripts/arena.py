@@ -28,7 +28,7 @@ from autocompress.api import task_from_config
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
-from autocompress.errors import ConfigError, TrainingDiverged
+from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
 from autocompress.evaluation import (
     Evaluation,
     accuracy_drop,
@@ -324,11 +324,6 @@ def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
     """The figures of a method's final network. Reads the test data: once for each method."""
     profile = profile_model(model, arena.example, latency=False)
     before, after = compare_latency(arena.baseline.model, model, arena.example)
-    with TemporaryDirectory() as place:
-        files = Path(place) / "baseline.onnx", Path(place) / "model.onnx"
-        for network, path in zip((arena.baseline.model, model), files, strict=True):
-            export_onnx(network, arena.example, path)
-        onnx_before, onnx_after = compare_onnx_latency(*files, arena.example)
     task = arena.task
     reference: Evaluation = evaluate(arena.baseline.model, task, task.test)
     drop, low, high = paired_drop(reference, evaluate(model, task, task.test))
@@ -337,11 +332,24 @@ def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
         "params_ratio": full.params / profile.params,
         "macs_ratio": full.macs / profile.macs,
         "latency_ratio": before.median_ms / after.median_ms,
-        "onnx_ratio": onnx_before.median_ms / onnx_after.median_ms,
+        "onnx_ratio": onnx_speedup(arena, model),
         "val_drop": val_drop,
         "test_drop": drop,
         "test_drop_interval": [low, high],
     }
+
+
+def onnx_speedup(arena: Arena, model: nn.Module) -> float:
+    """How many times as fast a network is on ONNX Runtime; NaN where it can't be exported."""
+    with TemporaryDirectory() as place:
+        files = Path(place) / "baseline.onnx", Path(place) / "model.onnx"
+        try:
+            for network, path in zip((arena.baseline.model, model), files, strict=True):
+                export_onnx(network, arena.example, path)
+        except AutocompressError:
+            return math.nan
+        before, after = compare_onnx_latency(*files, arena.example)
+    return before.median_ms / after.median_ms
 
 
 class TrialLog(NullDisplay):

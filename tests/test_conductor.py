@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import onnxruntime
 import pytest
@@ -24,6 +25,7 @@ from autocompress.errors import (
     TrainingDiverged,
 )
 from autocompress.export import save_model
+from autocompress.objective import Bench
 from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
 from autocompress.store import load_study, open_storage, trials_spent
@@ -85,6 +87,22 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
     for which in ("baseline", "model"):
         latency = best["onnx_latency"][which]
         assert latency["runtime"] == "ONNX Runtime" and latency["median_ms"] > 0
+
+
+def test_a_baseline_that_onnx_runtime_refuses_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(selection, "export_onnx", refuse)
+    bench = SimpleNamespace(baseline=SimpleNamespace(model=None), example=())
+    path, display = tmp_path / "model.onnx", Recorder()
+    path.touch()
+    assert selection._onnx_latency(cast(Bench, bench), path, display) is None
+    assert display.lines == [
+        "ONNX Runtime's latency was not measured: RuntimeError: no such kernel"
+    ]
 
 
 def test_the_networks_handed_out_are_one(finished: Outcome, task: Task) -> None:
