@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, PlanSampler, Proposal
-from autocompress.space import STAGES, Knobs, SearchSpace, allocate
+from autocompress.space import STAGES, Knobs, Option, SearchSpace, allocate
 from autocompress.trials import FINISHED, PARENT, has_weights, lost
 
 KINDS = ("ripen", "sample", "ripen", "greedy")
@@ -24,6 +24,9 @@ CIFAR ResNet-20 stood 7 to 14 points lower before fine-tuning than at 0."""
 
 NEARLY = 2.5
 """A trial that lost at most this many times delta may come within it by more fine-tuning."""
+
+PARTS = (0.0, 0.5, 1.0)
+"""Parts of a child's saving that removing channels may make, the rest being made by ranks."""
 
 PROMISE = 0.87
 """What children are expected to lose after the winner's long fine-tuning, in times delta."""
@@ -109,22 +112,59 @@ class AnnealingSampler(PlanSampler):
         if kind == "ripen":
             ripe = self._unfinished(pool, others, number)
             if ripe is not None:
-                picked = self._space.narrow([ripe.plan], band).pick(ripe.plan)
-                return Proposal(picked, {"kind": kind}, ripe.label)
+                here = self._space.of_plan(ripe.plan)
+                picked = here.narrow([ripe.plan], band).pick(ripe.plan)
+                return Proposal(here, picked, {"kind": kind}, ripe.label)
             kind = KINDS[(place + 1) % len(KINDS)]
         slope = self._slope(pool, finished)
         parent = self._choose(pool, slope, rng)
-        near = self._space.narrow([parent.plan], band)
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, 0.55, 0.97))
-        picked = near.pick(parent.plan)
+        # The first greedy attempt makes the best moves; the others look for some not yet tried.
+        noise = 0.5 if kind == "sample" or attempt else 0.0
+        old = self._space.of_plan(parent.plan)
+        picked = old.pick(parent.plan)
+        cost = step * old.cost(picked)
+        here, picked, part = self._narrower(old, picked, step, rng, noise)
+        near = here.around([picked], band)
         if kind == "greedy":
-            # The first attempt makes the best moves; the others look for some not yet tried.
-            noise = 0.0 if attempt == 0 else 0.5
-            picked = near.lighten(picked, step * near.cost(picked), rng, noise)
+            picked = near.lighten(picked, cost, rng, noise)
         else:
-            picked = allocate(near, self._tilted(near, step * near.cost(picked), rng))
-        return Proposal(picked, {"kind": kind, "step": step, "band": band}, parent.label)
+            picked = allocate(near, self._tilted(near, cost, rng))
+        record = {"kind": kind, "step": step, "band": band, "channels": part}
+        return Proposal(here, picked, record, parent.label)
+
+    def _narrower(
+        self,
+        old: SearchSpace,
+        picked: dict[str, Option],
+        step: float,
+        rng: np.random.Generator,
+        noise: float,
+    ) -> tuple[SearchSpace, dict[str, Option], float]:
+        """A plan with fewer channels, which make a part of the saving, at the same rank fractions.
+
+        Without noise the part is what the layer table predicts to break least; else it is drawn.
+
+        Returns:
+            The space at the channels that remain, its options, and the part, 0 to 1.
+        """
+        width = old.width
+        if width is None:
+            return old, picked, 0.0
+        cost = step * old.cost(picked)
+        best: tuple[float, SearchSpace, dict[str, Option], float] | None = None
+        for part in PARTS if noise == 0.0 else (float(rng.choice(PARTS)),):
+            dense = width.count(width.cost(old.kept))
+            kept = width.lighten(old.kept, step**part * dense, rng, noise) if part else old.kept
+            here = self._space.at(kept)
+            start = here.nearest(old.params(picked))
+            ended = here.lighten(start, cost, rng)
+            damage = width.damage(kept) + sum(option.error**2 for option in ended.values())
+            if best is None or damage < best[0]:
+                best = damage, here, start, part
+        assert best is not None
+        return best[1:]
 
     def _as_parent(self, trial: FrozenTrial) -> Parent:
         text, drop = trial.user_attrs["plan"], lost(trial, self._delta)

@@ -26,13 +26,16 @@ from torch import nn
 from autocompress import __version__
 from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
+from autocompress.channels import ChannelGroup, find_groups, removable
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
+from autocompress.importance import build_ladders
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
+from autocompress.observation import observe_layers
 from autocompress.plan import Plan
 from autocompress.probe import settle
 from autocompress.profiler import profile_model
@@ -40,7 +43,7 @@ from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import make_sampler, reads_rejected_as_complete
 from autocompress.selection import conclude, timed
-from autocompress.sensitivity import LayerTable, build_table, observe_layers
+from autocompress.sensitivity import LayerTable, build_table
 from autocompress.space import SearchSpace
 from autocompress.store import (
     StudyFolder,
@@ -71,7 +74,7 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
-TABLE_FORMAT = 2
+TABLE_FORMAT = 3
 """Grows with every change of what the layer table holds: an older one is made anew."""
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
@@ -335,18 +338,32 @@ def _analyse(
     layers, left_alone = inspect_layers(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
-    observations = observe_layers(baseline.model, task, layers, seed=config.seed)
+    groups: tuple[ChannelGroup, ...] = ()
+    readers: tuple[LayerSpec, ...] = ()
+    unfit: dict[str, str] = {}
+    if config.search.channels:
+        every, _ = inspect_layers(baseline.model, example)
+        found, unfit = find_groups(baseline.model, example)
+        groups = removable(found, layers, every, left_alone, unfit)
+        names = {member.layer for group in groups for member in group.members}
+        readers = tuple(layer for layer in every if layer.name in names and layer not in layers)
+    observations = observe_layers(baseline.model, task, (*layers, *readers), seed=config.seed)
     cache = observations.factor_cache(baseline.model)
-    key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}"
+    importance = config.search.importance if groups else None
+    key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}/{importance}"
     table = _stored_table(folder, key, layers)
     if table is None:
         start = time.perf_counter()
         table = build_table(baseline.model, layers, cache, observations, config.search.transforms)
+        if importance is not None:
+            ladders = build_ladders(baseline.model, task, groups, observations, importance)
+            table = replace(table, ladders=ladders, others=readers, refused_groups=unfit)
         write_text(folder.table, json.dumps({"key": key, "table": table.to_json()}))
         rows = sum(len(choices) for choices in table.choices.values())
         display.say(
-            f"Layer table: {rows} choices for {len(table.choices)} layers in "
-            f"{time.perf_counter() - start:.1f} s."
+            f"Layer table: {rows} choices for {len(table.choices)} layers"
+            + (f", keep-counts for {len(table.ladders)} channel groups" if table.ladders else "")
+            + f" in {time.perf_counter() - start:.1f} s."
         )
     for name in table.refused:
         if name not in table.choices:
@@ -358,11 +375,6 @@ def _analyse(
         example=example,
         cache=cache,
         observations=observations,
-        errors={
-            (name, choice.transform): choice.error
-            for name, choices in table.choices.items()
-            for choice in choices
-        },
         finetune=Recipe.from_config(config.finetune),
         delta=config.delta,
         confidence=config.confidence,
@@ -457,7 +469,8 @@ def _anneal(
         display.say("No trial of the exploration can be annealed: none was fine-tuned.")
         return None
     plans = [Plan.from_json(parent.user_attrs["plan"]) for parent in parents]
-    narrowed = space.narrow(plans, band=0.5)
+    # With channels to remove, each child has a space of its own: it depends on those that remain.
+    narrowed = space if space.width is not None else space.narrow(plans, band=0.5)
     annealing = open_study(
         storage, config.name, "annealing", bound=bound, cost_name=COST_NAMES[config.objective]
     )

@@ -124,6 +124,15 @@ class SearchConfig(_Section):
     exclude: Names = Field(
         default=(), description="Layers that must stay (patterns of names); wins over include."
     )
+    channels: bool = Field(
+        default=False, description="Whether channels may be removed, before ranks are cut."
+    )
+    importance: Literal["outputs", "norm", "bn", "taylor"] = Field(
+        default="outputs",
+        description="Which channels stay: those that the network's outputs would miss most, those "
+        "of the largest weights, of the largest batch-norm scales, or with the largest derivatives "
+        "of the loss.",
+    )
     sampler: Literal["knobs", "tpe", "gp", "nsga2", "random"] = Field(
         default="knobs", description="What proposes the exploration's candidates."
     )

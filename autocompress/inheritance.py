@@ -7,20 +7,24 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from autocompress.channels import remove_channels, restore_channels
+from autocompress.observation import Observations
 from autocompress.plan import Plan
-from autocompress.sensitivity import Observations
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 
 
 def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Module:
     """The baseline's architecture with the parent's weights, factored layers multiplied out.
 
+    Channels that the parent lacks have the baseline's weights.
+
     Args:
         parent: The compressed network of `plan`.
         plan: What was done to it.
         baseline: Gives the architecture; not edited.
     """
-    dense = deepcopy(baseline)
+    channels = list(plan.channels.values())
+    dense = remove_channels(baseline, channels) if channels else deepcopy(baseline)
     originals = dict(dense.named_modules())
     replaced = {name: parent.get_submodule(name) for name in plan.layers}
     inside = tuple(f"{name}." for name in replaced)
@@ -34,7 +38,7 @@ def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Modul
             bias = _last_bias(replacement)
             if bias is not None:
                 original.get_parameter("bias").copy_(bias)
-    return dense
+    return restore_channels(dense, baseline, channels) if channels else dense
 
 
 def inherit(
@@ -46,17 +50,28 @@ def inherit(
 ) -> nn.Module:
     """The network of `plan` with the parent's weights.
 
-    A layer with the parent's transform and rank is taken over as it is; any other is multiplied out
-    to a dense kernel and cut anew.
+    A layer with the parent's transform, rank and channels is taken over as it is; any other is
+    multiplied out to a dense kernel and cut anew.
     """
     dense = multiply_out(parent, parent_plan, baseline)
     cache = FactorCache(dense) if observations is None else observations.factor_cache(dense)
     child = apply_plan(dense, plan, cache)
     for name, transform in plan.layers.items():
-        if parent_plan.layers.get(name) == transform:
+        same = _channels_of(plan, name) == _channels_of(parent_plan, name)
+        if same and parent_plan.layers.get(name) == transform:
             state = parent.get_submodule(name).state_dict()
             child.get_submodule(name).load_state_dict(state)
     return child
+
+
+def _channels_of(plan: Plan, layer: str) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The channels that a plan keeps in one layer, by group and side."""
+    return {
+        (name, member.side): part.kept
+        for name, part in plan.channels.items()
+        for member in part.group.members
+        if member.layer == layer
+    }
 
 
 def _last_bias(replacement: nn.Module) -> Tensor | None:

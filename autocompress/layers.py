@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Literal
@@ -83,6 +83,14 @@ class LayerSpec:
         """Cost of the layer as it is."""
         positions = self.out_size[0] * self.out_size[1]
         return Cost(self.weights + self.out_channels * self.bias, self.weights * positions)
+
+
+def without_channels(layer: LayerSpec, in_channels: int, out_channels: int) -> LayerSpec:
+    """A layer with fewer input and output channels; a depthwise one has as many groups."""
+    groups = layer.groups
+    if 1 < groups == layer.in_channels == layer.out_channels:
+        groups = out_channels
+    return replace(layer, in_channels=in_channels, out_channels=out_channels, groups=groups)
 
 
 def spec_of(

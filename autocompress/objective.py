@@ -21,11 +21,11 @@ from autocompress.baseline import Baseline
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
+from autocompress.observation import Observations
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
 from autocompress.progress import Display
 from autocompress.samplers import trial_seed
-from autocompress.sensitivity import Observations
 from autocompress.space import SearchSpace
 from autocompress.store import (
     STAGES,
@@ -69,7 +69,6 @@ class Bench:
         example: Its inputs for one image.
         cache: Factorizations of the baseline's layers.
         observations: Real inputs of the layers, and derivatives at their outputs.
-        errors: `(layer, transform)` to the relative error in the layer table.
         finetune: Length, learning rate, distillation and gate.
         delta: The tolerance, in points.
         confidence: How sure it must be that the drop is within it.
@@ -87,7 +86,6 @@ class Bench:
     example: tuple[Tensor, ...]
     cache: FactorCache
     observations: Observations
-    errors: Mapping[tuple[str, object], float]
     finetune: Recipe
     delta: float
     confidence: float
@@ -176,7 +174,7 @@ def _carry_out(
     trial.set_user_attr("plan_digest", plan.digest)
     trial.set_user_attr("seed", seed)
     trial.set_user_attr("stage", stage)
-    trial.set_user_attr("layer_errors", {n: bench.errors[n, t] for n, t in plan.layers.items()})
+    trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
 
     model = _build(bench, plan, trial).to(task.device)

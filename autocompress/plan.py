@@ -1,40 +1,56 @@
-"""A plan: which transform replaces which layer. With the weights it is all that is needed."""
+"""A plan: which channels remain and which transform replaces which layer.
+
+With the weights it is all that is needed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
+from autocompress.channels import ChannelGroup, KeptChannels, Member
 from autocompress.errors import ConfigError, did_you_mean
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 knew no channels."""
 _EXAMPLE = '{"transform": "svd", "rank": 12}'
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The chosen transform of each layer that is changed.
+    """What is changed: channels are removed first, then layers are replaced by transforms.
 
     Attributes:
-        layers: Layer name to transform; a layer that is left alone is absent.
+        layers: Layer name to transform, of the layer without the removed channels; a layer that is
+            left alone is absent.
+        channels: Name of a channel group to the channels that remain; a group that keeps all is
+            absent.
     """
 
     layers: Mapping[str, Transform] = field(default_factory=dict)
+    channels: Mapping[str, KeptChannels] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A copy: the digest would be wrong if the caller changed the mapping.
+        # Copies: the digest would be wrong if the caller changed the mappings.
         object.__setattr__(self, "layers", dict(self.layers))
+        object.__setattr__(self, "channels", dict(self.channels))
 
     def to_json(self) -> str:
-        """The plan as JSON: `{"version": 1, "layers": {name: {"transform": ..., ranks}}}`."""
+        """The plan as JSON.
+
+        `{"version": 2, "layers": {name: {"transform": ..., ranks}}, "channels": {group: {"kept":
+        "0-3,7", "of": 16, "chunks": 1, "members": [[layer, side, offset, repeat], ...]}}}`.
+        """
         layers = {name: transform_to_dict(choice) for name, choice in self.layers.items()}
-        return json.dumps({"version": VERSION, "layers": layers})
+        channels = {name: _kept_to_dict(part) for name, part in self.channels.items()}
+        return json.dumps({"version": VERSION, "layers": layers, "channels": channels})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -46,26 +62,80 @@ class Plan:
         try:
             data = json.loads(text)
             version, rows = data["version"], dict(data["layers"])
+            groups = dict(data.get("channels", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"This is no plan: {error!r}.") from error
-        if version != VERSION:
-            raise ConfigError(f"The plan has version {version}, this package reads {VERSION}.")
+        if version not in READABLE:
+            raise ConfigError(f"The plan has version {version}, this package reads {READABLE}.")
         layers: dict[str, Transform] = {}
         for name, row in rows.items():
             try:
                 layers[name] = transform_from_dict(row)
             except ConfigError as error:
                 raise ConfigError(f"Layer {name!r} of the plan: {error}") from error
-        return cls(layers)
+        channels = {name: _kept_from_dict(name, row) for name, row in groups.items()}
+        return cls(layers, channels)
 
     @cached_property
     def digest(self) -> str:
         """12 hex digits, equal for equal plans whatever the order of their layers."""
-        layers = {name: transform_to_dict(self.layers[name]) for name in sorted(self.layers)}
-        return hashlib.sha256(json.dumps(layers, sort_keys=True).encode()).hexdigest()[:12]
+        rows: dict[str, Any] = {n: transform_to_dict(self.layers[n]) for n in sorted(self.layers)}
+        if self.channels:
+            rows = {"layers": rows, "kept": {n: _spans(c.kept) for n, c in self.channels.items()}}
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def group_to_dict(group: ChannelGroup) -> dict[str, Any]:
+    """`{"of": channels, "chunks": ..., "members": [[layer, side, offset, repeat], ...]}`."""
+    return {
+        "of": group.channels,
+        "chunks": group.chunks,
+        "members": [astuple(member) for member in group.members],
+    }
+
+
+def group_from_dict(name: str, row: Mapping[str, Any]) -> ChannelGroup:
+    """The inverse of `group_to_dict`."""
+    members = tuple(Member(*member) for member in row["members"])
+    return ChannelGroup(name, int(row["of"]), members, int(row["chunks"]))
+
+
+def _kept_to_dict(part: KeptChannels) -> dict[str, Any]:
+    return {"kept": _spans(part.kept), **group_to_dict(part.group)}
+
+
+def _kept_from_dict(name: str, row: Mapping[str, Any]) -> KeptChannels:
+    """The inverse of `_kept_to_dict`.
+
+    Raises:
+        ConfigError: If the row is none.
+    """
+    try:
+        return KeptChannels(group_from_dict(name, row), tuple(_from_spans(row["kept"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"Channel group {name!r} of the plan can't be read: {error!r}."
+        ) from error
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Ascending numbers as "0-3,7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
+
+
+def _from_spans(text: str) -> Iterable[int]:
+    for span in text.split(","):
+        first, _, last = span.partition("-")
+        yield from range(int(first), int(last or first) + 1)
 
 
 def transform_to_dict(transform: Transform) -> dict[str, Any]:

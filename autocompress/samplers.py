@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,7 @@ from autocompress.space import (
     Knobs,
     Option,
     SearchSpace,
-    allocate,
+    decode,
     next_seed,
 )
 from autocompress.trials import FINISHED, PARENT, counted, violation
@@ -58,11 +58,13 @@ class Proposal:
     """What a sampler wants to try.
 
     Attributes:
-        picked: An option for every layer.
+        space: The space at the channels that remain.
+        picked: An option of it for every layer.
         record: What it was decoded from, for the trial's system attribute `KNOBS`.
         parent: "<stage>/<number>" of the trial whose weights the trial inherits; None for none.
     """
 
+    space: SearchSpace
     picked: Mapping[str, Option]
     record: Mapping[str, Any] = field(default_factory=dict)
     parent: str | None = None
@@ -101,8 +103,7 @@ class PlanSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposed plan."""
-        neighbour, scatter = self._space.neighbour, self._space.scatter
-        proposal = Proposal({})
+        proposal = Proposal(self._space, {})
         others = _others(study, trial)
         for attempt in range(ATTEMPTS):
             rng = np.random.default_rng(trial_seed(self._seed, trial.number, attempt))
@@ -110,17 +111,17 @@ class PlanSampler(BaseSampler):
                 proposal = self.propose(others, trial.number, attempt, rng)
             else:
                 # In a corner of the space all neighbours may be known.
-                move = neighbour if attempt < ATTEMPTS // 2 else scatter
-                moved = move(proposal.picked, rng)
-                proposal = Proposal(moved, proposal.record, proposal.parent)
-            digest = self._space.plan(proposal.picked).digest
+                here = proposal.space
+                move = here.neighbour if attempt < ATTEMPTS // 2 else here.scatter
+                proposal = replace(proposal, picked=move(proposal.picked, rng))
+            digest = proposal.space.plan(proposal.picked).digest
             if digest in _plans(others) and attempt < ATTEMPTS - 1:
                 continue
             self._claim(study, trial, proposal, digest)
             others = _others(study, trial)
             if digest not in _plans(others):
                 break
-        return self._space.params(proposal.picked)
+        return proposal.space.params(proposal.picked)
 
     def sample_independent(
         self,
@@ -180,7 +181,8 @@ class KnobSampler(PlanSampler):
         return self._decoded(self._near(best, known, others, rng))
 
     def _decoded(self, knobs: Knobs, **more: Any) -> Proposal:
-        return Proposal(allocate(self._space, knobs), knobs.to_params(self._space) | more)
+        here, picked, knobs = decode(self._space, knobs)
+        return Proposal(here, picked, knobs.to_params(self._space) | more)
 
     def _next_seed(self, others: Sequence[FrozenTrial], number: int) -> tuple[int, Knobs] | None:
         """The first seed that no trial has tried; a trial that was cut off gives its seed back.
@@ -204,16 +206,24 @@ class KnobSampler(PlanSampler):
         return index, next_seed(self._space, index, self._seed_count, tried, pending)
 
     def _scattered(self, best: FrozenTrial, rng: np.random.Generator) -> Proposal:
-        """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it."""
-        old = self._space.nearest(best.params)
-        moved = old
+        """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it.
+
+        Where channels may be removed, a group is moved, too, every second time.
+        """
+        old = self._space.of_params(best.params)
+        picked = old.nearest(best.params)
+        here, moved = old, picked
         for _ in range(8):
-            moved = self._space.scatter(old, rng)
-            if self._space.cost(moved) < self._space.cost(old):
+            here = old
+            if self._space.width is not None and rng.random() < 0.5:
+                here = self._space.at(self._space.width.scatter(old.kept, rng))
+            start = here.nearest(old.params(picked)) if here is not old else picked
+            moved = here.scatter(start, rng)
+            if here.cost(moved) < old.cost(picked):
                 break
         knobs = {k: v for k, v in _record(best).items() if k != "seed"}
-        knobs["budget"] = self._space.cost(moved) / self._space.baseline_cost
-        return Proposal(moved, knobs | {"rule": "scattered"})
+        knobs["budget"] = here.cost(moved) / self._space.baseline_cost
+        return Proposal(here, moved, knobs | {"rule": "scattered"})
 
     def _near(
         self,
@@ -235,7 +245,9 @@ class KnobSampler(PlanSampler):
         running = [t for t in others if t.state == TrialState.RUNNING and _record(t)]
         params = _ask([*known, *running], near, rng)
         params["budget"] = float(np.clip(rng.uniform(low, high), budget.low, budget.high))
-        layers = self._space.options
+        layers = list(self._space.options)
+        if self._space.width is not None:
+            layers += [f"{name}.channels" for name in self._space.width.options]
         spread = min(MAX_SPREAD, SPREAD * (len(known) / len(layers)) ** 0.5)
         old: Mapping[str, float] = centre.get("layers", {})
         params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}

@@ -1,5 +1,7 @@
 """The layer table: for every layer, transform and rank what it costs and what it breaks.
 
+Where channels may be removed, it has a ladder of keep-counts for each channel group, too.
+
 It is built once from one pass over real training images and makes the search small: an allocator
 can turn a single budget into a plan for all layers by looking things up here.
 
@@ -11,26 +13,24 @@ must be compared by: a layer may lose half of its output without harm, another n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
+from autocompress.importance import ChannelChoice, ChannelLadder
 from autocompress.layers import LayerSpec
-from autocompress.plan import transform_from_dict, transform_to_dict
+from autocompress.observation import Observations, output_change
+from autocompress.plan import (
+    group_from_dict,
+    group_to_dict,
+    transform_from_dict,
+    transform_to_dict,
+)
 from autocompress.surgery import ErrorMeter, FactorCache
-from autocompress.task import Task, samples_in, split_batch, tensors_in
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
-
-CHUNK = 32
-"""Images in a backward pass of `observe_layers`."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,17 @@ class LayerTable:
         layers: The layers, in execution order.
         choices: Layer name to its choices; no entry stands for a layer without any.
         refused: Layer name to `{method: reason}`.
+        ladders: Channel group to its keep-counts; none where no channels may be removed.
+        others: Layers that may not be transformed, but through which channel groups run.
+        refused_groups: Channel group to why its channels all stay.
     """
 
     layers: tuple[LayerSpec, ...]
     choices: Mapping[str, tuple[Choice, ...]]
     refused: Mapping[str, Mapping[str, str]]
+    ladders: Mapping[str, ChannelLadder] = field(default_factory=dict)
+    others: tuple[LayerSpec, ...] = ()
+    refused_groups: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The table as JSON, for the study's folder."""
@@ -79,14 +85,29 @@ class LayerTable:
             ]
             for name, choices in self.choices.items()
         }
-        layers = [asdict(layer) for layer in self.layers]
-        return json.dumps({"layers": layers, "choices": rows, "refused": self.refused}, indent=1)
+        ladders = {
+            name: {
+                "group": group_to_dict(ladder.group),
+                "order": ladder.order,
+                "choices": [asdict(choice) for choice in ladder.choices],
+            }
+            for name, ladder in self.ladders.items()
+        }
+        table = {
+            "layers": [asdict(layer) for layer in self.layers],
+            "choices": rows,
+            "refused": self.refused,
+            "ladders": ladders,
+            "others": [asdict(layer) for layer in self.others],
+            "refused_groups": self.refused_groups,
+        }
+        return json.dumps(table, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> LayerTable:
         """The inverse of `to_json`."""
         data = json.loads(text)
-        layers = tuple(_spec_from_dict(layer) for layer in data["layers"])
+        layers, others = (tuple(map(_spec_from_dict, data[key])) for key in ("layers", "others"))
         choices = {
             name: tuple(
                 Choice(**{**row, "transform": transform_from_dict(row["transform"])})
@@ -94,178 +115,21 @@ class LayerTable:
             )
             for name, rows in data["choices"].items()
         }
-        return cls(layers, choices, data["refused"])
+        ladders = {
+            name: ChannelLadder(
+                group_from_dict(name, row["group"]),
+                tuple(row["order"]),
+                tuple(ChannelChoice(**choice) for choice in row["choices"]),
+            )
+            for name, row in data["ladders"].items()
+        }
+        refused, groups = data["refused"], data["refused_groups"]
+        return cls(layers, choices, refused, ladders, others, groups)
 
 
 def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     return LayerSpec(**fields)
-
-
-@dataclass(frozen=True)
-class Observations:
-    """What one pass over training images showed of each layer, on the CPU.
-
-    Attributes:
-        patches: Layer name to real inputs, `n x in x kh x kw` (conv2d) or `n x in` (linear).
-        gradients: Layer name to derivatives of a random projection of the network's outputs by the
-            layer's outputs at the same places, `n x out`, times the square root of the number of
-            places in an image; no entry where the network has no derivative there.
-    """
-
-    patches: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor]
-
-    def factor_cache(self, model: nn.Module) -> FactorCache:
-        """A cache whose factorizations of `model` are weighted by what was seen."""
-        return FactorCache(model, self.patches, self.output_weights)
-
-    @cached_property
-    def output_weights(self) -> dict[str, Tensor]:
-        """Layer name to how much the network's outputs make of each of its output channels.
-
-        `out` numbers: the root of the mean squared derivative, 1 in the mean square. A channel that
-        made nothing of 1,000 images counts a little still.
-        """
-        found = {}
-        for name, gradients in self.gradients.items():
-            squares = gradients.square().mean(dim=0)
-            found[name] = (squares / squares.mean().clamp_min(1e-30)).clamp_min(1e-3).sqrt()
-        return found
-
-
-def observe_layers(
-    model: nn.Module,
-    task: Task,
-    layers: Sequence[LayerSpec],
-    *,
-    images: int = 1024,
-    patches: int = 1024,
-    seed: int = 0,
-) -> Observations:
-    """Sample real inputs of each layer, and derivatives at its outputs, in one pass.
-
-    Batch norms work on the statistics of the batch, as they do after recalibration: what a shift of
-    a whole channel does is then no part of the derivative.
-
-    Args:
-        model: The baseline, on the task's device; not edited.
-        task: Gives the data and the forward pass.
-        layers: Which layers to listen to.
-        images: About how many training images to read.
-        patches: How many patches to keep of each layer.
-        seed: Fixes the places and the projections.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    loader = task.calibrating
-    per_batch = max(1, samples_in(next(iter(loader))))
-    batch_count = max(1, min(len(loader), -(-images // per_batch)))
-    share = -(-patches // (batch_count * -(-per_batch // CHUNK)))
-    model = deepcopy(model).eval().requires_grad_(True)
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    listeners = {layer.name: _Listener(layer, share, generator) for layer in layers}
-    modules = dict(model.named_modules())
-    for name, listener in listeners.items():
-        modules[name].register_forward_hook(listener, with_kwargs=True)
-    with torch.enable_grad():
-        for batch in task.calibration_batches(batch_count):
-            # Small ones, which bounds the memory of the backward passes.
-            for chunk in split_batch(batch, CHUNK):
-                for norm in norms:
-                    norm.train(samples_in(chunk) > 1)
-                _backward(task.forward(model, chunk), generator)
-                model.zero_grad(set_to_none=True)
-    found = {name: listener.gradients for name, listener in listeners.items()}
-    return Observations(
-        {name: _first(one.patches, patches) for name, one in listeners.items()},
-        {
-            name: _first([part for part in parts if part is not None], patches)
-            for name, parts in found.items()
-            if all(part is not None for part in parts)
-        },
-    )
-
-
-def _first(parts: Sequence[Tensor], count: int) -> Tensor:
-    """The first rows of all parts, on the CPU."""
-    # Moved in one go, for each move waits for the GPU.
-    return torch.cat(list(parts))[:count].cpu().clone()
-
-
-def _backward(output: Any, generator: torch.Generator) -> None:
-    """Derive a random projection of all outputs: its square is on average their summed square."""
-    parts = [part for part in tensors_in(output) if part.is_floating_point() and part.requires_grad]
-    if not parts:
-        return
-    signs = [torch.randn(part.shape, generator=generator).to(part) for part in parts]
-    total = sum((part * sign).sum() for part, sign in zip(parts, signs, strict=True))
-    assert isinstance(total, Tensor)
-    total.backward()  # type: ignore[no-untyped-call]
-
-
-class _Listener:
-    """A forward hook that keeps inputs and derivatives of a layer at random places.
-
-    Attributes:
-        patches: One tensor for each call.
-        gradients: The same; None until the derivative is known.
-    """
-
-    def __init__(self, layer: LayerSpec, share: int, generator: torch.Generator) -> None:
-        self._layer, self._share, self._generator = layer, share, generator
-        self.patches: list[Tensor] = []
-        self.gradients: list[Tensor | None] = []
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> None:
-        x = (args[0] if args else kwargs["input"]).detach()
-        if self._layer.kind == "linear":
-            count = output.numel() // output.shape[-1]
-            rows = self._draw(count, x)
-            self.patches.append(x.reshape(-1, x.shape[-1])[rows].float())
-            self._keep(output, count / len(output), lambda g: g.reshape(count, -1)[rows])
-            return
-        assert isinstance(module, nn.Conv2d)
-        image, row, column = (self._draw(n, x) for n in (len(output), *output.shape[-2:]))
-        self.patches.append(_cut(module, self._layer, x, image, row, column))
-        area = output.shape[-2] * output.shape[-1]
-        self._keep(output, area, lambda g: g[image, :, row, column])
-
-    def _draw(self, limit: int, like: Tensor) -> Tensor:
-        return torch.randint(limit, (self._share,), generator=self._generator).to(like.device)
-
-    def _keep(self, output: Tensor, places: float, at: Callable[[Tensor], Tensor]) -> None:
-        """Note the derivative by `output` once it is known."""
-        slot = len(self.gradients)
-        self.gradients.append(None)
-
-        def note(gradient: Tensor) -> None:
-            self.gradients[slot] = (at(gradient) * places**0.5).float()
-
-        if output.requires_grad:
-            output.register_hook(note)  # type: ignore[no-untyped-call]
-
-
-def output_change(exact: Tensor, approximate: Tensor, gradients: Tensor) -> float:
-    """Predict the squared change of the network's outputs from that of a layer's.
-
-    To first order an output changes by the sum of derivative times change; changes at different
-    places and channels are taken as independent of each other and of the derivatives. A change that
-    a batch norm or a bias takes back (another scale or mean of a channel) is no change.
-
-    Args:
-        exact: The layer's outputs at some places, `n x out`.
-        approximate: Those of its replacement.
-        gradients: Derivatives of the network's outputs there, as in `Observations`.
-
-    Returns:
-        Sum over the channels of mean squared change times mean squared derivative.
-    """
-    exact, approximate = exact - exact.mean(dim=0), approximate - approximate.mean(dim=0)
-    scale = (exact * approximate).sum(dim=0) / approximate.square().sum(dim=0).clamp_min(1e-30)
-    change = approximate * scale - exact
-    return float((gradients.square().mean(dim=0) * change.square().mean(dim=0)).sum())
 
 
 def build_table(
@@ -312,22 +176,3 @@ def build_table(
         if rows:
             choices[layer.name] = tuple(rows)
     return LayerTable(tuple(layers), choices, refused)
-
-
-def _cut(
-    module: nn.Conv2d, layer: LayerSpec, x: Tensor, image: Tensor, row: Tensor, column: Tensor
-) -> Tensor:
-    """What the kernel sees at some places of its output: `n x in x kh x kw`, float32."""
-    # nn.Conv2d keeps its padding in the order that F.pad takes.
-    before = list(module._reversed_padding_repeated_twice)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(x, before, mode=mode) if any(before) else x
-    rows, columns = (
-        place[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
-        for place, stride, kernel, dilation in zip(
-            (row, column), layer.stride, layer.kernel_size, layer.dilation, strict=True
-        )
-    )
-    # Advanced indices around the channel slice put the channels last.
-    found = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return found.permute(0, 3, 1, 2).float()

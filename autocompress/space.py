@@ -1,15 +1,16 @@
 """The search space, and how a few knobs become a plan for every layer.
 
-A trial's parameters are what a person means: `<layer>.transform` and `<layer>.rank_fraction`.
-`SearchSpace` turns them into a plan and back. `allocate` turns one budget into a choice for each
-layer through the layer table; `Knobs` are the few numbers that steer it.
+A trial's parameters are what a person means: `<layer>.transform`, `<layer>.rank_fraction` and, of
+channel groups, `<group>.channels`. `SearchSpace` turns them into a plan and back. `allocate` turns
+one budget into a choice for each layer through the layer table, `decode` into one for each channel
+group, too; `Knobs` are the few numbers that steer them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, is_dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
-from autocompress.layers import Cost
+from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
+from autocompress.transforms import TRANSFORMS
+from autocompress.transforms.base import Transform
+from autocompress.width import ChannelSpace, Kept
 
 KEEP = "keep"
 RULES = ("knapsack", "minmax")
@@ -31,6 +35,16 @@ STAGES = 4
 TILT = 0.75
 """Largest natural logarithm of an error weight. The table's errors are good: at twice this, more
 than half of a study's proposals were lost before fine-tuning."""
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of a saving that channels may make, the rest being made by ranks, of which the one with
+the least predicted damage is taken where no knob tells it."""
+
+LEAST_FRACTION = 1 / 16
+"""The smallest rank fraction of a layer that may have fewer channels than the table's."""
+
+REMEMBERED = 256
+"""Choices of channels whose layers' options are kept in memory."""
 
 Floats = NDArray[np.float64]
 
@@ -56,15 +70,23 @@ class Option:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Which options each layer has.
+    """Which options each layer has, at one choice of channels.
 
     Attributes:
         options: Layer name to its options; the first is always to keep the layer.
         fixed_cost: Cost of everything that no option changes, in the unit of the options' costs.
+        width: Which channels may be removed; None for none.
+        kept: Which were, before the options were made.
+        rows: Makes the options of a layer that has lost channels.
+        whole: The space with all channels; None in that space itself.
     """
 
     options: Mapping[str, tuple[Option, ...]]
     fixed_cost: int
+    width: ChannelSpace | None = None
+    kept: Kept = field(default_factory=dict)
+    rows: Rows | None = None
+    whole: SearchSpace | None = None
 
     @classmethod
     def from_table(cls, table: LayerTable, objective: str, full: Cost) -> SearchSpace:
@@ -75,20 +97,60 @@ class SearchSpace:
             objective: "params", "size", "macs", "latency" or "params+macs", as `spend` counts it.
             full: The baseline's cost.
         """
-        options: dict[str, tuple[Option, ...]] = {}
-        worst = max((c.impact for own in table.choices.values() for c in own), default=0.0) or 1.0
-        for layer in table.layers:
-            choices = table.choices.get(layer.name, ())
-            if not choices:
-                continue
-            own = [Option(None, spend(objective, layer.cost, full), 0.0, KEEP)]
-            for choice in choices:
-                cost = spend(objective, Cost(choice.params, choice.macs), full)
-                error = (choice.impact / worst) ** 0.5
-                own.append(Option(choice, cost, error, choice.transform.name))
-            options[layer.name] = tuple(own)
-        total = spend(objective, full, full)
-        return cls(options, total - sum(own[0].cost for own in options.values()))
+        impacts = [c.impact for own in table.choices.values() for c in own]
+        impacts += [c.impact for ladder in table.ladders.values() for c in ladder.choices]
+        worst = max(impacts, default=0.0) or 1.0
+
+        def count(cost: Cost) -> int:
+            return spend(objective, cost, full)
+
+        rows = Rows(table, worst, count)
+        options = {layer.name: rows(layer) for layer in table.layers if layer.name in table.choices}
+        fixed = count(full) - sum(own[0].cost for own in options.values())
+        ladders = {name: ladder for name, ladder in table.ladders.items() if ladder.choices}
+        if not ladders:
+            return cls(options, fixed)
+        layers = {layer.name: layer for layer in (*table.layers, *table.others)}
+        width = ChannelSpace(ladders, layers, worst, full, count)
+        return cls(options, fixed, width, rows=rows)
+
+    def at(self, kept: Kept) -> SearchSpace:
+        """The space of the network that has these channels."""
+        whole = self.whole or self
+        if whole.width is None or not kept:
+            return whole
+        key = tuple(sorted(kept.items()))
+        if key not in whole._remembered:
+            assert whole.rows is not None
+            layers = whole.width.remaining(kept)
+            options = {name: whole.rows(layers[name]) for name in whole.options}
+            total = whole.width.count(whole.width.cost(kept))
+            fixed = total - sum(own[0].cost for own in options.values())
+            if len(whole._remembered) >= REMEMBERED:
+                whole._remembered.clear()
+            whole._remembered[key] = replace(
+                whole, options=options, fixed_cost=fixed, kept=dict(kept), whole=whole
+            )
+        return whole._remembered[key]
+
+    @cached_property
+    def _remembered(self) -> dict[tuple[tuple[str, int], ...], SearchSpace]:
+        return {}
+
+    def of_params(self, params: Mapping[str, Any]) -> SearchSpace:
+        """The space at the channels that trial parameters mean."""
+        if self.width is None:
+            return self
+        ending = ".channels"
+        return self.at(
+            self.width.nearest(
+                {k.removesuffix(ending): v for k, v in params.items() if k.endswith(ending)}
+            )
+        )
+
+    def of_plan(self, plan: Plan) -> SearchSpace:
+        """The space at the channels that a plan keeps."""
+        return self if self.width is None else self.at(self.width.pick(plan.channels))
 
     @cached_property
     def grid(self) -> Grid:
@@ -98,11 +160,19 @@ class SearchSpace:
     @cached_property
     def baseline_cost(self) -> int:
         """Cost of the network with nothing changed."""
+        if self.whole is not None:
+            return self.whole.baseline_cost
         return self.fixed_cost + sum(own[0].cost for own in self.options.values())
 
     @cached_property
     def least_cost(self) -> int:
         """Cost of the smallest network in the space."""
+        if self.whole is not None:
+            return self.whole.least_cost
+        if self.width is not None:
+            fewest = {n: min(o.keep for o in own) for n, own in self.width.options.items()}
+            here = self.at(fewest)
+            return here.fixed_cost + sum(min(o.cost for o in x) for x in here.options.values())
         return self.fixed_cost + sum(min(o.cost for o in own) for own in self.options.values())
 
     @cached_property
@@ -111,8 +181,8 @@ class SearchSpace:
         return tuple(sorted({o.method for own in self.options.values() for o in own} - {KEEP}))
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Optuna's distributions of all parameters."""
-        return dict(self._distributions)
+        """Optuna's distributions of all parameters; the same whatever channels were removed."""
+        return dict((self.whole or self)._distributions)
 
     @cached_property
     def _distributions(self) -> dict[str, BaseDistribution]:
@@ -121,7 +191,13 @@ class SearchSpace:
             methods = list(dict.fromkeys(option.method for option in own))
             fractions = [option.fraction for option in own if option.choice is not None]
             found[f"{name}.transform"] = CategoricalDistribution(methods)
-            found[f"{name}.rank_fraction"] = FloatDistribution(min(fractions), 1.0)
+            least = min(fractions)
+            if self.width is not None:
+                least = min(least, LEAST_FRACTION)
+            found[f"{name}.rank_fraction"] = FloatDistribution(least, 1.0)
+        for name, groups in (self.width.options if self.width is not None else {}).items():
+            shares = [option.fraction for option in groups]
+            found[f"{name}.channels"] = FloatDistribution(min(shares), 1.0)
         return found
 
     def suggest(self, trial: Trial) -> Plan:
@@ -132,16 +208,20 @@ class SearchSpace:
                 params[key] = trial.suggest_categorical(key, distribution.choices)
             elif isinstance(distribution, FloatDistribution):
                 params[key] = trial.suggest_float(key, distribution.low, distribution.high)
-        return self.plan(self.nearest(params))
+        here = self.of_params(params)
+        return here.plan(here.nearest(params))
 
     def nearest(self, params: Mapping[str, Any]) -> dict[str, Option]:
-        """The options that trial parameters mean: on each ladder the next rank at or above."""
+        """The options that trial parameters mean: on each ladder the next rank at or above.
+
+        A transform that no longer saves anything at this space's channels keeps the layer.
+        """
         picked: dict[str, Option] = {}
         for name, own in self.options.items():
             method, fraction = params[f"{name}.transform"], params[f"{name}.rank_fraction"]
             same = [option for option in own if option.method == method]
             above = [option for option in same if option.fraction >= fraction - 1e-9]
-            picked[name] = min(above or same[-1:], key=lambda option: option.fraction)
+            picked[name] = min(above or same[-1:] or own[:1], key=lambda option: option.fraction)
         return picked
 
     def params(self, picked: Mapping[str, Option]) -> dict[str, Any]:
@@ -150,11 +230,27 @@ class SearchSpace:
         for name, option in picked.items():
             found[f"{name}.transform"] = option.method
             found[f"{name}.rank_fraction"] = option.fraction
+        for name, groups in (self.width.options if self.width is not None else {}).items():
+            count = groups[0].keep
+            found[f"{name}.channels"] = self.kept.get(name, count) / count
         return found
 
     def plan(self, picked: Mapping[str, Option]) -> Plan:
-        """The plan of one option for each layer."""
-        return Plan({n: o.choice.transform for n, o in picked.items() if o.choice is not None})
+        """The plan of one option for each layer, at this space's channels."""
+        layers = {n: o.choice.transform for n, o in picked.items() if o.choice is not None}
+        return Plan(layers, self.width.channels(self.kept) if self.width is not None else {})
+
+    def errors(self, plan: Plan) -> dict[str, float]:
+        """Relative error of each layer that a plan changes, as the layer table has it.
+
+        Where the layer lost channels, it is that of the whole layer at these ranks.
+        """
+        picked = self.of_plan(plan).pick(plan)
+        return {
+            name: option.choice.error
+            for name, option in picked.items()
+            if option.choice is not None and name in plan.layers
+        }
 
     def pick(self, plan: Plan) -> dict[str, Option]:
         """The options of a plan; a rank that is not on the ladder becomes its largest."""
@@ -242,16 +338,81 @@ class SearchSpace:
         a parent's cost; fractions at most `band` above or below; always the parents themselves.
         Where a parent keeps the layer, the mildest quarter of each ladder.
         """
-        picks = [self.pick(parent) for parent in parents]
+        return self.around([self.pick(parent) for parent in parents], band)
+
+    def around(self, picks: Sequence[Mapping[str, Option]], band: float) -> SearchSpace:
+        """As `narrow`, around options instead of plans."""
         narrowed: dict[str, tuple[Option, ...]] = {}
         for name, own in self.options.items():
             wanted: set[int] = {0}
             for pick in picks:
                 wanted |= _around(own, pick[name], band)
             narrowed[name] = tuple(o for i, o in enumerate(own) if i in wanted)
-            if len(narrowed[name]) == 1:
+            if len(narrowed[name]) == 1 < len(own):
                 narrowed[name] = own[:1] + own[-1:]
-        return SearchSpace(narrowed, self.fixed_cost)
+        return replace(self, options=narrowed)
+
+
+class Rows:
+    """The options of layers, at any number of channels.
+
+    Of a layer that lost channels, a choice breaks what the whole layer's choice of the same ranks
+    does, on a line through the table: removing rows and columns of a matrix makes none of its
+    singular values larger.
+    """
+
+    def __init__(self, table: LayerTable, worst: float, count: Callable[[Cost], int]) -> None:
+        self._choices = table.choices
+        self._whole = {layer.name: layer for layer in table.layers}
+        self._worst = worst
+        self._count = count
+        self._known: dict[LayerSpec, tuple[Option, ...]] = {}
+
+    def __call__(self, layer: LayerSpec) -> tuple[Option, ...]:
+        """The options of a layer; the first is to keep it."""
+        if layer not in self._known:
+            choices = self._choices[layer.name]
+            if layer != self._whole[layer.name]:
+                choices = tuple(_narrower(layer, choices))
+            self._known[layer] = (
+                Option(None, self._count(layer.cost), 0.0, KEEP),
+                *map(self._option, choices),
+            )
+        return self._known[layer]
+
+    def _option(self, choice: Choice) -> Option:
+        cost = self._count(Cost(choice.params, choice.macs))
+        return Option(choice, cost, (choice.impact / self._worst) ** 0.5, choice.transform.name)
+
+
+def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
+    """The choices of a layer that lost channels, from those of the whole one."""
+    for method in dict.fromkeys(choice.transform.name for choice in choices):
+        kind = TRANSFORMS[method]
+        if kind.refusal(layer) is not None:
+            continue
+        known = sorted(
+            ((_rank(c.transform), c) for c in choices if c.transform.name == method),
+            key=lambda pair: pair[0],
+        )
+        ranks = [rank for rank, _ in known]
+        impacts = np.log([max(choice.impact, 1e-30) for _, choice in known])
+        errors = [choice.error for _, choice in known]
+        ladder = kind.ladder(layer)
+        for place, transform in enumerate(ladder):
+            cost = transform.cost(layer)
+            rank = _rank(transform)
+            error = float(np.interp(rank, ranks, errors))
+            impact = math.exp(np.interp(rank, ranks, impacts))
+            fraction = (place + 1) / len(ladder)
+            yield Choice(transform, fraction, cost.params, cost.macs, error, impact)
+
+
+def _rank(transform: Transform) -> float:
+    """The geometric mean of a transform's ranks."""
+    assert is_dataclass(transform) and not isinstance(transform, type)
+    ranks = np.concatenate([np.atleast_1d(rank) for rank in astuple(transform)])
+    return float(np.exp(np.log(ranks).mean()))
 
 
 def _around(own: Sequence[Option], parent: Option, band: float) -> set[int]:
@@ -311,7 +472,10 @@ class Knobs:
         sharpness: Exponent of the error in the knapsack; 2 is the squared error.
         stages: Natural logarithm of the error weight for each part of the depth.
         methods: Natural logarithm of the error weight of each transform, by name.
-        layers: Natural logarithm of the error weight of single layers, by name; 0 for the others.
+        layers: Natural logarithm of the error weight of single layers, by name, and of channel
+            groups, as "<group>.channels"; 0 for the others.
+        channels: Share of the saving, as a logarithm, that is made by removing channels before
+            ranks are cut; None: what the layer table predicts to break least.
     """
 
     budget: float
@@ -320,6 +484,7 @@ class Knobs:
     stages: tuple[float, ...] = (0.0,) * STAGES
     methods: Mapping[str, float] | None = None
     layers: Mapping[str, float] | None = None
+    channels: float | None = None
 
     @staticmethod
     def distributions(space: SearchSpace) -> dict[str, FloatDistribution]:
@@ -335,6 +500,8 @@ class Knobs:
         if len(space.methods) > 1:
             for method in space.methods:
                 found[f"method_{method}"] = FloatDistribution(-TILT, TILT)
+        if space.width is not None:
+            found["channels"] = FloatDistribution(0.0, 1.0)
         return found
 
     @classmethod
@@ -347,6 +514,7 @@ class Knobs:
             stages=tuple(params[f"stage_{stage}"] for stage in range(STAGES)),
             methods={k[7:]: v for k, v in params.items() if k.startswith("method_")},
             layers=dict(params.get("layers", {})),
+            channels=params.get("channels"),
         )
 
     def to_params(self, space: SearchSpace) -> dict[str, Any]:
@@ -357,6 +525,8 @@ class Knobs:
         methods = self.methods or {}
         known = self.distributions(space)
         params |= {key: methods.get(key[7:], 0.0) for key in known if key.startswith("method_")}
+        if "channels" in known:
+            params["channels"] = 0.5 if self.channels is None else self.channels
         for key, distribution in known.items():
             if isinstance(distribution, FloatDistribution):
                 params[key] = min(max(params[key], distribution.low), distribution.high)
@@ -382,8 +552,9 @@ def next_seed(
 ) -> Knobs:
     """The next seed along the budget line: bisection for the least budget within delta.
 
-    The seeds beyond the fourth, three at most, share the least budget found so far out in other
-    ways: with the front or the back of the network spared, and by the largest error.
+    The seeds beyond the fourth share the least budget found so far out in other ways: by ranks and
+    by channels alone, where channels may be removed, then with the front or the back of the network
+    spared, and by the largest error.
 
     Args:
         space: The search space.
@@ -399,7 +570,10 @@ def next_seed(
         Knobs(least, stages=slope),
         Knobs(least, stages=slope[::-1]),
         Knobs(least, "minmax"),
-    ][: max(0, count - 4)]
+    ]
+    if space.width is not None:
+        variants = [Knobs(least, channels=0.0), Knobs(least, channels=1.0), *variants]
+    variants = variants[: max(0, count - 4)]
     if index >= count - len(variants):
         return variants[index - (count - len(variants))]
     if not tried and not pending:
@@ -410,8 +584,37 @@ def next_seed(
     return Knobs(math.sqrt(below * above))
 
 
+def decode(space: SearchSpace, knobs: Knobs) -> tuple[SearchSpace, dict[str, Option], Knobs]:
+    """Share a budget out over channel groups and layers.
+
+    Returns:
+        The space at the channels that remain, its options, and the knobs with the share of the
+        saving that channels made.
+    """
+    if space.width is None:
+        return space, allocate(space, knobs), knobs
+    deviations = knobs.layers or {}
+    places = {name: place for place, name in enumerate(space.width.layers)}
+    weights = {
+        name: knobs.stages[places[name] * STAGES // len(places)]
+        + deviations.get(f"{name}.channels", 0.0)
+        for name in space.width.options
+    }
+    best: tuple[tuple[bool, float], SearchSpace, dict[str, Option], Knobs] | None = None
+    for share in SHARES if knobs.channels is None else (knobs.channels,):
+        target = space.baseline_cost * knobs.budget**share
+        here = space.at(space.width.allocate(target, knobs.sharpness, weights))
+        picked = allocate(here, knobs)
+        missed = here.cost(picked) > 1.02 * knobs.budget * space.baseline_cost
+        damage = space.width.damage(here.kept) + sum(o.error**2 for o in picked.values())
+        if best is None or (missed, damage) < best[0]:
+            best = (missed, damage), here, picked, replace(knobs, channels=share)
+    assert best is not None
+    return best[1:]
+
+
 def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
-    """Share a budget out over the layers.
+    """Share a budget out over the layers, at the space's channels.
 
     The rule's single multiplier (price of cost or bound of error) is found by bisection, so that
     the network costs as much of the budget as the ladders allow.

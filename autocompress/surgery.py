@@ -1,4 +1,4 @@
-"""Replacing layers: a plan and a network in, a smaller network out."""
+"""Removing channels and replacing layers: a plan and a network in, a smaller network out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from autocompress.channels import kept_positions, remove_channels
 from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
 from autocompress.plan import Plan
 from autocompress.transforms.base import Factors, Transform
@@ -38,6 +39,7 @@ class FactorCache:
         patches: Mapping[str, Tensor] | None = None,
         output_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.model = model
         self._modules = dict(model.named_modules())
         self._patches = patches or {}
         self._output_weights = output_weights or {}
@@ -55,6 +57,23 @@ class FactorCache:
             if transform.name in SLOW_TO_CUT:
                 self._kernels[name, transform] = found
         return found
+
+    def without_channels(self, plan: Plan) -> FactorCache:
+        """The cache of the network without the channels that a plan removes."""
+        if not plan.channels:
+            return self
+        kept = list(plan.channels.values())
+        small = remove_channels(self.model, kept)
+        patches, weights = {}, {}
+        for name in plan.layers:
+            if name in self._patches:
+                width = self._patches[name].shape[1]
+                patches[name] = self._patches[name][:, kept_positions(kept, name, "in", width)]
+            if name in self._output_weights:
+                width = len(self._output_weights[name])
+                rows = kept_positions(kept, name, "out", width)
+                weights[name] = self._output_weights[name][rows]
+        return FactorCache(small, patches, weights)
 
     def _full(self, name: str, transform: Transform) -> Factors:
         key = (name, transform.name)
@@ -81,26 +100,39 @@ def _by_output(importance: Tensor, weight: Tensor) -> Tensor:
 
 
 def apply_plan(model: nn.Module, plan: Plan, factors: FactorCache | None = None) -> nn.Module:
-    """A copy of `model` with the plan's layers replaced and filled from the old weights.
+    """A copy of `model` with channels removed and layers replaced and filled from the old weights.
+
+    Args:
+        model: The network.
+        plan: What to do to it.
+        factors: Factorizations of the whole network's layers; None to make them anew.
 
     Raises:
         ConfigError: If the plan names a layer that the network doesn't have.
         UnsupportedLayer: If a transform can't act on its layer.
     """
-    factors = factors or FactorCache(model)
-    built = build_plan(model, plan)
+    factors = (factors or FactorCache(model)).without_channels(plan)
+    built = _replaced(factors.model, plan)
     for name, transform in plan.layers.items():
         load_kernels(built.get_submodule(name), factors.kernels(name, transform))
     return built
 
 
 def build_plan(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of `model` with the plan's layers replaced by untrained ones of the right shapes.
+    """A copy of `model` with channels removed and layers replaced by untrained ones.
 
     Raises:
-        ConfigError: If the plan names a layer that the network doesn't have.
+        ConfigError: If the plan names a layer that the network doesn't have, or removes channels
+            that it doesn't have.
         UnsupportedLayer: If a transform can't act on its layer.
     """
+    if plan.channels:
+        model = remove_channels(model, list(plan.channels.values()))
+    return _replaced(model, plan)
+
+
+def _replaced(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of `model` with the plan's layers replaced by untrained ones of the right shapes."""
     built = deepcopy(model)
     modules = dict(built.named_modules())
     for name, transform in plan.layers.items():

@@ -31,9 +31,10 @@ from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.objective import cost_of
+from autocompress.observation import observe_layers
 from autocompress.profiler import Profile
 from autocompress.progress import make_display
-from autocompress.sensitivity import build_table, observe_layers
+from autocompress.sensitivity import build_table
 from autocompress.store import load_study, open_storage
 from autocompress.task import Task
 from autocompress.trials import within_delta

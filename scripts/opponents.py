@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from autocompress.config import TransformName
 from autocompress.errors import ConfigError
 from autocompress.layers import LayerSpec
+from autocompress.observation import observe_layers
 from autocompress.plan import Plan
-from autocompress.sensitivity import build_table, observe_layers
+from autocompress.sensitivity import build_table
 from autocompress.space import Knobs, SearchSpace, allocate
 from autocompress.surgery import FactorCache, apply_plan, replace_module
 from autocompress.transforms import TRANSFORMS

@@ -8,8 +8,9 @@ import torch
 from autocompress.export import check_onnx, export_onnx
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
+from autocompress.observation import observe_layers
 from autocompress.profiler import profile_model
-from autocompress.sensitivity import build_table, observe_layers
+from autocompress.sensitivity import build_table
 from autocompress.space import Knobs, SearchSpace, allocate
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task

@@ -16,8 +16,9 @@ from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.evaluation import evaluate
 from autocompress.layers import inspect_layers
 from autocompress.loaders import ArrayLoader
+from autocompress.observation import observe_layers
 from autocompress.profiler import measure_latency
-from autocompress.sensitivity import build_table, observe_layers
+from autocompress.sensitivity import build_table
 from autocompress.task import Batch, Task
 from autocompress.training import fastest_precision, fit
 from autocompress.transforms import TRANSFORMS

@@ -25,10 +25,11 @@ from autocompress.objective import (
     pace,
     run_trial,
 )
+from autocompress.observation import observe_layers
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
-from autocompress.sensitivity import build_table, observe_layers
+from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder, bury_interrupted
 from autocompress.task import Task, cross_entropy
@@ -72,7 +73,6 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         example=example,
         cache=cache,
         observations=seen,
-        errors={(n, c.transform): c.error for n, own in table.choices.items() for c in own},
         finetune=Recipe.from_config(config.finetune),
         delta=config.delta,
         confidence=0.5,

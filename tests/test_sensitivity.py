@@ -9,15 +9,10 @@ from conftest import TinyNet, make_loader
 from torch import Tensor, nn
 
 from autocompress.layers import inspect_layers
+from autocompress.observation import Observations, observe_layers, output_change
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
-from autocompress.sensitivity import (
-    LayerTable,
-    Observations,
-    build_table,
-    observe_layers,
-    output_change,
-)
+from autocompress.sensitivity import LayerTable, build_table
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task
 from autocompress.transforms import TRANSFORMS
