@@ -132,6 +132,22 @@ def remove_channels(model: nn.Module, kept: Sequence[KeptChannels]) -> nn.Module
     return small
 
 
+def mute_channels(model: nn.Module, kept: Sequence[KeptChannels]) -> nn.Module:
+    """A copy of `model` in which the layers that read the removed channels don't weigh them."""
+    whole = deepcopy(model)
+    for name in dict.fromkeys(m.layer for part in kept for m in part.group.of_side("in")):
+        module = whole.get_submodule(name)
+        width_in, width_out = _widths(module, name)
+        seen = kept_positions(kept, name, "in", width_in)
+        index = _cut(module, seen, range(width_out)).indices["weight"]
+        weight = module.get_parameter("weight")
+        mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+        mask[index.flatten().to(mask.device)] = 1.0
+        with torch.no_grad():
+            weight.mul_(mask.reshape(weight.shape))
+    return whole
+
+
 def restore_channels(small: nn.Module, model: nn.Module, kept: Sequence[KeptChannels]) -> nn.Module:
     """A copy of `model` in which what remains in `small` has the weights that it has there.
 
@@ -151,7 +167,7 @@ def restore_channels(small: nn.Module, model: nn.Module, kept: Sequence[KeptChan
             for key, index in cut.indices.items():
                 value = getattr(module, key)
                 flat = value.detach().clone().flatten()
-                flat[index.to(flat.device)] = state[f"{name}.{key}"].to(flat).flatten()
+                flat[index.to(flat.device)] = state[f"{name}.{key}"].to(flat)
                 value.copy_(flat.reshape(value.shape))
     return full
 
@@ -289,10 +305,11 @@ def find_groups(
         return (), {"*": f"its channels could not be traced: {type(error).__name__}: {error}"}
     groups: list[ChannelGroup] = []
     refused: dict[str, str] = {}
-    for items in traced:
-        name = items[0].name
+    order = {name: place for place, name in enumerate(dict(work.named_modules()))}
+    for items in sorted(traced, key=lambda rows: order.get(_first(rows, order), 0)):
+        name = _first(items, order)
         try:
-            groups.append(_group_of(work, items))
+            groups.append(_group_of(work, name, items))
         except UnsupportedLayer as error:
             refused[name] = str(error)
     good = _checked(work, inputs, run, groups, refused)
@@ -363,7 +380,19 @@ def _trace(work: nn.Module, inputs: tuple[Tensor, ...], run: Forward) -> list[li
     return found
 
 
-def _group_of(work: nn.Module, items: Sequence[_Item]) -> ChannelGroup:
+def _first(items: Sequence[_Item], order: Mapping[str, int]) -> str:
+    """The first layer that makes a traced group's channels."""
+    makers = [i.name for i in items if i.side == "out" and _makes_channels(i.module)]
+    return min(makers or [items[0].name], key=lambda name: order.get(name, len(order)))
+
+
+def _makes_channels(module: object) -> bool:
+    return isinstance(module, nn.Conv2d | nn.Linear) and not (
+        isinstance(module, nn.Conv2d) and _is_depthwise(module)
+    )
+
+
+def _group_of(work: nn.Module, name: str, items: Sequence[_Item]) -> ChannelGroup:
     """A traced group as data.
 
     Raises:
@@ -409,7 +438,7 @@ def _group_of(work: nn.Module, items: Sequence[_Item]) -> ChannelGroup:
         if grouped and (member.offset or member.repeat > 1 or _width(module, member) != channels):
             raise UnsupportedLayer(f"{member.layer} groups its channels with others")
     ordered = tuple(sorted(members, key=lambda member: order[member.layer]))
-    return ChannelGroup(items[0].name, channels, ordered, chunks)
+    return ChannelGroup(name, channels, ordered, chunks)
 
 
 def _width(module: nn.Module, member: Member) -> int:
@@ -468,7 +497,7 @@ def _fault(
     try:
         with torch.no_grad():
             small = _outputs(run(remove_channels(work, kept), inputs))
-            whole = _outputs(run(_unread(work, kept), inputs))
+            whole = _outputs(run(mute_channels(work, kept), inputs))
     except Exception as error:  # whatever the network's own code raises at other shapes
         first = str(error).split("\n")[0]
         return f"without some of its channels the network fails: {type(error).__name__}: {first}"
@@ -485,22 +514,6 @@ def _every_other(group: ChannelGroup) -> tuple[int, ...]:
     half = max(1, size // 2)
     # The later half of each chunk, so that no offset goes unnoticed.
     return tuple(c for c in range(group.channels) if c % size >= size - half)
-
-
-def _unread(work: nn.Module, kept: Sequence[KeptChannels]) -> nn.Module:
-    """A copy in which the layers that read the removed channels have no weights for them."""
-    whole = deepcopy(work)
-    for name in dict.fromkeys(m.layer for part in kept for m in part.group.of_side("in")):
-        module = whole.get_submodule(name)
-        width_in, width_out = _widths(module, name)
-        seen = kept_positions(kept, name, "in", width_in)
-        index = _cut(module, seen, range(width_out)).indices["weight"]
-        weight = module.get_parameter("weight")
-        mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
-        mask[index.flatten().to(mask.device)] = 1.0
-        with torch.no_grad():
-            weight.mul_(mask.reshape(weight.shape))
-    return whole
 
 
 def _outputs(value: Any) -> list[Tensor]:

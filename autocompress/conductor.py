@@ -189,11 +189,11 @@ def _run(
             config, task, baseline, example, folder, identity, display
         )
     space = SearchSpace.from_table(table, config.objective, baseline.profile.cost)
-    if not space.options:
+    if space.empty:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
         raise ConfigError(
-            "No layer of this network can be transformed by search.transforms within "
-            f"search.include and search.exclude. {reasons}"
+            "No layer of this network can be transformed by search.transforms, and no channels "
+            f"can be removed, within search.include and search.exclude. {reasons}"
         )
 
     exploration.sampler = make_sampler(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Literal
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.channels import ChannelGroup, KeptChannels, Member
+from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
+from autocompress.compensation import WIDEST, InputStatistics, compensate
 from autocompress.observation import CHUNK, Observations, output_change
 from autocompress.task import Task, samples_in, split_batch
 
@@ -49,11 +50,13 @@ class ChannelLadder:
         group: The group.
         order: Its channels, the most important first.
         choices: The keep-counts, fewest first; empty where the group is too narrow.
+        params_each: Parameters of each channel in layers that pass it, such as batch norm.
     """
 
     group: ChannelGroup
     order: tuple[int, ...]
     choices: tuple[ChannelChoice, ...]
+    params_each: int = 0
 
     def kept(self, keep: int) -> KeptChannels:
         """The `keep` most important channels, as many in each chunk."""
@@ -117,67 +120,63 @@ def build_ladders(
         order = torch.argsort(scores, descending=True, stable=True).tolist()
         ladder = ChannelLadder(group, tuple(order), ())
         choices = _measure(modules, ladder, observations)
-        ladders[group.name] = ChannelLadder(group, tuple(order), choices)
+        ladders[group.name] = replace(
+            ladder, choices=choices, params_each=_params_each(modules, group)
+        )
     return ladders
+
+
+def _params_each(modules: Mapping[str, nn.Module], group: ChannelGroup) -> int:
+    passing = [modules[member.layer] for member in group.of_side("both")]
+    return sum(
+        len(list(module.parameters())) for module in passing if not isinstance(module, nn.Conv2d)
+    )
 
 
 def _measure(
     modules: Mapping[str, nn.Module], ladder: ChannelLadder, observations: Observations
 ) -> tuple[ChannelChoice, ...]:
-    """What the keep-counts break, from the mildest to the fewest channels.
-
-    The sets of removed channels are nested, so that each step adds only what its own channels did.
-    """
+    """What the keep-counts break where the readers make up for it as well as they can."""
     group = ladder.group
-    counts = keep_counts(group)
     readers = [_Reader(modules[m.layer], m, observations) for m in group.of_side("in")]
-    gone: set[int] = set()
     found = []
-    for keep in reversed(counts):
-        now = set(ladder.kept(keep).removed)
-        for reader in readers:
-            reader.lose(sorted(now - gone))
-        gone = now
-        impact = sum(reader.impact for reader in readers)
-        error = (sum(reader.error**2 for reader in readers) / len(readers)) ** 0.5
+    for keep in keep_counts(group):
+        kept = ladder.kept(keep)
+        lost = [reader.without(kept) for reader in readers]
+        error = (sum(error**2 for error, _ in lost) / len(lost)) ** 0.5
+        impact = sum(impact for _, impact in lost)
         found.append(ChannelChoice(keep, keep / group.channels, error, impact))
-    return tuple(reversed(found))
+    return tuple(found)
 
 
 class _Reader:
-    """A layer that reads a group's channels, and what is left of its outputs without some."""
+    """A layer that reads a group's channels, and what it answers without some."""
 
     def __init__(self, module: nn.Module, member: Member, observations: Observations) -> None:
         self._weight = module.get_parameter("weight").detach().cpu().float()
         self._groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        self._member = member
+        self._name = member.layer
         self._patches = observations.patches[member.layer]
         self._gradients = observations.gradients.get(member.layer)
         self._exact = self._answer(range(self._patches.shape[1]))
-        self._left = self._exact.clone()
+        makes_up = self._groups == 1 and self._patches.shape[1] <= WIDEST
+        self._statistics = InputStatistics.of(self._patches) if makes_up else None
 
-    def lose(self, channels: Sequence[int]) -> None:
-        """Take what some channels contribute out of the outputs."""
-        repeat, offset = self._member.repeat, self._member.offset
-        places = [offset + c * repeat + r for c in channels for r in range(repeat)]
-        if places:
-            self._left -= self._answer(places)
-
-    @property
-    def error(self) -> float:
-        """Norm of what is lost, divided by the norm of the outputs."""
-        lost = (self._exact - self._left).norm()
-        return float(lost / self._exact.norm().clamp_min(1e-12))
-
-    @property
-    def impact(self) -> float:
-        """Predicted squared change of the network's outputs."""
+    def without(self, kept: KeptChannels) -> tuple[float, float]:
+        """Relative error of its outputs, and the predicted change of the network's."""
+        inputs = kept_positions([kept], self._name, "in", self._patches.shape[1])
+        if self._statistics is not None:
+            weight, shift = compensate(self._weight, self._statistics, inputs)
+            left = self._patches[:, inputs].flatten(1) @ weight.flatten(1).T + shift
+        else:
+            left = self._answer(inputs)
+        error = float((self._exact - left).norm() / self._exact.norm().clamp_min(1e-12))
         if self._gradients is None:
-            return self.error**2
-        return output_change(self._exact, self._left, self._gradients)
+            return error, error**2
+        return error, output_change(self._exact, left, self._gradients)
 
     def _answer(self, places: Sequence[int]) -> Tensor:
-        """What some input channels contribute to the outputs, `n x out`."""
+        """The outputs, `n x out`, where only some input channels are read."""
         each_in = self._patches.shape[1] // self._groups
         each_out = len(self._weight) // self._groups
         parts = []

@@ -7,7 +7,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from autocompress.channels import remove_channels, restore_channels
+from autocompress.channels import mute_channels, remove_channels, restore_channels
 from autocompress.observation import Observations
 from autocompress.plan import Plan
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
@@ -16,7 +16,7 @@ from autocompress.surgery import FactorCache, apply_plan, dense_weight
 def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Module:
     """The baseline's architecture with the parent's weights, factored layers multiplied out.
 
-    Channels that the parent lacks have the baseline's weights.
+    Channels that the parent lacks are made with the baseline's weights, and nobody weighs them.
 
     Args:
         parent: The compressed network of `plan`.
@@ -38,7 +38,9 @@ def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Modul
             bias = _last_bias(replacement)
             if bias is not None:
                 original.get_parameter("bias").copy_(bias)
-    return restore_channels(dense, baseline, channels) if channels else dense
+    if not channels:
+        return dense
+    return restore_channels(dense, mute_channels(baseline, channels), channels)
 
 
 def inherit(

@@ -18,7 +18,6 @@ from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
 VERSION = 2
-READABLE = (1, 2)
 """Version 1 knew no channels."""
 _EXAMPLE = '{"transform": "svd", "rank": 12}'
 
@@ -65,8 +64,10 @@ class Plan:
             groups = dict(data.get("channels", {}))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"This is no plan: {error!r}.") from error
-        if version not in READABLE:
-            raise ConfigError(f"The plan has version {version}, this package reads {READABLE}.")
+        if version not in (1, VERSION):
+            raise ConfigError(
+                f"The plan has version {version}, this package reads 1 and {VERSION}."
+            )
         layers: dict[str, Transform] = {}
         for name, row in rows.items():
             try:

@@ -25,7 +25,7 @@ from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, recalibrate
 from autocompress.gates import gate_batches
 from autocompress.objective import RECALIBRATION_BATCHES, Bench
-from autocompress.space import Knobs, SearchSpace, allocate, budget_range
+from autocompress.space import Knobs, SearchSpace, budget_range, decode
 from autocompress.surgery import apply_plan
 from autocompress.task import Task, batches, checked_scores, samples_in, scores_of
 from autocompress.training import OnStep, Recipe, fit
@@ -145,7 +145,8 @@ def _damaged(bench: Bench, space: SearchSpace) -> nn.Module:
     best: tuple[float, nn.Module] | None = None
     for _ in range(LOOKS):
         budget = math.sqrt(low * high)
-        plan = space.plan(allocate(space, Knobs(budget)))
+        here, picked, _ = decode(space, Knobs(budget))
+        plan = here.plan(picked)
         model = apply_plan(bench.baseline.model, plan, bench.cache).to(task.device)
         recalibrate(model, task, RECALIBRATION_BATCHES)
         drop = accuracy_drop(

@@ -111,9 +111,7 @@ class PlanSampler(BaseSampler):
                 proposal = self.propose(others, trial.number, attempt, rng)
             else:
                 # In a corner of the space all neighbours may be known.
-                here = proposal.space
-                move = here.neighbour if attempt < ATTEMPTS // 2 else here.scatter
-                proposal = replace(proposal, picked=move(proposal.picked, rng))
+                proposal = _moved(proposal, far=attempt >= ATTEMPTS // 2, rng=rng)
             digest = proposal.space.plan(proposal.picked).digest
             if digest in _plans(others) and attempt < ATTEMPTS - 1:
                 continue
@@ -206,24 +204,17 @@ class KnobSampler(PlanSampler):
         return index, next_seed(self._space, index, self._seed_count, tried, pending)
 
     def _scattered(self, best: FrozenTrial, rng: np.random.Generator) -> Proposal:
-        """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it.
-
-        Where channels may be removed, a group is moved, too, every second time.
-        """
-        old = self._space.of_params(best.params)
-        picked = old.nearest(best.params)
-        here, moved = old, picked
+        """The best plan with a few layers moved anywhere; a cheaper one, if a few draws find it."""
+        here = self._space.of_params(best.params)
+        old = Proposal(here, here.nearest(best.params))
+        new = old
         for _ in range(8):
-            here = old
-            if self._space.width is not None and rng.random() < 0.5:
-                here = self._space.at(self._space.width.scatter(old.kept, rng))
-            start = here.nearest(old.params(picked)) if here is not old else picked
-            moved = here.scatter(start, rng)
-            if here.cost(moved) < old.cost(picked):
+            new = _moved(old, far=True, rng=rng)
+            if new.space.cost(new.picked) < here.cost(old.picked):
                 break
         knobs = {k: v for k, v in _record(best).items() if k != "seed"}
-        knobs["budget"] = here.cost(moved) / self._space.baseline_cost
-        return Proposal(here, moved, knobs | {"rule": "scattered"})
+        knobs["budget"] = new.space.cost(new.picked) / self._space.baseline_cost
+        return replace(new, record=knobs | {"rule": "scattered"})
 
     def _near(
         self,
@@ -252,6 +243,19 @@ class KnobSampler(PlanSampler):
         old: Mapping[str, float] = centre.get("layers", {})
         params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}
         return Knobs.from_params(params)
+
+
+def _moved(proposal: Proposal, far: bool, rng: np.random.Generator) -> Proposal:
+    """A proposal with single layers moved to neighbouring ranks, or `far`: anywhere.
+
+    Where channels may be removed, half of the moves are a channel group's, and always anywhere.
+    """
+    here, picked = proposal.space, proposal.picked
+    if here.width is not None and (not picked or rng.random() < 0.5):
+        there = here.at(here.width.scatter(here.kept, rng))
+        return replace(proposal, space=there, picked=there.nearest(here.params(picked)))
+    move = here.scatter if far else here.neighbour
+    return replace(proposal, picked=move(picked, rng))
 
 
 def _ask(

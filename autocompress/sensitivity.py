@@ -90,6 +90,7 @@ class LayerTable:
                 "group": group_to_dict(ladder.group),
                 "order": ladder.order,
                 "choices": [asdict(choice) for choice in ladder.choices],
+                "params_each": ladder.params_each,
             }
             for name, ladder in self.ladders.items()
         }
@@ -120,6 +121,7 @@ class LayerTable:
                 group_from_dict(name, row["group"]),
                 tuple(row["order"]),
                 tuple(ChannelChoice(**choice) for choice in row["choices"]),
+                row["params_each"],
             )
             for name, row in data["ladders"].items()
         }

@@ -152,6 +152,11 @@ class SearchSpace:
         """The space at the channels that a plan keeps."""
         return self if self.width is None else self.at(self.width.pick(plan.channels))
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to choose."""
+        return not self.options and self.width is None
+
     @cached_property
     def grid(self) -> Grid:
         """The options as arrays, which the allocator works on."""
@@ -269,6 +274,8 @@ class SearchSpace:
         self, picked: Mapping[str, Option], rng: np.random.Generator
     ) -> dict[str, Option]:
         """`picked` with one layer moved to the option that costs a little less or more."""
+        if not picked:
+            return {}
         name = str(rng.choice(list(picked)))
         own = sorted(self.options[name], key=lambda option: option.cost)
         place = own.index(picked[name]) + (1 if rng.random() < 0.5 else -1)
@@ -500,7 +507,7 @@ class Knobs:
         if len(space.methods) > 1:
             for method in space.methods:
                 found[f"method_{method}"] = FloatDistribution(-TILT, TILT)
-        if space.width is not None:
+        if space.width is not None and space.options:
             found["channels"] = FloatDistribution(0.0, 1.0)
         return found
 
@@ -571,7 +578,7 @@ def next_seed(
         Knobs(least, stages=slope[::-1]),
         Knobs(least, "minmax"),
     ]
-    if space.width is not None:
+    if space.width is not None and space.options:
         variants = [Knobs(least, channels=0.0), Knobs(least, channels=1.0), *variants]
     variants = variants[: max(0, count - 4)]
     if index >= count - len(variants):
@@ -601,7 +608,8 @@ def decode(space: SearchSpace, knobs: Knobs) -> tuple[SearchSpace, dict[str, Opt
         for name in space.width.options
     }
     best: tuple[tuple[bool, float], SearchSpace, dict[str, Option], Knobs] | None = None
-    for share in SHARES if knobs.channels is None else (knobs.channels,):
+    shares = SHARES if knobs.channels is None else (knobs.channels,)
+    for share in shares if space.options else (1.0,):
         target = space.baseline_cost * knobs.budget**share
         here = space.at(space.width.allocate(target, knobs.sharpness, weights))
         picked = allocate(here, knobs)

@@ -8,7 +8,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from autocompress.channels import kept_positions, remove_channels
+from autocompress.channels import KeptChannels, kept_positions, remove_channels
+from autocompress.compensation import WIDEST, InputStatistics, compensate
 from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
 from autocompress.plan import Plan
 from autocompress.transforms.base import Factors, Transform
@@ -43,6 +44,7 @@ class FactorCache:
         self._modules = dict(model.named_modules())
         self._patches = patches or {}
         self._output_weights = output_weights or {}
+        self._inputs: dict[str, InputStatistics] = {}
         self._factors: dict[tuple[str, str], Factors] = {}
         self._kernels: dict[tuple[str, Transform], tuple[Tensor, ...]] = {}
 
@@ -59,11 +61,15 @@ class FactorCache:
         return found
 
     def without_channels(self, plan: Plan) -> FactorCache:
-        """The cache of the network without the channels that a plan removes."""
+        """The cache of the network without the channels that a plan removes.
+
+        Where real inputs are known, the layers that read them make up for them as well as they can.
+        """
         if not plan.channels:
             return self
         kept = list(plan.channels.values())
         small = remove_channels(self.model, kept)
+        self._compensate(small, kept)
         patches, weights = {}, {}
         for name in plan.layers:
             if name in self._patches:
@@ -74,6 +80,31 @@ class FactorCache:
                 rows = kept_positions(kept, name, "out", width)
                 weights[name] = self._output_weights[name][rows]
         return FactorCache(small, patches, weights)
+
+    def _compensate(self, small: nn.Module, kept: Sequence[KeptChannels]) -> None:
+        for name in dict.fromkeys(m.layer for part in kept for m in part.group.of_side("in")):
+            layer, fewer = self._modules[name], small.get_submodule(name)
+            statistics = self._statistics(name)
+            if statistics is None:
+                continue
+            weight = layer.get_parameter("weight").detach().cpu().float()
+            inputs = kept_positions(kept, name, "in", weight.shape[1])
+            outputs = kept_positions(kept, name, "out", weight.shape[0])
+            new, shift = compensate(weight[outputs], statistics, inputs)
+            with torch.no_grad():
+                fewer.get_parameter("weight").copy_(new)
+                if isinstance(fewer.bias, Tensor):
+                    fewer.bias.add_(shift.to(fewer.bias))
+
+    def _statistics(self, name: str) -> InputStatistics | None:
+        """How a layer's inputs go together; None where that isn't known or of no use."""
+        layer, patches = self._modules[name], self._patches.get(name)
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        if patches is None or grouped or patches.shape[1] > WIDEST:
+            return None
+        if name not in self._inputs:
+            self._inputs[name] = InputStatistics.of(patches)
+        return self._inputs[name]
 
     def _full(self, name: str, transform: Transform) -> Factors:
         key = (name, transform.name)

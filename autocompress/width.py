@@ -23,8 +23,6 @@ Kept = Mapping[str, int]
 """Channel group to how many of its channels remain; a group that keeps all is absent."""
 
 Floats = NDArray[np.float64]
-NORM = 2
-"""Parameters of a batch norm for each channel."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,8 @@ class ChannelSpace:
                 params -= before.cost.params - layer.cost.params
                 macs -= before.cost.macs - layer.cost.macs
         for name, keep in kept.items():
-            group = self.ladders[name].group
-            # What passes channels through and is no layer of the table is a batch norm.
-            norms = sum(member.layer not in self.layers for member in group.of_side("both"))
-            params -= NORM * norms * (group.channels - keep)
+            ladder = self.ladders[name]
+            params -= ladder.params_each * (ladder.group.channels - keep)
         return Cost(params, macs)
 
     def nearest(self, fractions: Mapping[str, float]) -> dict[str, int]:

@@ -137,6 +137,36 @@ def test_every_trial_carries_its_whole_story(finished: Outcome) -> None:
             assert (attrs[PARENT] is None) == (stage == "exploration")
 
 
+def test_a_study_that_removes_channels(
+    tmp_path: Path, trained_state: dict[str, Any], task: Task
+) -> None:
+    """Its winner is loaded, exported and resumed like any other; trials name their channels."""
+    config = tiny_config(tmp_path, **{"search.channels": True, "objective": "params+macs"})
+    outcome = run_study(config, tiny_task(trained_state), NullDisplay())
+    plans = [
+        autocompress.Plan.from_json(trial.user_attrs["plan"])
+        for study in studies_of(outcome.folder).values()
+        for trial in study.trials
+    ]
+    assert sum(bool(plan.channels) for plan in plans) >= 3
+    for study in studies_of(outcome.folder).values():
+        for trial in study.trials:
+            assert {"stem.channels", "conv.channels"} <= set(trial.params)
+    assert outcome.model is not None and outcome.plan is not None
+    (images,) = task.images(16)
+    loaded = autocompress.load(outcome.folder / "best", model=TinyNet())
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(images), outcome.model(images))
+    table = json.loads((outcome.folder / "table.json").read_text())["table"]
+    assert set(json.loads(table)["ladders"]) == {"stem", "conv"}
+    again = run_study(config, tiny_task(trained_state), NullDisplay())
+    assert ended(outcome.folder) == {"exploration": 6, "annealing": 3}
+    assert again.plan == outcome.plan
+    other = tiny_config(tmp_path, **{"search.channels": False, "objective": "params+macs"})
+    with pytest.raises(StudyMismatch, match="search.channels"):
+        run_study(other, tiny_task(trained_state), NullDisplay())
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_finished_study_does_nothing_more(task: Task, tmp_path: Path) -> None:
     first = run_study(tiny_config(tmp_path), task, NullDisplay())

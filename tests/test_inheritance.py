@@ -7,6 +7,7 @@ import torch
 from conftest import CLASSES, TinyNet
 from torch import nn
 
+from autocompress.channels import KeptChannels, find_groups
 from autocompress.inheritance import inherit, multiply_out
 from autocompress.plan import Plan
 from autocompress.surgery import apply_plan
@@ -70,3 +71,57 @@ def test_the_baseline_stays_as_it_is(task: Task) -> None:
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     inherit(trained_further(task, plan), plan, Plan({"fc": SVD(2)}), task.model, None)
     assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())
+
+
+def narrow_plan(task: Task, count: int, layers: dict[str, Transform]) -> Plan:
+    """A plan that keeps the first channels of the convolution."""
+    groups, _ = find_groups(task.model, task.example())
+    group = next(group for group in groups if group.name == "conv")
+    return Plan(layers, {"conv": KeptChannels(group, tuple(range(count)))})
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_with_its_parents_channels_it_is_its_parent(
+    task: Task, images: torch.Tensor, name: str
+) -> None:
+    plan = narrow_plan(task, 24, {"conv": CHOICES[name]})
+    parent = trained_further(task, plan)
+    child = inherit(parent, plan, plan, task.model, None)
+    torch.testing.assert_close(dict(child.state_dict()), dict(parent.state_dict()))
+
+
+def test_a_narrower_child_has_its_parents_weights_for_what_remains(task: Task) -> None:
+    plan = narrow_plan(task, 24, {})
+    parent = trained_further(task, plan)
+    child = inherit(parent, plan, narrow_plan(task, 16, {}), task.model, None)
+    for key, value in child.state_dict().items():
+        theirs = parent.state_dict()[key]
+        part = tuple(slice(0, size) for size in value.shape)
+        torch.testing.assert_close(value, theirs[part] if value.ndim else theirs)
+    assert child.get_submodule("fc").weight.shape == (CLASSES, 16)
+
+
+def test_channels_that_the_parent_lacks_are_the_baselines_and_nobody_weighs_them(
+    task: Task, images: torch.Tensor
+) -> None:
+    plan = narrow_plan(task, 16, {})
+    parent = trained_further(task, plan)
+    child = inherit(parent, plan, Plan(), task.model, None)
+    torch.testing.assert_close(child.eval()(images), parent.eval()(images))
+    weight = child.get_submodule("conv").get_parameter("weight")
+    own = parent.get_submodule("conv").get_parameter("weight")
+    torch.testing.assert_close(weight[:16], own)
+    torch.testing.assert_close(weight[16:], task.model.get_submodule("conv").weight[16:])
+
+
+def test_a_cut_layer_of_a_narrower_child_is_cut_from_the_parents_weights(
+    task: Task, images: torch.Tensor
+) -> None:
+    """At full rank it computes what the parent does without the channels that it lost."""
+    parent_plan = narrow_plan(task, 24, {"conv": SVD(12)})
+    parent = trained_further(task, parent_plan)
+    with torch.no_grad():
+        parent.get_submodule("fc").weight[:, 16:] = 0.0  # type: ignore[index, operator]
+    child_plan = narrow_plan(task, 16, {"conv": Tucker2(16, 16)})
+    child = inherit(parent, parent_plan, child_plan, task.model, None)
+    torch.testing.assert_close(child.eval()(images), parent.eval()(images), atol=1e-4, rtol=1e-4)

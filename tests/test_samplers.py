@@ -5,12 +5,14 @@ from typing import Any
 
 import optuna
 import pytest
+from test_channels import Residual, randomized
 from test_space import make_space
+from test_width import table_of
 
 from autocompress.annealing import AnnealingSampler, Parent, aim_for
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
-from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.space import Knobs, SearchSpace, allocate, decode
 from autocompress.trials import EXCUSED, INTERRUPTED, PARENT, WEIGHTS
 
 SPACE = make_space()
@@ -389,3 +391,66 @@ def test_seeds_bisect_for_the_least_budget_within_delta() -> None:
     least = min(budget for budget, ok in within.items() if ok)
     most = max(budget for budget, ok in within.items() if not ok)
     assert len(seeds) >= 5 and most < least < 1.3 * most
+
+
+@pytest.fixture(scope="module")
+def wide() -> SearchSpace:
+    """A space with channels to remove."""
+    table, full = table_of(randomized(Residual()))
+    return SearchSpace.from_table(table, "params", full)
+
+
+def damage_of(space: SearchSpace, plan: Plan) -> float:
+    here = space.of_plan(plan)
+    assert here.width is not None
+    return 30 * here.width.damage(here.kept) + drop_of(here, plan)
+
+
+def run_wide(study: optuna.Study, space: SearchSpace, count: int) -> list[tuple[float, Plan]]:
+    found = []
+    for _ in range(count):
+        trial = study.ask()
+        plan = space.suggest(trial)
+        trial.set_user_attr("plan", plan.to_json())
+        trial.set_user_attr("plan_digest", plan.digest)
+        here = space.of_plan(plan)
+        cost, drop = here.cost(here.pick(plan)), damage_of(space, plan)
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 1.0])
+        trial.set_user_attr(WEIGHTS, "somewhere")
+        study.tell(trial, (drop, float(cost)))
+        found.append((float(cost), plan))
+    return found
+
+
+def test_the_exploration_tries_channels_ranks_and_both(wide: SearchSpace) -> None:
+    study = make_study(KnobSampler(wide, 0))
+    found = run_wide(study, wide, 30)
+    kinds = {(bool(plan.channels), bool(plan.layers)) for _, plan in found}
+    assert {(True, False), (False, True), (True, True)} <= kinds
+    assert len({plan.digest for _, plan in found}) == len(found)
+    for trial, (_, plan) in zip(study.trials, found, strict=True):
+        here = wide.of_params(trial.params)
+        assert here.plan(here.nearest(trial.params)) == plan
+        assert 0 <= trial.system_attrs[KNOBS]["channels"] <= 1
+    again = run_wide(make_study(KnobSampler(wide, 0)), wide, 8)
+    assert [plan for _, plan in again] == [plan for _, plan in found[:8]]
+
+
+def test_children_lose_channels_and_ranks_and_cost_less(wide: SearchSpace) -> None:
+    here, picked, _ = decode(wide, Knobs(0.8, channels=0.5))
+    plan, cost = here.plan(picked), here.cost(picked)
+    parent = Parent("exploration/0", plan.to_json(), 0.2, float(cost))
+    sampler = AnnealingSampler(wide, 0, delta=1.0, parents=[parent], trials=8)
+    found = run_wide(make_study(sampler), wide, 8)
+    assert all(child_cost < cost for child_cost, _ in found)
+    fewer = [
+        child
+        for _, child in found
+        if sum(len(p.kept) for p in child.channels.values())
+        < sum(len(p.kept) for p in plan.channels.values())
+    ]
+    assert fewer
+    for child in fewer:
+        for name, part in plan.channels.items():
+            # A child's channels are among its parent's, whose weights they have.
+            assert set(child.channels[name].kept) <= set(part.kept)

@@ -1,0 +1,71 @@
+"""What the layers that read removed channels can make up for with the channels that remain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-3
+"""Added to the remaining channels' covariance, as a share of its mean variance."""
+WIDEST = 4096
+"""With more input channels, as behind a flattened feature map, nothing is made up for: their
+covariance would need gigabytes."""
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """How the input channels of a layer go together.
+
+    Attributes:
+        mean: `in`, over real inputs and all places of the kernel.
+        covariance: `in x in`.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, patches: Tensor) -> InputStatistics:
+        """Of real inputs, `n x in x kh x kw` or `n x in`."""
+        values = patches.detach().cpu().float().reshape(len(patches), patches.shape[1], -1)
+        values = values.transpose(0, 1).flatten(1)
+        mean = values.mean(dim=1, keepdim=True)
+        centred = values - mean
+        covariance = centred @ centred.T / values.shape[1]
+        return cls(mean.flatten().double(), covariance.double())
+
+
+def compensate(
+    weight: Tensor, statistics: InputStatistics, kept: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """A kernel that reads fewer input channels and answers as much alike as they allow.
+
+    Each removed channel is predicted from those that remain, by least squares over real inputs, and
+    its weights are added to theirs (in the manner of He et al. 2017, arXiv 1707.06168, with one
+    matrix for all places of the kernel).
+
+    Args:
+        weight: `out x in x kh x kw`, or `out x in` of a Linear.
+        statistics: Of the layer's inputs.
+        kept: Input channels that remain, ascending.
+
+    Returns:
+        The kernel, `out x kept x ...`, and what to add to the layer's bias, `out`.
+    """
+    own = set(kept)
+    remaining = torch.tensor(list(kept))
+    removed = torch.tensor([c for c in range(weight.shape[1]) if c not in own], dtype=torch.long)
+    if not len(removed):
+        return weight, torch.zeros(len(weight), dtype=weight.dtype)
+    known = statistics.covariance[remaining][:, remaining]
+    ridge = RIDGE * known.diagonal().mean().clamp_min(1e-12)
+    known = known + ridge * torch.eye(len(known), dtype=known.dtype)
+    mixing = torch.linalg.solve(known, statistics.covariance[remaining][:, removed]).T
+    shift = statistics.mean[removed] - mixing @ statistics.mean[remaining]
+    lost = weight[:, removed].double().reshape(len(weight), len(removed), -1)
+    gained = torch.einsum("ort,rk->okt", lost, mixing)
+    gained = gained.reshape(len(weight), len(remaining), *weight.shape[2:])
+    return weight[:, remaining] + gained.to(weight), (lost.sum(dim=2) @ shift).to(weight)

@@ -1,0 +1,65 @@
+"""What remaining channels make up for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from autocompress.compensation import InputStatistics, compensate
+
+
+def mixed_inputs(taps: int) -> Tensor:
+    """Five channels of which the last two follow from the first three, with a mean."""
+    generator = torch.Generator().manual_seed(0)
+    free = torch.randn(512, 3, taps, taps, generator=generator) + 2.0
+    first = 0.5 * free[:, 0] - free[:, 2] + 1.0
+    second = free[:, 1] + 0.25 * free[:, 0]
+    return torch.cat([free, first[:, None], second[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_channels_that_follow_from_the_others_cost_nothing(taps: int) -> None:
+    torch.manual_seed(0)
+    patches = mixed_inputs(taps)
+    weight = torch.randn(4, 5, taps, taps)
+    new, shift = compensate(weight, InputStatistics.of(patches), [0, 1, 2])
+    assert new.shape == (4, 3, taps, taps)
+    exact = F.conv2d(patches, weight).flatten(1)
+    fewer = F.conv2d(patches[:, :3], new).flatten(1) + shift
+    torch.testing.assert_close(fewer, exact, rtol=0.02, atol=0.05)
+    plain = F.conv2d(patches[:, :3], weight[:, :3]).flatten(1)
+    assert (exact - fewer).norm() < 0.02 * (exact - plain).norm()
+
+
+def test_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    inputs = mixed_inputs(1).flatten(1)
+    weight = torch.randn(4, 5)
+    new, shift = compensate(weight, InputStatistics.of(inputs), [0, 1, 2])
+    torch.testing.assert_close(
+        inputs[:, :3] @ new.T + shift, inputs @ weight.T, rtol=0.02, atol=0.05
+    )
+
+
+def test_with_all_channels_nothing_changes() -> None:
+    weight = torch.randn(4, 5, 3, 3)
+    new, shift = compensate(weight, InputStatistics.of(mixed_inputs(3)), range(5))
+    torch.testing.assert_close(new, weight)
+    assert not shift.any()
+
+
+def test_independent_channels_leave_their_mean_behind() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4096, 3) + torch.tensor([0.0, 0.0, 5.0])
+    weight = torch.ones(2, 3)
+    new, shift = compensate(weight, InputStatistics.of(inputs), [0, 1])
+    torch.testing.assert_close(new, weight[:, :2], atol=0.1, rtol=0.0)
+    torch.testing.assert_close(shift, torch.full((2,), 5.0), atol=0.2, rtol=0.0)
+
+
+def test_channels_that_never_vary_are_no_trouble() -> None:
+    inputs = torch.zeros(64, 4)
+    new, shift = compensate(torch.ones(2, 4), InputStatistics.of(inputs), [0])
+    assert new.isfinite().all() and not shift.any()

@@ -1,0 +1,171 @@
+"""Keep-counts of channel groups: what they cost, and budgets shared out among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import pytest
+from test_channels import Dense, Depthwise, Residual, randomized
+from test_importance import task_of
+from torch import nn
+
+from autocompress.channels import find_groups
+from autocompress.importance import build_ladders
+from autocompress.layers import Cost, inspect_layers
+from autocompress.observation import observe_layers
+from autocompress.plan import Plan
+from autocompress.profiler import profile_model
+from autocompress.sensitivity import LayerTable, build_table
+from autocompress.space import KEEP, Knobs, SearchSpace, decode, spend
+from autocompress.surgery import apply_plan, build_plan
+from autocompress.width import ChannelSpace
+
+
+def table_of(model: nn.Module) -> tuple[LayerTable, Cost]:
+    task = task_of(model)
+    example = task.example()
+    layers, _ = inspect_layers(model, example)
+    seen = observe_layers(model, task, layers, images=64, patches=128)
+    table = build_table(model, layers, seen.factor_cache(model), seen, ("svd", "tucker2"))
+    groups, _ = find_groups(model, example)
+    table = replace(table, ladders=build_ladders(model, task, groups, seen, "outputs"))
+    return table, profile_model(model, example, latency=False).cost
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return randomized(Residual())
+
+
+@pytest.fixture(scope="module")
+def space(model: nn.Module) -> SearchSpace:
+    table, full = table_of(model)
+    return SearchSpace.from_table(table, "params", full)
+
+
+@pytest.fixture
+def width(space: SearchSpace) -> ChannelSpace:
+    assert space.width is not None
+    return space.width
+
+
+@pytest.mark.parametrize("objective", ["params", "macs", "params+macs"])
+@pytest.mark.parametrize(
+    "net", [Residual(), Dense(), Depthwise(), Depthwise(groups=4)], ids=lambda m: type(m).__name__
+)
+def test_costs_are_those_of_the_network_that_is_built(net: nn.Module, objective: str) -> None:
+    net = randomized(net)
+    table, full = table_of(net)
+    space = SearchSpace.from_table(table, objective, full)
+    example = task_of(net).example()
+    for budget, share in ((0.7, 0.0), (0.7, 0.5), (0.5, 1.0), (0.4, 0.5)):
+        here, picked, _ = decode(space, Knobs(budget, channels=share))
+        small = apply_plan(net, here.plan(picked))
+        cost = spend(objective, profile_model(small, example, latency=False).cost, full)
+        # A share is rounded for each layer.
+        assert cost == pytest.approx(here.cost(picked), abs=9 if "+" in objective else 0)
+
+
+def test_a_table_with_channels_round_trips(model: nn.Module) -> None:
+    table, _ = table_of(model)
+    assert table.ladders and LayerTable.from_json(table.to_json()) == table
+
+
+def test_channels_alone_and_ranks_alone(space: SearchSpace) -> None:
+    ranks, picked, _ = decode(space, Knobs(0.6, channels=0.0))
+    assert ranks is space and not ranks.plan(picked).channels
+    channels, picked, _ = decode(space, Knobs(0.6, channels=1.0))
+    plan = channels.plan(picked)
+    assert plan.channels and not plan.layers
+    both, picked, _ = decode(space, Knobs(0.4, channels=0.5))
+    plan = both.plan(picked)
+    assert plan.channels and plan.layers
+
+
+def test_without_a_share_the_least_predicted_damage_is_taken(
+    space: SearchSpace, width: ChannelSpace
+) -> None:
+    def damage(knobs: Knobs) -> float:
+        here, picked, _ = decode(space, knobs)
+        return width.damage(here.kept) + sum(option.error**2 for option in picked.values())
+
+    free = damage(Knobs(0.5))
+    assert free == min(damage(Knobs(0.5, channels=share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0))
+    assert decode(space, Knobs(0.5))[2].channels is not None
+
+
+def test_parameters_mean_the_plan_and_the_plan_the_parameters(space: SearchSpace) -> None:
+    for budget, share in ((0.8, 0.3), (0.5, 0.5), (0.5, 1.0)):
+        here, picked, _ = decode(space, Knobs(budget, channels=share))
+        params = here.params(picked)
+        assert set(params) == set(space.distributions()) == set(here.distributions())
+        study = optuna.create_study()
+        study.enqueue_trial(params)
+        plan = space.suggest(study.ask())
+        assert plan == here.plan(picked)
+        assert Plan.from_json(plan.to_json()) == plan
+        assert space.of_plan(plan).pick(plan) == picked
+        assert set(space.errors(plan)) == set(plan.layers)
+
+
+def test_a_plan_with_channels_is_another_plan(space: SearchSpace, model: nn.Module) -> None:
+    here, picked, _ = decode(space, Knobs(0.6, channels=1.0))
+    plan = here.plan(picked)
+    assert plan.digest != Plan().digest
+    again = build_plan(model, plan)
+    again.load_state_dict(apply_plan(model, plan).state_dict())
+
+
+def test_a_narrower_layer_has_only_ranks_that_save_there(
+    space: SearchSpace, width: ChannelSpace
+) -> None:
+    here = space.at({"inner": 4})
+    layers = width.remaining({"inner": 4})
+    assert layers["inner"].out_channels == 4 and layers["back"].in_channels == 4
+    for name, own in here.options.items():
+        assert own[0].method == KEEP
+        full = layers[name].cost
+        for option in own[1:]:
+            assert option.choice is not None
+            assert option.choice.params < full.params and option.choice.macs < full.macs
+            assert option.error > 0
+
+
+def test_fractions_mean_the_next_count_at_or_above(width: ChannelSpace) -> None:
+    counts = [option.keep for option in width.options["inner"]]
+    assert counts[0] == 12 and counts[1:] == sorted(counts[1:])
+    assert width.nearest({"inner": 5 / 12}) == {"inner": 6}
+    assert width.nearest({"inner": 6 / 12}) == {"inner": 6}
+    assert width.nearest({"inner": 1.0}) == width.nearest({}) == {}
+
+
+def test_a_group_with_more_weight_keeps_more(width: ChannelSpace) -> None:
+    target = 0.6 * width.full.params
+    plain = width.allocate(target)
+    spared = width.allocate(target, weights={"inner": 3.0})
+    assert spared.get("inner", 12) > plain.get("inner", 12)
+    for kept in (plain, spared):
+        assert width.cost(kept).params <= target
+
+
+def test_lighten_makes_groups_narrower_until_the_target(width: ChannelSpace) -> None:
+    rng = np.random.default_rng(0)
+    start = {"inner": 10}
+    target = 0.7 * width.cost(start).params
+    moved = width.lighten(start, target, rng)
+    assert width.cost(moved).params <= target
+    assert all(moved[name] <= keep for name, keep in start.items())
+    assert width.lighten(start, 10 * target, rng) == start
+    # Beyond the space's end it stops there.
+    end = width.lighten(start, 0, rng)
+    assert end == {name: min(o.keep for o in own) for name, own in width.options.items()}
+
+
+def test_scatter_moves_one_group_anywhere(width: ChannelSpace) -> None:
+    rng = np.random.default_rng(0)
+    seen = {tuple(sorted(width.scatter({"inner": 6}, rng).items())) for _ in range(100)}
+    assert (("inner", 6), ("stem", 2)) in seen or (("inner", 6), ("stem", 4)) in seen
+    assert () in seen  # the group keeps all again
+    assert all(dict(moved).get("inner") == 6 or "stem" not in dict(moved) for moved in seen)
