@@ -116,7 +116,8 @@ class SearchConfig(_Section):
     """What is tried, and how often."""
 
     transforms: Annotated[tuple[TransformName, ...], _AsTuple] = Field(
-        default=ALL_TRANSFORMS, min_length=1, description="Transforms that layers may get."
+        default=ALL_TRANSFORMS,
+        description="Transforms that layers may get; none where only channels are to be removed.",
     )
     include: Names = Field(
         default=("*",), min_length=1, description="Layers that may change (patterns of names)."
@@ -325,6 +326,11 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError(
             f"data.mean = {_show(mean)} and data.std = {_show(std)} belong together: give one "
             "number a channel in both, or leave both out."
+        )
+    if not (config.search.transforms or config.search.channels):
+        raise ConfigError(
+            "search.transforms = [] and search.channels = false leave nothing to search: name a "
+            "transform, or set search.channels = true."
         )
     if config.finetune.gate < config.delta:
         raise ConfigError(

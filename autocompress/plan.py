@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
@@ -115,7 +115,7 @@ def _kept_from_dict(name: str, row: Mapping[str, Any]) -> KeptChannels:
         ConfigError: If the row is none.
     """
     try:
-        return KeptChannels(group_from_dict(name, row), tuple(_from_spans(row["kept"])))
+        return KeptChannels(group_from_dict(name, row), tuple(from_spans(row["kept"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"Channel group {name!r} of the plan can't be read: {error!r}."
@@ -133,7 +133,8 @@ def _spans(numbers: Iterable[int]) -> str:
     return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
 
 
-def _from_spans(text: str) -> Iterable[int]:
+def from_spans(text: str) -> Iterator[int]:
+    """The numbers of "0-3,7", as a plan's JSON has them."""
     for span in text.split(","):
         first, _, last = span.partition("-")
         yield from range(int(first), int(last or first) + 1)

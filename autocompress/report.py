@@ -23,6 +23,7 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.layers import Cost
+from autocompress.plan import from_spans
 from autocompress.trials import within_delta
 
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
@@ -83,6 +84,16 @@ def plan_layers(plan: Mapping[str, Any] | str | None) -> Mapping[str, Mapping[st
     return layers
 
 
+def plan_channels(plan: Mapping[str, Any] | str | None) -> Mapping[str, tuple[int, int]]:
+    """Channel group -> how many of its channels remain, and how many there were."""
+    parsed = json.loads(plan) if isinstance(plan, str) else plan
+    groups: Mapping[str, Mapping[str, Any]] = (parsed or {}).get("channels", {})
+    return {
+        name: (sum(1 for _ in from_spans(row["kept"])), int(row["of"]))
+        for name, row in groups.items()
+    }
+
+
 def transform_text(transform: Mapping[str, Any]) -> str:
     """ "tucker2 (rank_in 16, rank_out 24)"."""
     fields = [f"{k} {_plain(v)}" for k, v in transform.items() if k != "transform"]
@@ -90,13 +101,18 @@ def transform_text(transform: Mapping[str, Any]) -> str:
 
 
 def plan_summary(plan: Mapping[str, Any] | str | None) -> str:
-    """ "7 layers: 4 tucker2, 3 svd"."""
-    layers = plan_layers(plan)
-    if not layers:
-        return "no layer changed"
-    counts = Counter(str(choice.get("transform", "?")) for choice in layers.values())
-    kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    return f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'}: {kinds}"
+    """ "7 layers: 4 tucker2, 3 svd; 2 channel groups: 40 of 64 channels"."""
+    layers, channels = plan_layers(plan), plan_channels(plan)
+    parts = []
+    if layers:
+        counts = Counter(str(choice.get("transform", "?")) for choice in layers.values())
+        kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        parts.append(f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'}: {kinds}")
+    if channels:
+        kept, full = map(sum, zip(*channels.values(), strict=True))
+        groups = "channel group" if len(channels) == 1 else "channel groups"
+        parts.append(f"{len(channels)} {groups}: {kept} of {full} channels")
+    return "; ".join(parts) or "no layer changed"
 
 
 def quantity(value: float | None, metric: str) -> str:

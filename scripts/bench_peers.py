@@ -3,14 +3,15 @@
     python scripts/bench_peers.py quickstart --seeds 0 1 2
     python scripts/bench_peers.py cifar10-resnet20 --images CIFAR10_FOLDER --weights resnet20.th
 
-autocompress runs a whole study. Every other method is a family of networks with one dial: it gets
-as many short fine-tunings as the study's exploration, as long as those, on networks bisected for
-the least cost within delta; then the cheapest plausible one is fine-tuned as long as the study's
-winner, and the next milder ones in its place while delta is missed, as long as the study's own
-number of epochs lasts (so what the study spends on annealing is theirs for more long fine-tunings).
-Delta is judged on validation data, and test data is read once for each method. A finished method is
-kept in --out, and the same command goes on with the others. Seeds are those of search and training;
-baseline and split are the same for all.
+autocompress runs a whole study (`autocompress-ranks`, `-channels` and `-both` do so with what they
+name to choose from, whatever the study file says). Every other method is a family of networks with
+one dial: it gets as many short fine-tunings as the study's exploration, as long as those, on
+networks bisected for the least cost within delta; then the cheapest plausible one is fine-tuned as
+long as the study's winner, and the next milder ones in its place while delta is missed, as long as
+the study's own number of epochs lasts (so what the study spends on annealing is theirs for more
+long fine-tunings). Delta is judged on validation data, and test data is read once for each method.
+A finished method is kept in --out, and the same command goes on with the others. Seeds are those of
+search and training; baseline and split are the same for all.
 """
 
 from __future__ import annotations
@@ -48,24 +49,30 @@ FAMILIES: dict[str, tuple[str, Callable[[Arena], Make]]] = {
     VBMF_AS_FOUND: ("Tucker-2, VBMF ranks as found", lambda a: tucker_vbmf(a, factor=1.0)),
     "alds": ("ALDS-style splits, min-max error", alds),
 }
-OURS = "autocompress"
+OURS: dict[str, dict[str, Any]] = {
+    "autocompress": {},
+    "autocompress-ranks": {"search.channels": False},
+    "autocompress-channels": {"search.channels": True, "search.transforms": ()},
+    "autocompress-both": {"search.channels": True},
+}
+"""Whole studies: as the study file says, by ranks alone, by channels alone, and by both."""
 FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio", "onnx_ratio")
 
 
 def main() -> None:
     """Run the methods that the command line names and print their table."""
     parser = parser_of(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=[OURS, *FAMILIES], default=None)
+    parser.add_argument("--methods", nargs="+", choices=[*OURS, *FAMILIES], default=None)
     options = parser.parse_args()
-    methods = options.methods or [OURS, *FAMILIES]
+    methods = options.methods or ["autocompress", *FAMILIES]
     if "torch-pruning" in methods:
         import_torch_pruning()  # rather missing now than after hours
     arena, out = start(options)
 
     def work(method: str, seed: int) -> dict[str, Any]:
-        if method == OURS:
-            return run_ours(arena, out, seed)
-        ours = out / f"{OURS}-{seed}.json"
+        if method in OURS:
+            return run_ours(arena, out, method, seed)
+        ours = out / f"autocompress-{seed}.json"
         epochs = arena.planned_epochs
         if ours.exists():
             epochs = json.loads(ours.read_text(encoding="utf-8"))["epochs"]
@@ -76,9 +83,10 @@ def main() -> None:
     print("\n" + peers_table(results, options.seeds))
 
 
-def run_ours(arena: Arena, out: Path, seed: int) -> dict[str, Any]:
+def run_ours(arena: Arena, out: Path, method: str, seed: int) -> dict[str, Any]:
     """A whole study: its winner's figures are its own, measured the same way."""
-    found = run_whole_study(arena, f"study-{seed}", out, seed, {})
+    name = method.replace("autocompress", "study")
+    found = run_whole_study(arena, f"{name}-{seed}", out, seed, OURS[method])
     figures = study_figures(found["summary"])
     return {
         "epochs": found["epochs"],
@@ -126,7 +134,7 @@ def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> s
     header += ["epochs", "s", "met"]
     rows = []
     for method, runs in results.items():
-        name = FAMILIES[method][0] if method in FAMILIES else OURS
+        name = FAMILIES[method][0] if method in FAMILIES else method
         figures = [spread([run.get(key) for run in runs]) for key in FIGURES]
         figures = [
             f"{figures[0]}x",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from autocompress.channels import find_groups, removable
 from autocompress.export import check_onnx, export_onnx
+from autocompress.importance import build_ladders
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.observation import observe_layers
 from autocompress.profiler import profile_model
 from autocompress.sensitivity import build_table
-from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.space import Knobs, SearchSpace, decode
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task
 from autocompress.training import fit
@@ -40,6 +44,9 @@ SLOW = {
     "timm:ghostnet_100": 64,
     "timm:resnest14d": 64,
 }
+WITHOUT_GROUPS = {
+    "torchvision:shufflenet_v2_x0_5",  # channels are shuffled
+}
 CASES = [
     *FAST.items(),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.items()),
@@ -60,14 +67,24 @@ def test_it_is_compressed_by_half(
     seen = observe_layers(model, task, layers, patches=64)
     cache = FactorCache(model, seen.patches)
     table = build_table(model, layers, cache, seen, tuple(TRANSFORMS))
+    groups, refused = find_groups(model, example)
+    groups = removable(groups, layers, layers, {}, refused)
+    assert groups or source in WITHOUT_GROUPS, refused
+    table = replace(table, ladders=build_ladders(model, task, groups, seen, "outputs"))
     before = profile_model(model, example, latency=False)
-    for objective, budget in (("params", 0.5), ("macs", 0.7)):
+    for objective, budget, share in (
+        ("params", 0.5, 0.0),
+        ("macs", 0.7, 0.5),
+        ("params", 0.6, 1.0),
+    ):
         space = SearchSpace.from_table(table, objective, before.cost)
-        picked = allocate(space, Knobs(budget))
-        small = apply_plan(model, space.plan(picked), cache)
+        here, picked, _ = decode(space, Knobs(budget, channels=share if groups else 0.0))
+        small = apply_plan(model, here.plan(picked), cache)
         after = profile_model(small, example, latency=False)
-        assert getattr(after, objective) == space.cost(picked)
-        assert getattr(after, objective) <= budget * getattr(before, objective)
+        assert getattr(after, objective) == here.cost(picked)
+        assert here.plan(picked).channels or share == 0 or not groups
+        if share < 1:
+            assert getattr(after, objective) <= budget * getattr(before, objective)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     export_onnx(small, example, path)
     check_onnx(path, small, images)

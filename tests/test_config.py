@@ -121,6 +121,8 @@ def test_there_are_six_ready_studies() -> None:
         ({"search.trials": 0}, "search.trials = 0 must be >= 1"),
         ({"search.transforms": ["tuker2"]}, "search.transforms: unknown value 'tuker2'. Did you"),
         ({"search.transforms": "svd"}, "search.transforms: expected a list, got 'svd'"),
+        ({"search.transforms": []}, "search.transforms = [] and search.channels = false leave no"),
+        ({"search.importance": "l1"}, "search.importance: unknown value 'l1'. Known: bn, norm"),
         ({"search.include": [3]}, "search.include: expected a text, got 3"),
         ({"search.sampler": "tpee"}, "search.sampler: unknown value 'tpee'. Did you mean 'tpe'?"),
         ({"objective": "flops"}, "objective: unknown value 'flops'. Known: latency, macs, params"),
