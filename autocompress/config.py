@@ -126,7 +126,7 @@ class SearchConfig(_Section):
         default=(), description="Layers that must stay (patterns of names); wins over include."
     )
     channels: bool = Field(
-        default=False, description="Whether channels may be removed, before ranks are cut."
+        default=True, description="Whether channels may be removed, before ranks are cut."
     )
     importance: Literal["outputs", "norm", "bn", "taylor"] = Field(
         default="outputs",

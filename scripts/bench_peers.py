@@ -36,7 +36,7 @@ from arena import (
     study_figures,
     table,
 )
-from opponents import alds, import_torch_pruning, pruning, tucker_vbmf, uniform
+from opponents import alds, pruning, tucker_vbmf, uniform
 
 from autocompress.errors import AutocompressError
 from autocompress.store import write_text
@@ -65,8 +65,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*OURS, *FAMILIES], default=None)
     options = parser.parse_args()
     methods = options.methods or ["autocompress", *FAMILIES]
-    if "torch-pruning" in methods:
-        import_torch_pruning()  # rather missing now than after hours
     arena, out = start(options)
 
     def work(method: str, seed: int) -> dict[str, Any]:

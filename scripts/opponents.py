@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_pruning
 from arena import Arena, Make
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autocompress.config import TransformName
-from autocompress.errors import ConfigError
 from autocompress.layers import LayerSpec
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
@@ -97,29 +97,12 @@ def allocator(arena: Arena) -> Make:
     return make
 
 
-def import_torch_pruning() -> Any:
-    """The module `torch_pruning`, which is needed for nothing else.
-
-    Raises:
-        ConfigError: If it is not installed.
-    """
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ConfigError(
-            "The method torch-pruning needs a package: pip install torch-pruning==1.6.0, or leave "
-            "it out of --methods."
-        ) from error
-    return torch_pruning
-
-
 def pruning(arena: Arena) -> Make:
     """Torch-Pruning: whole channels by their groups' magnitude, ranked over the whole network.
 
     DepGraph (Fang et al. 2023, arXiv 2301.12900) with `GroupMagnitudeImportance`; the last layer
     keeps its outputs.
     """
-    torch_pruning = import_torch_pruning()
     last = [n for n, m in arena.baseline.model.named_modules() if isinstance(m, nn.Linear)][-1:]
     last = last or [arena.layers[-1].name]
 

@@ -133,7 +133,7 @@ def test_every_trial_carries_its_whole_story(finished: Outcome) -> None:
             assert trial.system_attrs["constraints"] == [pytest.approx(metrics["drop_bound"] - 5)]
             assert metrics["drop_bound"] > drop
             kinds = {key.rpartition(".")[2] for key in trial.params}
-            assert kinds == {"transform", "rank_fraction"}
+            assert kinds == {"transform", "rank_fraction", "channels"}
             assert (attrs[PARENT] is None) == (stage == "exploration")
 
 

@@ -51,8 +51,6 @@ FAMILIES = {
 def test_a_smaller_dial_never_costs_more_and_every_network_runs(
     name: str, arena: ground.Arena
 ) -> None:
-    if name == "pruning":
-        pytest.importorskip("torch_pruning")
     before = {k: v.clone() for k, v in arena.baseline.model.state_dict().items()}
     make = FAMILIES[name](arena)
     models = [make(dial) for dial in (0.1, 0.3, 0.6, 1.0)]
