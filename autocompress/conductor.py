@@ -31,7 +31,7 @@ from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
-from autocompress.layers import LayerSpec, check_patterns, inspect_layers
+from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.plan import Plan
 from autocompress.probe import settle
@@ -39,6 +39,7 @@ from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import make_sampler, reads_rejected_as_complete
+from autocompress.scope import bound_table, bound_text, check_names, why_refused
 from autocompress.selection import conclude, timed
 from autocompress.sensitivity import LayerTable, build_table, observe_layers
 from autocompress.space import SearchSpace
@@ -140,7 +141,7 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task.model.to(task.device)
-    check_patterns(task.model, config.search.include, config.search.exclude)
+    check_names(task.model, config.search)
     check_outputs(task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
@@ -187,10 +188,12 @@ def _run(
         )
     space = SearchSpace.from_table(table, config.objective, baseline.profile.cost)
     if not space.options:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
+        # One layer for each reason: a network may have hundreds.
+        examples = {why: name for name, why in reversed(left_alone.items())}
+        reasons = "; ".join(f"{name}: {why}" for why, name in reversed(examples.items()))
         raise ConfigError(
             "No layer of this network can be transformed by search.transforms within "
-            f"search.include and search.exclude. {reasons}"
+            f"search.include, search.exclude and search.bounds. {reasons}."
         )
 
     exploration.sampler = make_sampler(
@@ -350,8 +353,9 @@ def _analyse(
         )
     for name in table.refused:
         if name not in table.choices:
-            reasons = dict.fromkeys(table.refused[name].values())
-            left_alone[name] = "; ".join(reasons) or "no rank saves both params and MACs"
+            left_alone[name] = why_refused(table.refused[name].values())
+    table, emptied = bound_table(table, config.search.bounds or ())
+    left_alone |= emptied
     bench = Bench(
         task=task,
         baseline=baseline,
@@ -559,6 +563,9 @@ def _facts(
         "baseline": {"accuracy": baseline.val.accuracy, **baseline.profile.to_dict()},
         "layers": [asdict(layer) for layer in table.layers],
         "left_alone": dict(left_alone),
+        "bounds": {
+            layer.name: bound_text(layer.name, config.search.bounds or ()) for layer in table.layers
+        },
         "delta": config.delta,
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,
