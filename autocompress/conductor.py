@@ -32,6 +32,7 @@ from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
 from autocompress.layers import LayerSpec, inspect_layers
+from autocompress.models import load_state
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.plan import Plan
 from autocompress.probe import settle
@@ -307,7 +308,7 @@ def _make_baseline(
     """
     kept = study.user_attrs.get("baseline_digest")
     if kept is not None and folder.baseline.exists():
-        task.model.load_state_dict(load_file(folder.baseline))
+        load_state(task.model, load_file(folder.baseline))
     else:
         epochs = config.baseline.epochs
         if epochs is None:
@@ -547,7 +548,7 @@ def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> O
         return Outcome(None, None, summary, folder.path)
     plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
     model = build_plan(bench.baseline.model, plan)
-    model.load_state_dict(load_file(folder.best / "model.safetensors"))
+    load_state(model, load_file(folder.best / "model.safetensors"))
     return Outcome(model.cpu().eval(), plan, summary, folder.path)
 
 
