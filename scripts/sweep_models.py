@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from autocompress.errors import AutocompressError
 from autocompress.export import check_onnx, export_onnx, load, save_model
-from autocompress.layers import Cost, inspect_layers
+from autocompress.layers import Cost, LayerSpec, inspect_layers
 from autocompress.models import build_model, list_models
 from autocompress.profiler import profile_model
+from autocompress.scope import why_refused
 from autocompress.sensitivity import build_table, observe_layers
 from autocompress.space import Knobs, SearchSpace, allocate
 from autocompress.store import write_text
@@ -182,8 +183,9 @@ def compress(
     before = profile_model(model, example, latency=False)
     layers, left_alone = inspect_layers(model, example, include=None)
     row |= {"layers": len(layers), "left_alone": left_alone}
+    macs = {layer.name: layer.macs for layer in before.layers}
     if not layers:
-        return "refused", "no layer may change: " + most_common(left_alone.values())
+        return "refused", "no layer may change: " + main_reasons(left_alone, macs)
     note("layer table")
     seen = observe_layers(model, task, layers, patches=64)
     cache = FactorCache(model, seen.patches)
@@ -192,10 +194,11 @@ def compress(
     space = SearchSpace.from_table(table, "macs", before.cost)
     least = space.least_cost / space.baseline_cost
     if least > NEARLY * BUDGET:
-        reasons = [w for name in table.refused for w in table.refused[name].values()]
+        for name in table.refused.keys() - table.choices.keys():
+            left_alone[name] = why_refused(table.refused[name].values())
         return "refused", (
             f"the smallest network of the space still has {100 * least:.0f} % of the MACs: "
-            + most_common([*left_alone.values(), *reasons])
+            + main_reasons(left_alone, macs, layers)
         )
     plan = space.plan(allocate(space, Knobs(max(BUDGET, least))))
     note("apply")
@@ -268,10 +271,25 @@ def ratios(before: Cost, after: Cost) -> dict[str, float]:
     return {"params": before.params / after.params, "macs": before.macs / after.macs}
 
 
-def most_common(reasons: Sequence[str] | Any) -> str:
-    """The two most frequent reasons, with how often."""
-    found = Counter(reasons).most_common(2)
-    return "; ".join(f"{reason} ({count} layers)" for reason, count in found)
+def main_reasons(
+    left_alone: Mapping[str, str], macs: Mapping[str, int], layers: Sequence[LayerSpec] = ()
+) -> str:
+    """The two reasons that hold most of the MACs back, with their shares.
+
+    Args:
+        left_alone: Layer name to why it stays.
+        macs: Module name to MACs.
+        layers: The layers that may change.
+    """
+    held: Counter[str] = Counter()
+    for name, reason in left_alone.items():
+        held[reason] += macs.get(name, 0)
+    known = {*left_alone, *(layer.name for layer in layers)}
+    rest = sum(count for name, count in macs.items() if name not in known)
+    held["products that belong to no layer, as in attention"] = rest
+    total = max(1, sum(macs.values()))
+    worst = [f"{why} ({100 * count / total:.0f} %)" for why, count in held.most_common(2) if count]
+    return "; ".join(worst)
 
 
 def line(row: dict[str, Any]) -> str:
