@@ -14,6 +14,7 @@ from autocompress.config import BaselineConfig, cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
 from autocompress.loaders import loader_labels
+from autocompress.models import load_state
 from autocompress.profiler import Profile
 from autocompress.progress import Display
 from autocompress.store import portable_state, state_digest, write_weights
@@ -84,7 +85,7 @@ def train_baseline(
     path = cache_folder() / "baselines" / f"{digest[:16]}.safetensors"
     known = task.origin is not None and bool(task.fingerprint)
     if known and path.exists():
-        task.model.load_state_dict(load_file(path))
+        load_state(task.model, load_file(path))
         display.say(f"The baseline was trained before: {path}")
         return
 

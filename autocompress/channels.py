@@ -8,7 +8,7 @@ al. 2023, arXiv 2301.12900) tells which; each group is then checked on the netwo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
@@ -159,8 +159,11 @@ def restore_channels(small: nn.Module, model: nn.Module, kept: Sequence[KeptChan
     full = deepcopy(model)
     cuts = _cuts(full, kept)
     state = small.state_dict()
-    inside = {f"{name}.{key}" for name, cut in cuts.items() for key in cut.indices}
-    full.load_state_dict({k: v for k, v in state.items() if k not in inside}, strict=False)
+    others = small.state_dict()
+    for name, cut in cuts.items():
+        for key in cut.indices:
+            del others[f"{name}.{key}"]
+    full.load_state_dict(others, strict=False)
     with torch.no_grad():
         for name, cut in cuts.items():
             module = full.get_submodule(name)
@@ -322,6 +325,7 @@ def removable(
     every: Sequence[LayerSpec],
     left_alone: Mapping[str, str],
     refused: dict[str, str],
+    ends: Collection[str] = (),
 ) -> tuple[ChannelGroup, ...]:
     """The groups that the user's patterns leave free.
 
@@ -331,12 +335,20 @@ def removable(
         every: All layers that could be.
         left_alone: Why the others of these may not.
         refused: Takes the reasons of the groups that are not returned.
+        ends: Layers that stay by default: what they read may become less, but not what they make.
     """
     free, known = {layer.name for layer in layers}, {layer.name for layer in every}
     found = []
     for group in groups:
-        weighted = [m.layer for m in group.members if m.layer in known or m.side != "both"]
-        blocked = next((name for name in weighted if name not in free), None)
+        weighted = [m for m in group.members if m.layer in known or m.side != "both"]
+        blocked = next(
+            (
+                member.layer
+                for member in weighted
+                if member.layer not in free and not (member.side == "in" and member.layer in ends)
+            ),
+            None,
+        )
         if blocked is None:
             found.append(group)
         else:

@@ -26,22 +26,29 @@ from torch import nn
 from autocompress import __version__
 from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
-from autocompress.channels import ChannelGroup, find_groups, removable
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
 from autocompress.importance import build_ladders
-from autocompress.layers import LayerSpec, check_patterns, inspect_layers
+from autocompress.layers import LayerSpec, inspect_layers
+from autocompress.models import load_state
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.observation import observe_layers
-from autocompress.plan import Plan
+from autocompress.plan import Plan, group_to_dict
 from autocompress.probe import settle
 from autocompress.profiler import profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import make_sampler, reads_rejected_as_complete
+from autocompress.scope import (
+    bound_table,
+    bound_text,
+    channel_groups,
+    check_names,
+    why_refused,
+)
 from autocompress.selection import conclude, timed
 from autocompress.sensitivity import LayerTable, build_table
 from autocompress.space import SearchSpace
@@ -143,7 +150,7 @@ def run_study(config: StudyConfig, task: Task, display: Display, command: str = 
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task.model.to(task.device)
-    check_patterns(task.model, config.search.include, config.search.exclude)
+    check_names(task.model, config.search)
     check_outputs(task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
@@ -190,10 +197,13 @@ def _run(
         )
     space = SearchSpace.from_table(table, config.objective, baseline.profile.cost)
     if space.empty:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(left_alone.items())[:5])
+        # One layer for each reason: a network may have hundreds.
+        examples = {why: name for name, why in reversed(left_alone.items())}
+        reasons = "; ".join(f"{name}: {why}" for why, name in reversed(examples.items()))
         raise ConfigError(
             "No layer of this network can be transformed by search.transforms, and no channels "
-            f"can be removed, within search.include and search.exclude. {reasons}"
+            "can be removed, within search.include, search.exclude and search.bounds. "
+            f"{reasons}."
         )
 
     exploration.sampler = make_sampler(
@@ -307,7 +317,7 @@ def _make_baseline(
     """
     kept = study.user_attrs.get("baseline_digest")
     if kept is not None and folder.baseline.exists():
-        task.model.load_state_dict(load_file(folder.baseline))
+        load_state(task.model, load_file(folder.baseline))
     else:
         epochs = config.baseline.epochs
         if epochs is None:
@@ -338,15 +348,9 @@ def _analyse(
     layers, left_alone = inspect_layers(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
-    groups: tuple[ChannelGroup, ...] = ()
-    readers: tuple[LayerSpec, ...] = ()
-    unfit: dict[str, str] = {}
-    if config.search.channels:
-        every, _ = inspect_layers(baseline.model, example)
-        found, unfit = find_groups(baseline.model, example)
-        groups = removable(found, layers, every, left_alone, unfit)
-        names = {member.layer for group in groups for member in group.members}
-        readers = tuple(layer for layer in every if layer.name in names and layer not in layers)
+    groups, readers, unfit = channel_groups(
+        baseline.model, example, layers, left_alone, config.search
+    )
     observations = observe_layers(baseline.model, task, (*layers, *readers), seed=config.seed)
     cache = observations.factor_cache(baseline.model)
     importance = config.search.importance if groups else None
@@ -367,8 +371,9 @@ def _analyse(
         )
     for name in table.refused:
         if name not in table.choices:
-            reasons = dict.fromkeys(table.refused[name].values())
-            left_alone[name] = "; ".join(reasons) or "no rank saves both params and MACs"
+            left_alone[name] = why_refused(table.refused[name].values())
+    table, emptied = bound_table(table, config.search.bounds or ())
+    left_alone |= emptied
     bench = Bench(
         task=task,
         baseline=baseline,
@@ -556,7 +561,7 @@ def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> O
         return Outcome(None, None, summary, folder.path)
     plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
     model = build_plan(bench.baseline.model, plan)
-    model.load_state_dict(load_file(folder.best / "model.safetensors"))
+    load_state(model, load_file(folder.best / "model.safetensors"))
     return Outcome(model.cpu().eval(), plan, summary, folder.path)
 
 
@@ -572,6 +577,11 @@ def _facts(
         "baseline": {"accuracy": baseline.val.accuracy, **baseline.profile.to_dict()},
         "layers": [asdict(layer) for layer in table.layers],
         "left_alone": dict(left_alone),
+        "groups": {name: group_to_dict(ladder.group) for name, ladder in table.ladders.items()},
+        "left_groups": dict(table.refused_groups),
+        "bounds": {
+            layer.name: bound_text(layer.name, config.search.bounds or ()) for layer in table.layers
+        },
         "delta": config.delta,
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,

@@ -112,6 +112,23 @@ class BaselineConfig(_Section):
     learning_rate: float = Field(default=0.1, gt=0, description="Peak of the schedule.")
 
 
+class BoundConfig(_Section):
+    """The most that may be done to some layers."""
+
+    layers: str = Field(min_length=1, description="Which layers (a pattern of names).")
+    compression: float | None = Field(
+        default=None,
+        gt=1,
+        description="Largest ratio of a layer's params, and of its MACs, before and after.",
+    )
+    error: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest relative error of a layer's outputs on training images, as it is cut, "
+        "before fine-tuning.",
+    )
+
+
 class SearchConfig(_Section):
     """What is tried, and how often."""
 
@@ -119,8 +136,11 @@ class SearchConfig(_Section):
         default=ALL_TRANSFORMS,
         description="Transforms that layers may get; none where only channels are to be removed.",
     )
-    include: Names = Field(
-        default=("*",), min_length=1, description="Layers that may change (patterns of names)."
+    include: Names | None = Field(
+        default=None,
+        min_length=1,
+        description="Layers that may change (patterns of names); ['*'] for all. By default all but "
+        "the first layer and the classifier (all of them, where there are several).",
     )
     exclude: Names = Field(
         default=(), description="Layers that must stay (patterns of names); wins over include."
@@ -133,6 +153,12 @@ class SearchConfig(_Section):
         description="Which channels stay: those that the network's outputs would miss most, those "
         "of the largest weights, of the largest batch-norm scales, or with the largest derivatives "
         "of the loss.",
+    )
+    bounds: Annotated[tuple[BoundConfig, ...], _AsTuple] | None = Field(
+        default=None,
+        min_length=1,
+        description="Bounds of single layers, e.g. [{layers = 'stage1.*', compression = 4.0}, "
+        "{layers = 'fc', error = 0.1}]; of several that name a layer all hold.",
     )
     sampler: Literal["knobs", "tpe", "gp", "nsga2", "random"] = Field(
         default="knobs", description="What proposes the exploration's candidates."
@@ -317,9 +343,9 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         config = StudyConfig.model_validate(_nest(fields))
     except ValidationError as error:
         # One line a field: a wrong item of a list is reported a second time as an item too few.
-        lines: dict[tuple[Any, ...], str] = {}
+        lines: dict[str, str] = {}
         for found in error.errors(include_url=False):
-            lines.setdefault(tuple(p for p in found["loc"] if isinstance(p, str)), _explain(found))
+            lines.setdefault(_key(found["loc"]), _explain(found))
         raise ConfigError("\n".join(lines.values())) from None
     mean, std = config.data.mean, config.data.std
     if (mean is None) != (std is None) or (mean and std and len(mean) != len(std)):
@@ -332,6 +358,12 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
             "search.transforms = [] and search.channels = false leave nothing to search: name a "
             "transform, or set search.channels = true."
         )
+    for index, bound in enumerate(config.search.bounds or ()):
+        if bound.compression is None and bound.error is None:
+            raise ConfigError(
+                f"search.bounds[{index}] bounds nothing for '{bound.layers}': give compression "
+                "(largest ratio, e.g. 4.0), error (largest relative error, e.g. 0.1), or both."
+            )
     if config.finetune.gate < config.delta:
         raise ConfigError(
             f"finetune.gate = {config.finetune.gate:g} must be >= delta = {config.delta:g} (points "
@@ -475,7 +507,7 @@ def _explain(error: Any) -> str:
     kind: str = error["type"]
     value: Any = error["input"]
     context: Mapping[str, Any] = error.get("ctx") or {}
-    key = ".".join(str(part) for part in location if isinstance(part, str))
+    key = _key(location)
     *tables, last = [part for part in location if isinstance(part, str)]
     if kind == "extra_forbidden":
         return f"{key}: unknown key.{did_you_mean(last, _section(tables).model_fields)}"
@@ -501,11 +533,29 @@ def _explain(error: Any) -> str:
 def _section(tables: Sequence[str]) -> type[BaseModel]:
     section: type[BaseModel] = StudyConfig
     for table in tables:
-        annotation = section.model_fields[table].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = _model_in(section.model_fields[table].annotation)
+        if inner is None:
             break
-        section = annotation
+        section = inner
     return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The table that `annotation` is, or lists; None if it is no table."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _key(location: Sequence[str | int]) -> str:
+    """ "search.bounds[0].error"; which item of a list of plain values it is, is not told."""
+    key = ""
+    for part, after in zip(location, [*location[1:], None], strict=True):
+        if isinstance(part, int):
+            key += f"[{part}]" if isinstance(after, str) else ""
+        else:
+            key += f".{part}" if key else part
+    return key
 
 
 def _literals(annotation: Any) -> list[str]:

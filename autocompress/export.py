@@ -35,7 +35,7 @@ from torch.fx import GraphModule
 
 from autocompress import __version__
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
-from autocompress.models import build_model
+from autocompress.models import build_model, load_state
 from autocompress.plan import Plan
 from autocompress.profiler import Example, Profile, size_bytes
 from autocompress.runtime import open_onnx
@@ -174,7 +174,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False
     network = network.cpu()
     _adopt_dtypes(network, state)
     try:
-        network.load_state_dict(state, strict=True)
+        load_state(network, state)
     except RuntimeError as error:
         raise ConfigError(
             f"The weights in {place} don't fit the network"

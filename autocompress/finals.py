@@ -14,6 +14,7 @@ from torch import nn
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
+from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
 from autocompress.plan import Plan
 from autocompress.progress import Display
@@ -265,7 +266,7 @@ def _final_fit(
     )
     path = folder.finals / name
     if path.exists():
-        model.load_state_dict(load_file(path))
+        load_state(model, load_file(path))
     else:
         display.stage("final", 1)
 

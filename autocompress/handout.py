@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from autocompress.errors import ConfigError
 from autocompress.export import ExportReport, save_model
-from autocompress.models import build_model
+from autocompress.models import build_model, load_state
 from autocompress.objective import find_trial
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
@@ -72,7 +72,7 @@ def export_trial(
         accuracy = trial.user_attrs["metrics"]["accuracy"]
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, plan)
-    model.load_state_dict(state)
+    load_state(model, state)
     example = tuple(torch.randn(shape) for shape in attrs["input_shapes"])
     return save_model(
         target,

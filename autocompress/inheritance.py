@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.channels import mute_channels, remove_channels, restore_channels
+from autocompress.models import load_state
 from autocompress.observation import Observations
 from autocompress.plan import Plan
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
@@ -29,7 +30,7 @@ def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Modul
     replaced = {name: parent.get_submodule(name) for name in plan.layers}
     inside = tuple(f"{name}." for name in replaced)
     kept = {k: v for k, v in parent.state_dict().items() if not k.startswith(inside)}
-    dense.load_state_dict(kept, strict=False)
+    load_state(dense, kept, strict=False)
     with torch.no_grad():
         for name, replacement in replaced.items():
             original = originals[name]

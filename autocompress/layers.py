@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from autocompress.errors import ConfigError, did_you_mean
+from autocompress.flow import Flow
 
 Pair = tuple[int, int]
 
@@ -144,7 +145,7 @@ def inspect_layers(
     model: nn.Module,
     example: tuple[Tensor, ...],
     forward: Callable[[nn.Module, tuple[Tensor, ...]], Any] | None = None,
-    include: Sequence[str] = ("*",),
+    include: Sequence[str] | None = ("*",),
     exclude: Sequence[str] = (),
 ) -> tuple[tuple[LayerSpec, ...], dict[str, str]]:
     """Find the layers that may be transformed, in one forward pass of one image.
@@ -153,7 +154,8 @@ def inspect_layers(
         model: The network; left in the mode it was in.
         example: Its inputs for one image.
         forward: Runs the network on the example, where that is not `model(*example)`.
-        include: Shell patterns of layer names to look at.
+        include: Shell patterns of layer names to look at; None for all but the first layers, which
+            read the network's input, and the classifiers, which make its output.
         exclude: Shell patterns of layer names to leave alone.
 
     Returns:
@@ -161,7 +163,7 @@ def inspect_layers(
         kernel or matrix, such as batch norm, are not mentioned.
     """
     weighted = {n: m for n, m in model.named_modules() if isinstance(m, _WITH_WEIGHTS)}
-    calls = _calls(model, weighted, example, forward)
+    calls, flow = _calls(model, weighted, example, forward)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
@@ -170,7 +172,10 @@ def inspect_layers(
     left_alone: dict[str, str] = {}
     for name, module in weighted.items():
         shapes = calls.get(name, [])
-        reason = _unfit(name, module, shapes, owners, include, exclude)
+        reason = _unfit(module, owners) or _unwanted(name, include, exclude)
+        reason = reason or _unplaced(name, shapes, flow)
+        if reason is None and include is None:
+            reason = _at_an_end(name, flow)
         if reason is not None:
             left_alone[name] = reason
         else:
@@ -178,20 +183,19 @@ def inspect_layers(
     return tuple(found[name] for name in calls if name in found), left_alone
 
 
-def check_patterns(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+def check_patterns(model: nn.Module, patterns: Mapping[str, Sequence[str]]) -> None:
     """Refuse a pattern that names no layer of the network: it is probably misspelt.
 
     Args:
         model: The network.
-        include: Shell patterns of layer names to look at.
-        exclude: Shell patterns of layer names to leave alone.
+        patterns: Setting, such as "search.exclude", to its shell patterns of layer names.
 
     Raises:
         ConfigError: Naming the first such pattern.
     """
     names = [n for n, module in model.named_modules() if isinstance(module, _WITH_WEIGHTS)]
-    for key, patterns in (("search.include", include), ("search.exclude", exclude)):
-        for pattern in patterns:
+    for key, own in patterns.items():
+        for pattern in own:
             if any(fnmatchcase(name, pattern) for name in names):
                 continue
             inside = f"{pattern}.*"
@@ -209,6 +213,7 @@ _WITH_WEIGHTS = (
     nn.ConvTranspose1d,
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
+    nn.MultiheadAttention,
 )
 
 _Shapes = tuple[torch.Size, torch.Size]
@@ -219,8 +224,12 @@ def _calls(
     modules: Mapping[str, nn.Module],
     example: tuple[Tensor, ...],
     forward: Callable[[nn.Module, tuple[Tensor, ...]], Any] | None,
-) -> dict[str, list[_Shapes]]:
-    """Shapes of input and output of each call of the modules, in the order of first calls."""
+) -> tuple[dict[str, list[_Shapes]], Flow]:
+    """Shapes of input and output of each call of the modules, in the order of first calls.
+
+    Returns:
+        They, and how values flowed from layer to layer.
+    """
     calls: dict[str, list[_Shapes]] = {}
 
     def listen(name: str) -> Callable[..., None]:
@@ -238,34 +247,27 @@ def _calls(
         # nn.Bilinear and the like are only here to be named.
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
+    # What a table of embeddings gives was made by a layer, too.
+    tables = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    flow = Flow({**modules, **tables})
     modes = {module: module.training for module in model.modules()}
     device = next((parameter.device for parameter in model.parameters()), None)
     try:
         model.eval()
-        with torch.no_grad():
-            moved = tuple(value.to(device) for value in example)
-            if forward is None:
-                model(*moved)
-            else:
-                forward(model, moved)
+        moved = tuple(value.to(device) for value in example)
+        with torch.no_grad(), flow.following(moved) as end:
+            end(model(*moved) if forward is None else forward(model, moved))
     finally:
         # One by one: a part may be kept in another mode than the whole, such as frozen batch norm.
         for module, mode in modes.items():
             module.training = mode
         for handle in hooks:
             handle.remove()
-    return calls
+    return calls, flow
 
 
-def _unfit(
-    name: str,
-    module: nn.Module,
-    calls: Sequence[_Shapes],
-    owners: Mapping[int, Sequence[str]],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> str | None:
-    """Why a layer is left alone; None if it may be transformed."""
+def _unfit(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None:
+    """Why no transform can act on a layer of this kind; None if one may."""
     if is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     if type(module) not in (nn.Conv2d, nn.Linear):
@@ -277,15 +279,40 @@ def _unfit(
     shared = owners[id(module.weight)]
     if len(shared) > 1:
         return f"its weight is shared by {', '.join(shared)}"
-    if not any(fnmatchcase(name, pattern) for pattern in include):
+    return None
+
+
+def _unwanted(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:
+    """Why the settings leave a layer alone; None if they don't."""
+    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
         return "search.include does not name it"
     if any(fnmatchcase(name, pattern) for pattern in exclude):
         return "search.exclude names it"
+    return None
+
+
+def _unplaced(name: str, calls: Sequence[_Shapes], flow: Flow) -> str | None:
+    """Why a layer can't be replaced where it stands in the network; None if it can."""
     if not calls:
+        if name in flow.read_outside:
+            return "its weight is used without calling the layer, which a replacement can't serve"
         return "it was not called in the forward pass"
     if len(calls) > 1:
         return f"it was called {len(calls)} times in one forward pass"
+    if name in flow.read_outside:
+        return "its weight is also used outside of the layer, which a replacement can't serve"
     return None
+
+
+def _at_an_end(name: str, flow: Flow) -> str | None:
+    """Why a layer is left alone unless it is asked for; None if it isn't."""
+    if name in flow.first:
+        end = "first layer"
+    elif name in flow.last:
+        end = "classifier"
+    else:
+        return None
+    return f"excluded by default: the {end}; search.include = ['*'] lets all layers change"
 
 
 def _pair(values: Sequence[int]) -> Pair:

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
@@ -97,7 +98,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"model.weights = '{path}' doesn't fit the network. {found}. "
             "Check model.source and model.arguments."
         )
-    model.load_state_dict(state, strict=False)
+    load_state(model, state, strict=False)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Load tensors by name, as they are named by the network's modules of today.
+
+    `load_state_dict` alone asks which version of each module wrote them, which a file of bare
+    tensors doesn't tell; torchvision's MNASNet refuses to load without.
+
+    Raises:
+        RuntimeError: If they don't fit; with `strict`, also if names are missing or too many.
+    """
+    versioned = OrderedDict(state)
+    versioned._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(versioned, strict=strict)
 
 
 def list_models() -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from autocompress.baseline import Baseline
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
+from autocompress.models import load_state
 from autocompress.observation import Observations
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, measure_latency, profile_model
@@ -293,7 +294,7 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     trial = find_trial(bench.studies, label)
     plan = Plan.from_json(trial.user_attrs["plan"])
     model = build_plan(bench.baseline.model, plan)
-    model.load_state_dict(fetch_weights(trial.user_attrs[WEIGHTS], bench.store))
+    load_state(model, fetch_weights(trial.user_attrs[WEIGHTS], bench.store))
     return model.to(bench.task.device).eval(), plan
 
 

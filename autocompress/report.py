@@ -94,6 +94,19 @@ def plan_channels(plan: Mapping[str, Any] | str | None) -> Mapping[str, tuple[in
     }
 
 
+def channels_lost(plan: Mapping[str, Any] | str | None) -> Mapping[str, dict[str, int]]:
+    """Layer -> how many of its channels, on the sides "in" and "out", a plan removes."""
+    parsed = json.loads(plan) if isinstance(plan, str) else plan
+    lost: dict[str, dict[str, int]] = {}
+    for name, row in (parsed or {}).get("channels", {}).items():
+        kept, full = plan_channels(parsed)[name]
+        for layer, side, _, repeat in row["members"]:
+            for each in ("in", "out") if side == "both" else (side,):
+                own = lost.setdefault(layer, {"in": 0, "out": 0})
+                own[each] += (full - kept) * repeat
+    return lost
+
+
 def transform_text(transform: Mapping[str, Any]) -> str:
     """ "tucker2 (rank_in 16, rank_out 24)"."""
     fields = [f"{k} {_plain(v)}" for k, v in transform.items() if k != "transform"]
@@ -175,7 +188,9 @@ def write_report(
         plot=markupsafe.Markup(plot),
         outside=_outside(view.trials, view.delta),
         counts=Counter(trial.outcome for trial in view.trials),
-        layers=_layers(view),
+        layers=(layers := _layers(view)),
+        channels=any(row["channels"] for row in layers),
+        left_groups=view.facts.get("left_groups") or {},
         trials=[_trial_cells(trial) for trial in view.trials],
         phases=_phases(view),
         best_folder=str(path.parent / "best"),
@@ -220,8 +235,7 @@ class _View:
     chosen: Mapping[str, Any] | None
     baseline_cost: float | None
     trials: Sequence[TrialView]
-    layers: Sequence[Mapping[str, Any]]
-    left_alone: Mapping[str, str]
+    facts: Mapping[str, Any]
     layer_errors: Mapping[str, float]
 
     @classmethod
@@ -248,8 +262,7 @@ class _View:
             chosen=chosen,
             baseline_cost=cost,
             trials=trials,
-            layers=next((a["layers"] for a in attributes if a.get("layers")), ()),
-            left_alone=next((a["left_alone"] for a in attributes if a.get("left_alone")), {}),
+            facts=next((a for a in attributes if a.get("layers")), {}),
             layer_errors=_layer_errors(records, chosen),
         )
 
@@ -607,36 +620,93 @@ def _second(view: _View) -> str:
     )
 
 
-def _layers(view: _View) -> list[dict[str, str]]:
-    """One row per layer of the baseline that could be or was left alone."""
-    if view.chosen is None:
-        return []
-    plan = plan_layers(view.chosen.get("plan"))
-    before = (view.baseline.get("profile") or {}).get("layers") or ()
-    after = (view.chosen.get("profile") or {}).get("layers") or ()
-    names = [str(layer["name"]) for layer in view.layers]
-    names += [name for name in (*plan, *view.left_alone) if name not in names]
-    specs = {str(layer["name"]): layer for layer in view.layers}
+def layer_rows(
+    facts: Mapping[str, Any],
+    baseline: Mapping[str, Any] | None,
+    chosen: Mapping[str, Any],
+    errors: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """What was done to each layer of the baseline, or why it was left alone.
+
+    Args:
+        facts: A study's attributes: "layers" (specs), "left_alone" (reasons), "bounds" (in words).
+        baseline: The baseline's profile.
+        chosen: A network's entry in `result.json`: its "plan" and, as far as known, "profile".
+        errors: Layer name to the relative error of its outputs as it was cut.
+
+    Returns:
+        For each layer, in order of definition: "name"; "shape" in words; "transform" as in the plan
+        and its "error", or None for both and the reason "why" it was left alone; the "bound" that
+        the study file sets, in words; "channels", how many remain, in words; "params" and "macs",
+        `[before, after]`, None where not known.
+    """
+    lost = channels_lost(chosen.get("plan"))
+    plan = plan_layers(chosen.get("plan"))
+    before = (baseline or {}).get("layers") or ()
+    after = (chosen.get("profile") or {}).get("layers") or ()
+    specs = {str(layer["name"]): layer for layer in facts.get("layers") or ()}
+    left_alone = facts.get("left_alone") or {}
     order = {str(layer["name"]): i for i, layer in enumerate(before)}
     rows = []
-    for name in sorted(names, key=lambda name: order.get(name, len(order))):
+    for name in sorted({**specs, **plan, **left_alone}, key=lambda n: order.get(n, len(order))):
         was, now = _layer_cost(before, name), _layer_cost(after, name)
-        error = view.layer_errors.get(name) if name in plan else None
-        why = view.left_alone.get(name, "kept by the chosen plan")
+        channels = _channels_text(specs.get(name), lost.get(name))
+        why = left_alone.get(name, "only its channels became fewer" if channels else KEPT)
         rows.append(
             {
                 "name": name,
                 "shape": _shape(specs.get(name)),
-                "params": _count_arrow(was, now, "params", name in plan),
-                "params_ratio": _ratio(_layer_ratio(was, now, "params"), missing=""),
-                "macs": _count_arrow(was, now, "macs", name in plan),
-                "macs_ratio": _ratio(_layer_ratio(was, now, "macs"), missing=""),
-                "transform": transform_text(plan[name]) if name in plan else "",
-                "why": "" if name in plan else why,
-                "error": "" if error is None else f"{error:.3f}",
+                "transform": plan.get(name),
+                "why": None if name in plan else why,
+                "channels": channels,
+                "bound": (facts.get("bounds") or {}).get(name, ""),
+                "error": errors.get(name) if name in plan else None,
+                "params": [cost["params"] if cost else None for cost in (was, now)],
+                "macs": [cost["macs"] if cost else None for cost in (was, now)],
             }
         )
     return rows
+
+
+KEPT = "the search kept it"
+
+
+def _channels_text(layer: Mapping[str, Any] | None, lost: Mapping[str, int] | None) -> str:
+    """ "12 of 16 in, 24 of 32 out"; "" where all remain."""
+    if layer is None or lost is None:
+        return ""
+    return ", ".join(
+        f"{layer[f'{side}_channels'] - lost[side]} of {layer[f'{side}_channels']} {side}"
+        for side in ("in", "out")
+        if lost[side]
+    )
+
+
+def _layers(view: _View) -> list[dict[str, str]]:
+    """The cells of each layer's row."""
+    if view.chosen is None:
+        return []
+    profile = view.baseline.get("profile")
+    return [
+        _layer_cells(row) for row in layer_rows(view.facts, profile, view.chosen, view.layer_errors)
+    ]
+
+
+def _layer_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    changed = row["transform"] is not None
+    bound = f"; bound: {row['bound']}" if row["bound"] else ""
+    return {
+        "name": row["name"],
+        "shape": row["shape"],
+        "channels": row["channels"],
+        "params": _count_arrow(row["params"], "params", changed),
+        "params_ratio": _ratio(_layer_ratio(*row["params"]), missing=""),
+        "macs": _count_arrow(row["macs"], "macs", changed),
+        "macs_ratio": _ratio(_layer_ratio(*row["macs"]), missing=""),
+        "transform": transform_text(row["transform"]) + bound if changed else "",
+        "why": "" if changed else row["why"] + bound,
+        "error": "" if row["error"] is None else f"{row['error']:.3f}",
+    }
 
 
 def _layer_cost(layers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int] | None:
@@ -647,27 +717,22 @@ def _layer_cost(layers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int
     return {key: sum(int(x.get(key) or 0) for x in found) for key in ("params", "macs")}
 
 
-def _layer_ratio(
-    was: Mapping[str, int] | None, now: Mapping[str, int] | None, key: str
-) -> float | None:
-    if was is None or now is None or was[key] == now[key]:
-        return None
-    return _divide(was[key], now[key])
+def _layer_ratio(was: int | None, now: int | None) -> float | None:
+    return None if was == now else _divide(was, now)
 
 
-def _count_arrow(
-    was: Mapping[str, int] | None, now: Mapping[str, int] | None, key: str, changed: bool
-) -> str:
+def _count_arrow(counts: Sequence[int | None], key: str, changed: bool) -> str:
+    was, now = counts
     if was is None:
         return "–"
     # MACs are long numbers; params stay exact, as people check them against the layer's shape.
-    show = f"{was[key]:,}" if key == "params" else quantity(was[key], key)
+    show = f"{was:,}" if key == "params" else quantity(was, key)
     if now is None and changed:
         # The nearest trial of a study that met nothing has a plan and no profile.
         return f"{show} → not profiled"
-    if now is None or was[key] == now[key]:
+    if now is None or was == now:
         return show
-    return f"{show} → " + (f"{now[key]:,}" if key == "params" else quantity(now[key], key))
+    return f"{show} → " + (f"{now:,}" if key == "params" else quantity(now, key))
 
 
 def _shape(layer: Mapping[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ from autocompress.finals import Finalist, candidates, choose_finalists, rehearsa
 from autocompress.objective import Bench, pace
 from autocompress.profiler import Profile, compare_latency, profile_model
 from autocompress.progress import Display
+from autocompress.report import layer_rows
 from autocompress.runtime import compare_onnx_latency
 from autocompress.store import StudyFolder, trials_spent, write_text
 from autocompress.trials import lost, violation, within_delta
@@ -68,6 +69,7 @@ def conclude(
     if winners:
         summary["met"] = True
         summary["best"] = best = _describe_finalist(bench, winners[0], config)
+        best["layers"] = _layers(bench, best, labelled[winners[0].label])
         with timed(seconds, "test"):
             summary["test_reads"] = _count_test_read(bench)
             best |= _test(bench, winners[0], display)
@@ -76,10 +78,13 @@ def conclude(
             _export(bench, winners[0], best, folder.best, display)
             best["onnx_latency"] = _onnx_latency(bench, folder.best / "model.onnx", display)
             for second in winners[1:]:
-                summary["second"] = _describe_finalist(bench, second, config)
+                summary["second"] = own = _describe_finalist(bench, second, config)
+                own["layers"] = _layers(bench, own, labelled[second.label])
                 _export(bench, second, summary["second"], folder.second, display)
     elif labelled:
         summary["nearest"] = nearest = _nearest(labelled, config.delta)
+        trial = labelled[f"{nearest['stage']}/{nearest['trial']}"]
+        nearest["layers"] = _layers(bench, nearest, trial)
         display.say(
             f"No trial kept the drop within {config.delta:g} points; the nearest is "
             f"{nearest['stage']}/{nearest['trial']} with {nearest['val_drop']:.2f}, at most "
@@ -176,6 +181,13 @@ def _nearest(labelled: Mapping[str, FrozenTrial], delta: float) -> dict[str, Any
         "metrics": trial.user_attrs["metrics"],
         "plan": json.loads(trial.user_attrs["plan"]),
     }
+
+
+def _layers(bench: Bench, found: Mapping[str, Any], trial: FrozenTrial) -> list[dict[str, Any]]:
+    """What was done to each layer of a network that came from `trial`."""
+    facts = bench.studies["exploration"].user_attrs
+    errors = trial.user_attrs.get("layer_errors") or {}
+    return layer_rows(facts, bench.baseline.profile.to_dict(), found, errors)
 
 
 def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:

@@ -238,16 +238,18 @@ def profile(
         str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
     ] = None,
 ) -> None:
-    """Print what a study's network costs, in total and layer by layer; nothing is trained.
+    """Print what a study's network costs, and what may become of each layer; nothing is trained.
 
     **Example:** `python -m autocompress.study profile my.toml`
     """
     from autocompress.api import task_from_config
     from autocompress.profiler import profile_model
+    from autocompress.scope import bound_text, check_names, prospects
     from autocompress.task import check_outputs
 
     config = _config(study, {"run.device": device})
     task = task_from_config(config, _modules(study))
+    check_names(task.model, config.search)
     check_outputs(task)
     found = profile_model(task.model, task.example())
     table = Table("layer", "kind", "params", "MACs", "activations (kB)")
@@ -274,6 +276,15 @@ def profile(
     if found.uncounted:
         ops = ", ".join(f"{name} x{count}" for name, count in found.uncounted.items())
         _print(f"Not counted in the MACs: {ops}")
+    possible, left_alone = prospects(task.model, task.example(), config.search)
+    table = Table("layer", "may become, or why it is left alone")
+    for layer in found.layers:
+        words = [*possible.get(layer.name, ()), left_alone.get(layer.name)]
+        if layer.name in possible:
+            words.append(bound_text(layer.name, config.search.bounds or ()))
+        if any(words):
+            table.add_row(layer.name, ", ".join(filter(None, words)))
+    _print(table)
 
 
 @app.command()

@@ -455,8 +455,11 @@ def remember(
     given = json.loads(json.dumps(settings))
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if kept["settings"] != given:
-            changed = [k for k in given if kept["settings"].get(k) != given[k]]
+        # A setting that is new since then, and not used, changes nothing.
+        changed = [
+            k for k in {**kept["settings"], **given} if kept["settings"].get(k) != given.get(k)
+        ]
+        if changed:
             raise ConfigError(
                 f"{path} was made with other settings ({', '.join(changed)}); give another --out, "
                 "or delete it."

@@ -61,6 +61,8 @@ def tiny_config(out: Path, **settings: Any) -> StudyConfig:
             "model.source": "python:TinyNet",
             "data.source": "python:loaders",
             "baseline.epochs": 0.0,
+            # All of its three layers; by default only the middle one may change.
+            "search.include": ["*"],
             "search.trials": 6,
             "search.annealing_trials": 3,
             "finetune.epochs": 1.0,

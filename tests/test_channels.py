@@ -331,6 +331,10 @@ def test_a_layer_that_must_stay_keeps_its_channels() -> None:
     layers, left_alone = inspect_layers(model, example, exclude=["back"])
     assert removable(groups, layers, every, left_alone, refused) == ()
     assert refused["stem"] == "its channels run through back: search.exclude names it"
+    layers, left_alone = inspect_layers(model, example, include=None)
+    free = removable(groups, layers, every, left_alone, refused, ends={"stem", "fc"})
+    assert [group.name for group in free] == ["inner"]
+    assert "its channels run through stem: " in refused["stem"]
     layers, left_alone = inspect_layers(model, example, exclude=["fc"])
     free = removable(groups, layers, every, left_alone, refused)
     assert [group.name for group in free] == ["inner"]

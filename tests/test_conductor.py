@@ -26,9 +26,11 @@ from autocompress.errors import (
 )
 from autocompress.export import save_model
 from autocompress.objective import Bench
+from autocompress.plan import Plan
 from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
 from autocompress.store import load_study, open_storage, trials_spent
+from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
 from autocompress.trials import INTERRUPTED, PARENT
 
@@ -411,6 +413,44 @@ def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Pat
     config = tiny_config(tmp_path, **{"search.exclude": ["*"]})
     with pytest.raises(ConfigError, match="search.exclude names it"):
         run_study(config, task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_word_the_first_layer_and_the_classifier_stay(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, trials=2, annealing_trials=0, **{"search.include": None})
+    outcome = run_study(config, task, NullDisplay())
+    best = outcome.summary["best"] or outcome.summary["nearest"]
+    rows = {row["name"]: row for row in best["layers"]}
+    assert set(rows) == {"stem", "conv", "fc"} and set(best["plan"]["layers"]) <= {"conv"}
+    assert rows["stem"]["why"].startswith("excluded by default: the first layer")
+    assert rows["fc"]["why"].startswith("excluded by default: the classifier")
+    stored = json.loads((tmp_path / "tiny" / "result.json").read_text(encoding="utf-8"))
+    assert (stored["best"] or stored["nearest"])["layers"] == best["layers"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_trial_goes_beyond_a_bound(task: Task, tmp_path: Path) -> None:
+    bounds = [{"layers": "conv", "compression": 2.0}, {"layers": "stem", "error": 1e-9}]
+    config = tiny_config(tmp_path, trials=4, annealing_trials=2, **{"search.bounds": bounds})
+    outcome = run_study(config, task, NullDisplay())
+    full = task.model.get_parameter("conv.weight").numel()
+    for study in studies_of(tmp_path / "tiny").values():
+        for trial in study.trials:
+            plan = Plan.from_json(trial.user_attrs["plan"])
+            assert "stem" not in plan.layers
+            small = build_plan(task.model, plan).get_submodule("conv")
+            assert 2 * sum(p.numel() for p in small.parameters()) >= full
+    best = outcome.summary["best"] or outcome.summary["nearest"]
+    rows = {row["name"]: row for row in best["layers"]}
+    assert rows["conv"]["bound"] == "compression <= 2x"
+    assert "search.bounds leaves it no choice (error <= 1e-09" in rows["stem"]["why"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_left_by_default_names_the_cure(task: Task, tmp_path: Path) -> None:
+    none = {"search.include": None, "search.exclude": ["conv"]}
+    with pytest.raises(ConfigError, match=r"search.include = \['\*'\] lets all layers change"):
+        run_study(tiny_config(tmp_path, **none), task, NullDisplay())
 
 
 @pytest.mark.usefixtures("quick")

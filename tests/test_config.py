@@ -48,7 +48,7 @@ def test_a_gate_below_delta_is_refused() -> None:
 
 
 def test_every_field_is_described_and_there_are_about_thirty() -> None:
-    assert 20 <= len(fields()) <= 35
+    assert 20 <= len(fields()) <= 39
     assert all(fields().values())
 
 
@@ -121,9 +121,30 @@ def test_there_are_six_ready_studies() -> None:
         ({"search.trials": 0}, "search.trials = 0 must be >= 1"),
         ({"search.transforms": ["tuker2"]}, "search.transforms: unknown value 'tuker2'. Did you"),
         ({"search.transforms": "svd"}, "search.transforms: expected a list, got 'svd'"),
-        ({"search.transforms": []}, "search.transforms = [] and search.channels = false leave no"),
+        (
+            {"search.transforms": [], "search.channels": False},
+            "search.transforms = [] and search.channels = false leave no",
+        ),
         ({"search.importance": "l1"}, "search.importance: unknown value 'l1'. Known: bn, norm"),
         ({"search.include": [3]}, "search.include: expected a text, got 3"),
+        (
+            {"search.bounds": [{"layers": "a", "error": 0}]},
+            "search.bounds[0].error = 0 must be > 0",
+        ),
+        (
+            {"search.bounds": [{"layers": "a", "compression": 1}]},
+            "search.bounds[0].compression = 1 m",
+        ),
+        ({"search.bounds": [{"error": 0.1}]}, "search.bounds[0].layers: missing. Which layers"),
+        (
+            {"search.bounds": [{"layers": "a", "eror": 0.1}]},
+            "search.bounds[0].eror: unknown key. Did you mean 'error'?",
+        ),
+        (
+            {"search.bounds": [{"layers": "a", "error": 0.1}, {"layers": "fc"}]},
+            "search.bounds[1] bounds nothing for 'fc': give compression",
+        ),
+        ({"search.bounds": {"fc": 4.0}}, "search.bounds: expected a list, got a table"),
         ({"search.sampler": "tpee"}, "search.sampler: unknown value 'tpee'. Did you mean 'tpe'?"),
         ({"objective": "flops"}, "objective: unknown value 'flops'. Known: latency, macs, params"),
         ({"model.source": "resnet20"}, "model.source = 'resnet20' is not of the right form: zoo:"),
@@ -205,6 +226,21 @@ def test_settings_survive_json() -> None:
     stored = json.loads(config.model_dump_json())
     assert parse_config(flatten(stored)) == config
     assert parse_config(stored) == config
+
+
+def test_bounds_survive_json_and_bind_the_study() -> None:
+    bounds = [{"layers": "layer1.*", "compression": 4}, {"layers": "fc", "error": 0.1}]
+    config = parse_config({**MINIMAL, "search.bounds": bounds})
+    assert parse_config(flatten(json.loads(config.model_dump_json()))) == config
+    lines = differences(bound_settings(parse_config(MINIMAL)), bound_settings(config))
+    assert len(lines) == 1 and lines[0].startswith("search.bounds: not set -> [{'layers': 'layer1")
+
+
+def test_two_faults_in_one_list_are_two_lines() -> None:
+    bounds = [{"layers": "a", "error": -1}, {"layers": "b", "error": -2}]
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**MINIMAL, "search.bounds": bounds})
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_a_study_is_bound_to_all_but_budgets_and_places() -> None:

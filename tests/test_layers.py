@@ -101,7 +101,7 @@ def test_reasons(name: str, words: str) -> None:
 
 def test_every_weighted_layer_is_either_found_or_explained() -> None:
     layers, left_alone = inspect_layers(_Tower(), EXAMPLE)
-    assert len(layers) + len(left_alone) == 13
+    assert len(layers) + len(left_alone) == 14
     assert "norm" not in left_alone and "words" not in left_alone
 
 
@@ -111,6 +111,58 @@ def test_patterns() -> None:
     )
     assert [layer.name for layer in layers] == ["stem"]
     assert "include" in left_alone["tokens"] and "exclude" in left_alone["late"]
+
+
+class _Heads(nn.Module):
+    """Two inputs and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(1, 4, 1)
+        self.right = nn.Conv2d(2, 4, 1)
+        self.body = nn.Conv2d(4, 4, 1)
+        self.first = nn.Linear(4, 2)
+        self.second = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.body(self.left(x) + self.right(y)).mean((2, 3))
+        return self.first(z), self.second(z)
+
+
+def test_by_default_first_layers_and_classifiers_stay() -> None:
+    example = (torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4, 4))
+    layers, left_alone = inspect_layers(_Heads(), example, include=None)
+    assert [layer.name for layer in layers] == ["body"]
+    assert all(
+        "the first layer; search.include = ['*']" in left_alone[n] for n in ("left", "right")
+    )
+    assert all("the classifier" in left_alone[n] for n in ("first", "second"))
+    layers, left_alone = inspect_layers(_Heads(), example, include=("left", "body", "second"))
+    assert [layer.name for layer in layers] == ["left", "body", "second"]
+
+
+def test_exclude_is_told_before_the_default() -> None:
+    example = (torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 4, 4))
+    _, left_alone = inspect_layers(_Heads(), example, include=None, exclude=("left", "body"))
+    assert left_alone["left"] == left_alone["body"] == "search.exclude names it"
+
+
+def test_a_weight_that_is_used_elsewhere_keeps_its_layer() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called = nn.Linear(4, 4)
+            self.read = nn.Linear(4, 4)
+            self.plain = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.called(self.plain(x)) @ self.called.weight
+            return nn.functional.linear(x, self.read.weight)
+
+    layers, left_alone = inspect_layers(Reader(), (torch.zeros(1, 4),))
+    assert [layer.name for layer in layers] == ["plain"]
+    assert "also used outside of the layer" in left_alone["called"]
+    assert "used without calling the layer" in left_alone["read"]
 
 
 def test_a_module_in_two_places_is_shared() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autocompress.errors import ConfigError
-from autocompress.models import build_model, list_models, load_weights
+from autocompress.models import build_model, list_models, load_state, load_weights
 
 SMALL = {"width": 4, "num_classes": 3}
 
@@ -231,3 +231,29 @@ def test_what_can_not_be_built_is_said_in_a_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model(source, arguments, None)
+
+
+class _Versioned(nn.Module):
+    """Refuses a state that doesn't say which version of it wrote it, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, local: Any, *rest: Any) -> None:
+        if local.get("version") != 2:
+            raise ValueError(f"version should be 2, not {local.get('version')}")
+        super()._load_from_state_dict(state, prefix, local, *rest)
+
+
+def test_bare_tensors_are_of_the_versions_of_today(tmp_path: Path) -> None:
+    one, other = _Versioned(), _Versioned()
+    state = dict(one.state_dict())
+    load_state(other, state)
+    assert torch.equal(one.fc.weight, other.fc.weight)
+    with pytest.raises(RuntimeError, match="fc.bias"):
+        load_state(other, {"fc.weight": one.fc.weight})
+    torch.save(state, tmp_path / "w.pt")
+    load_weights(_Versioned(), tmp_path / "w.pt")

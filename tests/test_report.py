@@ -15,6 +15,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.report import (
+    layer_rows,
     outcome,
     pareto_trials,
     plan_summary,
@@ -297,8 +298,36 @@ def test_layers_show_ranks_costs_errors_and_reasons(met: tuple[str, Outline]) ->
     assert "tt (ranks 8, 16)" in outline.text
     assert "0.210" in outline.text
     assert "4,608 → 658" in outline.text
-    assert "kept by the chosen plan" in outline.text  # fc
+    assert "the search kept it" in outline.text  # fc
     assert "no rank saves anything <here>" in outline.text
+
+
+def test_layer_rows_say_what_was_done_or_why_not() -> None:
+    facts = {
+        "layers": layer_specs(),
+        "left_alone": {"layer0.conv": "excluded by default: the first layer", "up": "no Conv2d"},
+        "bounds": {"layer1.conv": "compression <= 8x", "fc": "error <= 0.1"},
+    }
+    entry = {"plan": plan(8), "profile": profile(7.0)}
+    rows = {r["name"]: r for r in layer_rows(facts, profile(), entry, {"layer1.conv": 0.21})}
+    assert list(rows) == ["layer0.conv", *(f"layer{i}.conv" for i in range(1, 5)), "fc", "up"]
+    changed, kept = rows["layer1.conv"], rows["fc"]
+    assert changed["transform"] == plan(8)["layers"]["layer1.conv"] and changed["why"] is None
+    assert (changed["error"], changed["bound"]) == (0.21, "compression <= 8x")
+    assert changed["params"][0] == 2304 > changed["params"][1]
+    assert changed["macs"][0] == 2304 * 32 * 32 > changed["macs"][1]
+    assert (kept["transform"], kept["why"]) == (None, "the search kept it")
+    assert kept["params"] == [640, 640] and kept["error"] is None
+    assert rows["layer0.conv"]["why"] == "excluded by default: the first layer"
+    assert rows["up"]["params"] == [None, None] and rows["up"]["why"] == "no Conv2d"
+
+
+def test_bounds_are_shown_beside_what_was_done(tmp_path: Path) -> None:
+    first, second = studies()
+    first.set_user_attr("bounds", {"layer1.conv": "compression <= 8x", "fc": "error <= 0.1"})
+    _, outline = read(write_report(result(), first, second, tmp_path / "report.html"))
+    assert "; bound: compression <= 8x" in outline.text
+    assert "the search kept it; bound: error <= 0.1" in outline.text
 
 
 def test_everything_from_outside_is_escaped(met: tuple[str, Outline]) -> None:

@@ -71,6 +71,12 @@ def test_allocation_keeps_the_budget_and_comes_near_it(
     assert cost >= 0.6 * budget * space.baseline_cost
 
 
+def test_layers_of_almost_no_impact_are_not_cut_for_nothing() -> None:
+    """As behind ConvNeXt's layer scale, which begins at 1e-6: the budget is used all the same."""
+    space = make_space((1.0, 1e-13, 1e-13))
+    assert space.cost(allocate(space, Knobs(0.45))) >= 0.4 * space.baseline_cost
+
+
 def test_parameters_and_macs_together_count_as_the_mean_of_their_shares() -> None:
     space = make_space(objective="params+macs")
     # 9216 parameters at 64 places in each of the three layers, and 1000 parameters besides.

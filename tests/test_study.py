@@ -116,6 +116,7 @@ def test_profile_needs_no_training(small: Path) -> None:
     said = call("profile", str(small)).output
     assert "conv1" in said and "MACs" in said and "interquartile" in said
     assert re.search(r"params 0\.\d+ M", said)
+    assert "svd" in said and "excluded by default" in said
 
 
 def test_report_is_written_again(small: Path) -> None:

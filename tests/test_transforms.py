@@ -347,3 +347,19 @@ def _patches(spec: LayerSpec, count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(count, *shape, generator=generator)
     return torch.einsum("nj...,ij->ni...", noise, mixing)
+
+
+def test_tall_matrices_are_factored_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, patches = torch.randn(48, 12, dtype=torch.float64), torch.randn(64, 12)
+    for seen in (None, patches):
+        full = SVD.factorize(weight, 1, seen)
+        with monkeypatch.context() as patch:
+            patch.setattr("autocompress.transforms.svd.TALL", 48)
+            tall = SVD.factorize(weight, 1, seen)
+        assert tall[0].shape == (1, 48, 12) and full[0].shape == (1, 48, 48)
+        torch.testing.assert_close(tall[0], full[0][:, :, :12])
+        for rank in (3, 12):
+            first, second = SVD(rank).kernels(tall)
+            wanted, beside = SVD(rank).kernels(full)
+            torch.testing.assert_close(second @ first, beside @ wanted)

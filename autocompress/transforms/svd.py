@@ -17,6 +17,7 @@ from autocompress.transforms.base import (
     balance,
     climb,
     finish,
+    fix_signs,
     like,
     need_conv,
     need_rank,
@@ -27,6 +28,9 @@ from autocompress.transforms.base import (
     round_rank,
     split_padding,
 )
+
+TALL = 1024
+"""Output channels from which on a matrix with half as many inputs is factored in their space."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,18 @@ class SVD:
 
     @classmethod
     def factorize(cls, weight: Tensor, groups: int, patches: Tensor | None) -> Factors:
-        """Directions of the outputs, `groups x out/g x out/g`, and the kernels seen along them."""
+        """Directions of the outputs, `groups x out/g x out/g`, and the kernels seen along them.
+
+        Of tall matrices there are as many directions as inputs, which is full rank, too.
+        """
         blocks = per_group(weight.detach().double(), groups)
         directions, seen = [], []
         for group, block in enumerate(blocks):
             own = patches_of_group(patches, groups, group)
             flat = None if own is None else own.flatten(1)
-            vectors = principal_outputs(block.flatten(1), flat)
+            vectors = _directions(block.flatten(1), flat)
             directions.append(vectors)
-            seen.append((vectors.T @ block.flatten(1)).reshape(block.shape))
+            seen.append((vectors.T @ block.flatten(1)).reshape(-1, *block.shape[1:]))
         return torch.stack(directions).to(weight.dtype), torch.stack(seen).to(weight.dtype)
 
     def cost(self, layer: LayerSpec) -> Cost:
@@ -123,6 +130,20 @@ class SVD:
         balanced = [balance(block, vectors) for block, vectors in cut]
         first, second = (torch.cat(parts) for parts in zip(*balanced, strict=True))
         return first, second if first.ndim == 2 else second[:, :, None, None]
+
+
+def _directions(matrix: Tensor, patches: Tensor | None) -> Tensor:
+    """Directions of the outputs of an `out x in` matrix, the most important first.
+
+    Returns:
+        `out x out`; `out x in` for a matrix so tall that the eigenvectors of its outputs'
+        covariance take long (in MLPs of transformers): its outputs lie in as many dimensions.
+    """
+    out, width = matrix.shape
+    if out < TALL or out < 2 * width:
+        return principal_outputs(matrix, patches)
+    basis, inside = torch.linalg.qr(matrix)
+    return fix_signs(basis @ principal_outputs(inside, patches))
 
 
 @dataclass(frozen=True)
