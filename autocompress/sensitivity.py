@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.layers import LayerSpec
+from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import transform_from_dict, transform_to_dict
 from autocompress.surgery import ErrorMeter, FactorCache
 from autocompress.task import Task, samples_in, split_batch, tensors_in
@@ -46,6 +46,7 @@ class Choice:
             by norm of the output.
         impact: Predicted mean squared change of the network's outputs for one image, summed over
             the outputs (`output_change`); the squared error where that can't be told.
+        ms: Milliseconds of the replacement, beside `LayerTable.layer_ms`; None if not measured.
     """
 
     transform: Transform
@@ -54,6 +55,12 @@ class Choice:
     macs: int
     error: float
     impact: float
+    ms: float | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What the replacement costs."""
+        return Cost(self.params, self.macs, self.ms)
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,19 @@ class LayerTable:
         layers: The layers, in execution order.
         choices: Layer name to its choices; no entry stands for a layer without any.
         refused: Layer name to `{method: reason}`.
+        layer_ms: Layer name to the milliseconds of the layer as it is; empty if not measured.
+        network_ms: Milliseconds of the whole network in the same run; None if not measured.
     """
 
     layers: tuple[LayerSpec, ...]
     choices: Mapping[str, tuple[Choice, ...]]
     refused: Mapping[str, Mapping[str, str]]
+    layer_ms: Mapping[str, float] = field(default_factory=dict)
+    network_ms: float | None = None
+
+    def cost(self, layer: LayerSpec) -> Cost:
+        """What a layer costs as it is, with its milliseconds as far as they are known."""
+        return replace(layer.cost, ms=self.layer_ms.get(layer.name))
 
     def to_json(self) -> str:
         """The table as JSON, for the study's folder."""
@@ -80,7 +95,9 @@ class LayerTable:
             for name, choices in self.choices.items()
         }
         layers = [asdict(layer) for layer in self.layers]
-        return json.dumps({"layers": layers, "choices": rows, "refused": self.refused}, indent=1)
+        data: dict[str, Any] = {"layers": layers, "choices": rows, "refused": self.refused}
+        data |= {"layer_ms": dict(self.layer_ms), "network_ms": self.network_ms}
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> LayerTable:
@@ -94,7 +111,7 @@ class LayerTable:
             )
             for name, rows in data["choices"].items()
         }
-        return cls(layers, choices, data["refused"])
+        return cls(layers, choices, data["refused"], data["layer_ms"], data["network_ms"])
 
 
 def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:

@@ -74,6 +74,8 @@ class SearchSpace:
             table: The layer table.
             objective: "params", "size", "macs", "latency" or "params+macs", as `spend` counts it.
             full: The baseline's cost.
+
+        A choice that saves nothing is not offered: fewer MACs may well take as much time.
         """
         options: dict[str, tuple[Option, ...]] = {}
         worst = max((c.impact for own in table.choices.values() for c in own), default=0.0) or 1.0
@@ -81,12 +83,15 @@ class SearchSpace:
             choices = table.choices.get(layer.name, ())
             if not choices:
                 continue
-            own = [Option(None, spend(objective, layer.cost, full), 0.0, KEEP)]
+            own = [Option(None, spend(objective, table.cost(layer), full), 0.0, KEEP)]
             for choice in choices:
-                cost = spend(objective, Cost(choice.params, choice.macs), full)
+                cost = spend(objective, choice.cost, full)
+                if cost >= own[0].cost:
+                    continue
                 error = (choice.impact / worst) ** 0.5
                 own.append(Option(choice, cost, error, choice.transform.name))
-            options[layer.name] = tuple(own)
+            if len(own) > 1:
+                options[layer.name] = tuple(own)
         total = spend(objective, full, full)
         return cls(options, total - sum(own[0].cost for own in options.values()))
 
@@ -454,11 +459,15 @@ def spend(objective: str, cost: Cost, full: Cost) -> int:
     """What a cost counts for the allocator.
 
     Args:
-        objective: "params" and "size" are spent in parameters, "macs" and "latency" in MACs,
-            "params+macs" in billionths of the mean share.
+        objective: "params" and "size" are spent in parameters, "macs" in MACs, "params+macs" in
+            billionths of the mean share; "latency" in nanoseconds, where those were measured for
+            the baseline, else in MACs.
         cost: Of a layer or a network.
         full: Of the baseline.
     """
     if objective == "params+macs":
         return round(1e9 * cost.share(full))
+    if objective == "latency" and full.ms is not None:
+        assert cost.ms is not None, "the layer table has times for all of its rows or for none"
+        return round(1e6 * cost.ms)
     return cost.params if objective in ("params", "size") else cost.macs
