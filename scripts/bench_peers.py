@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, Callable[[Arena], Make]]] = {
     "alds": ("ALDS-style splits, min-max error", alds),
 }
 OURS = "autocompress"
-FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio", "onnx_ratio")
+FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio")
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def result_line(result: dict[str, Any]) -> str:
 
 def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     """The comparison as Markdown: means over the seeds, with standard deviations."""
-    header = ["method", "params", "MACs", "val drop", "test drop", "PyTorch", "ONNX Runtime"]
+    header = ["method", "params", "MACs", "val drop", "test drop", "speed-up"]
     header += ["epochs", "s", "met"]
     rows = []
     for method, runs in results.items():
