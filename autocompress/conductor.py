@@ -26,19 +26,21 @@ from torch import nn
 from autocompress import __version__
 from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
-from autocompress.config import StudyConfig, bound_settings
+from autocompress.config import StudyConfig, bound_settings, cache_folder
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
 from autocompress.importance import build_ladders
+from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
+from autocompress.layertimes import LayerTimes, with_times
 from autocompress.models import load_state
 from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan, group_to_dict
 from autocompress.probe import settle
-from autocompress.profiler import profile_model
+from autocompress.profiler import Latency, profile_model
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.samplers import make_sampler, reads_rejected_as_complete
@@ -118,10 +120,11 @@ def check_places(config: StudyConfig) -> None:
     """Refuse a folder, a database or a stored study that a run can't use, before data is loaded.
 
     Raises:
-        ConfigError: If the folder can't be written, another process runs the study, or the database
-            can't be opened.
+        ConfigError: If the folder can't be written, another process runs the study, the database
+            can't be opened, or the runtime to measure the latency on is not here.
         StudyMismatch: If the stored study was made with other settings.
     """
+    Deployment.from_config(config.latency)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     url = config.run.storage
@@ -191,15 +194,19 @@ def _run(
     write_text(folder.config, config.model_dump_json(indent=1))
     with timed(seconds, "baseline"):
         baseline, example = _prepare(config, task, display, folder, exploration)
+        baseline, meter = _time_baseline(config, baseline, example, exploration, display)
     with timed(seconds, "table"):
         bench, table, left_alone = _analyse(
-            config, task, baseline, example, folder, identity, display
+            config, task, baseline, example, meter, folder, identity, display
         )
-    space = SearchSpace.from_table(table, config.objective, baseline.profile.cost)
+    full = replace(baseline.profile.cost, ms=table.network_ms)
+    space = SearchSpace.from_table(table, config.objective, full)
     if space.empty:
         # One layer for each reason: a network may have hundreds.
         examples = {why: name for name, why in reversed(left_alone.items())}
         reasons = "; ".join(f"{name}: {why}" for why, name in reversed(examples.items()))
+        if table.choices and config.objective == "latency":
+            reasons = "No choice takes less time than its layer; objective = 'macs' doesn't ask"
         raise ConfigError(
             "No layer of this network can be transformed by search.transforms, and no channels "
             "can be removed, within search.include, search.exclude and search.bounds. "
@@ -262,7 +269,8 @@ def _prepare(
     check_better_than_guessing(task, val)
     _check_enough_images(config, val)
     example = task.example()
-    profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
+    profile = profile_model(task.model, example, latency=False)
+    profile = replace(profile, accuracy=val.accuracy)
     display.say(
         f"Baseline: {val.accuracy:.2f} % on validation data, {profile.params / 1e6:.3f} M params, "
         f"{profile.macs / 1e6:.1f} M MACs."
@@ -274,6 +282,48 @@ def _prepare(
             "data, or set data.val_from = 'test'."
         )
     return Baseline(task.model, val, profile, digest), example
+
+
+def _time_baseline(
+    config: StudyConfig,
+    baseline: Baseline,
+    example: tuple[torch.Tensor, ...],
+    study: Study,
+    display: Display,
+) -> tuple[Baseline, LatencyMeter | None]:
+    """Time the baseline on the runtime of the study file, or take what was measured before.
+
+    Raises:
+        ConfigError: If it doesn't run there, and latency is what the study makes small.
+        StudyMismatch: If the study timed its trials elsewhere, likewise.
+    """
+    matters = config.objective == "latency"
+    deployment = Deployment.from_config(config.latency)
+    stored = study.user_attrs.get("baseline", {}).get("latency")
+    known = None if stored is None else Latency(**stored)
+    if known is not None and not deployment.made(known):
+        here = f"{describe(deployment)}, on {deployment.device}"
+        there = f"{describe(known)}, on {known.device}"
+        if matters:
+            raise StudyMismatch(
+                f"Study '{config.name}' timed its trials on {there}, and this is {here}: such "
+                "latencies don't compare. Go on where it began, set latency.threads as they were, "
+                "or use a new name."
+            )
+        display.say(f"The latencies of the trials so far are from {there}; this is {here}.")
+        known = None
+    try:
+        meter = LatencyMeter(baseline.model, example, deployment, known)
+    except ConfigError as error:
+        if matters:
+            raise
+        display.say(f"No latency is measured. {error}")
+        return baseline, None
+    display.say(
+        f"Latency of the baseline: {meter.reference.median_ms:.3f} ms (interquartile range "
+        f"{meter.reference.iqr_ms:.3f}; {describe(meter.reference)})."
+    )
+    return replace(baseline, profile=replace(baseline.profile, latency=meter.reference)), meter
 
 
 def _check_enough_images(config: StudyConfig, val: Evaluation) -> None:
@@ -340,6 +390,7 @@ def _analyse(
     task: Task,
     baseline: Baseline,
     example: tuple[torch.Tensor, ...],
+    meter: LatencyMeter | None,
     folder: StudyFolder,
     identity: str,
     display: Display,
@@ -362,6 +413,10 @@ def _analyse(
         if importance is not None:
             ladders = build_ladders(baseline.model, task, groups, observations, importance)
             table = replace(table, ladders=ladders, others=readers, refused_groups=unfit)
+        if config.objective == "latency" and meter is not None:
+            display.say(f"Timing the layers on {meter.deployment.name} ...")
+            kept = LayerTimes(meter.deployment, cache_folder() / "layer-times")
+            table = with_times(table, kept, meter.runner)
         write_text(folder.table, json.dumps({"key": key, "table": table.to_json()}))
         rows = sum(len(choices) for choices in table.choices.values())
         display.say(
@@ -389,6 +444,7 @@ def _analyse(
         identity=identity,
         display=display,
         rejected_as_complete=reads_rejected_as_complete(config.search.sampler),
+        meter=meter,
     )
     return bench, table, left_alone
 

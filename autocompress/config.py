@@ -205,6 +205,20 @@ class FinetuneConfig(_Section):
     )
 
 
+class LatencyConfig(_Section):
+    """Where a network's latency is measured: the runtime that will serve it."""
+
+    runtime: Literal["onnxruntime", "torch", "torch-compile", "cuda", "openvino"] = Field(
+        default="onnxruntime",
+        description="onnxruntime (CPU), openvino (CPU; pip install 'autocompress[openvino]'), "
+        "torch and torch-compile (PyTorch on the CPU), or cuda (PyTorch on the GPU).",
+    )
+    batch_size: int = Field(default=1, ge=1, description="Images in a timed batch.")
+    threads: Annotated[int | None, _AutoIsNone] = Field(
+        default=None, ge=1, description="CPU threads, or 'auto': as many as PyTorch has."
+    )
+
+
 class RunConfig(_Section):
     """Where a study runs; it may be continued with other values."""
 
@@ -241,7 +255,7 @@ class StudyConfig(_Section):
     objective: Literal["params", "size", "macs", "latency", "params+macs"] = Field(
         default="params",
         description="The cost to make small; params+macs is the mean of both, each as a share of "
-        "the baseline's.",
+        "the baseline's; latency is that of the section [latency].",
     )
     model: ModelConfig = Field(description="The network to compress.")
     data: DataConfig = Field(description="The images to train, choose and test with.")
@@ -253,6 +267,9 @@ class StudyConfig(_Section):
     )
     finetune: FinetuneConfig = Field(
         default_factory=FinetuneConfig, description="How a compressed network recovers."
+    )
+    latency: LatencyConfig = Field(
+        default_factory=LatencyConfig, description="Where the latency is measured."
     )
     run: RunConfig = Field(default_factory=RunConfig, description="Where the study runs.")
 
@@ -275,6 +292,7 @@ _UNITS = {
     "finetune.final_epochs": "passes over the training data",
     "baseline.epochs": "passes over the training data",
     "data.batch_size": "images",
+    "latency.batch_size": "images",
     "data.image_size": "pixels",
     "confidence": "probability",
     "data.val_fraction": "share of the images",

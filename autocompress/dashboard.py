@@ -18,7 +18,14 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from autocompress.errors import ConfigError
-from autocompress.report import OBJECTIVES, pareto_trials, plan_layers, quantity, transform_text
+from autocompress.report import (
+    OBJECTIVES,
+    latency_label,
+    pareto_trials,
+    plan_layers,
+    quantity,
+    transform_text,
+)
 from autocompress.store import hide_password, open_storage
 from autocompress.trials import lost, violation, within_delta
 
@@ -27,8 +34,8 @@ _METRICS = {
     "params": "params",
     "size_bytes": "size",
     "macs": "MACs",
-    "memory_bytes": "memory",
     "latency_ms": "latency",
+    "memory_bytes": "memory",
 }
 
 
@@ -241,6 +248,8 @@ def _metric_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tu
         was, now = before.get(key), after.get(key)
         if was is None and now is None:
             continue
+        if key == "latency_ms" and isinstance(before.get("latency"), Mapping):
+            label = latency_label(before["latency"]).replace("Latency", "latency")
         row: tuple[str, ...] = (label, quantity(was, key))
         if after:
             ratio = f"{was / now:.2f}x" if was and now and key != "accuracy" else ""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -227,6 +228,32 @@ def export_onnx(model: nn.Module, example: Example, path: str | Path) -> None:
     _write_onnx(_trace(own, example), own, example, Path(path))
 
 
+def quick_onnx(model: nn.Module, example: Example) -> bytes:
+    """The network as an ONNX file's content, for timing only: nobody has checked its outputs.
+
+    The TorchScript exporter takes a tenth of the time of the one that writes `model.onnx` (0.3 s
+    instead of 8 s for a ResNet-20), and ONNX Runtime needs the same time for both files.
+
+    Args:
+        model: The network; it is not changed.
+        example: Its inputs; the batch size is fixed to theirs.
+
+    Raises:
+        AutocompressError: If the network can't be exported.
+    """
+    own = _portable(model)
+    inputs = tuple(_on_cpu(value) for value in example)
+    with TemporaryDirectory() as place:
+        path = Path(place) / "model.onnx"
+        try:
+            with _quiet():
+                torch.onnx.export(own, inputs, path, dynamo=False)
+        except Exception:
+            # It knows fewer operations, and PyTorch may drop it.
+            export_onnx(own, inputs, path)
+        return path.read_bytes()
+
+
 def export_pt2(model: nn.Module, example: Example, path: str | Path) -> None:
     """Write a PT2 file (`torch.export`) with a free batch size; `check_pt2` compares it.
 
@@ -416,6 +443,7 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for module in ("torch", "onnx", "onnxscript", "onnx_ir"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
+        warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
         # torch 2.11 says it of itself, in the name of `copyreg`.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         for logger in loggers:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from autocompress.errors import ConfigError
 from autocompress.export import ExportReport, save_model
 from autocompress.models import build_model, load_state
-from autocompress.objective import find_trial
+from autocompress.objective import LATENCY, find_trial
 from autocompress.plan import Plan
-from autocompress.profiler import profile_model
+from autocompress.profiler import Latency, profile_model
 from autocompress.store import StudyFolder, fetch_weights
 from autocompress.surgery import build_plan
 from autocompress.trials import WEIGHTS
@@ -56,7 +56,7 @@ def export_trial(
         plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
         state = load_file(weights_file)
         stored = json.loads((folder.best / "profile.json").read_text(encoding="utf-8"))
-        accuracy = stored["accuracy"]
+        accuracy, latency = stored["accuracy"], stored["latency"]
     else:
         try:
             trial = find_trial(studies, label)
@@ -70,6 +70,7 @@ def export_trial(
         plan = Plan.from_json(trial.user_attrs["plan"])
         state = fetch_weights(trial.user_attrs[WEIGHTS], folder.artifact_store())
         accuracy = trial.user_attrs["metrics"]["accuracy"]
+        latency = trial.user_attrs.get(LATENCY)
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, plan)
     load_state(model, state)
@@ -80,7 +81,11 @@ def export_trial(
         plan,
         origin,
         example,
-        replace(profile_model(model, example), accuracy=accuracy),
+        replace(
+            profile_model(model, example, latency=False),
+            accuracy=accuracy,
+            latency=None if latency is None else Latency(**latency),
+        ),
         images=example,
         classes=tuple(attrs["classes"]),
         normalization=attrs["normalization"],

@@ -25,13 +25,16 @@ class Cost:
     Attributes:
         params: Number of weights and biases.
         macs: Multiply-adds, one multiply-add counted once; biases are not counted.
+        ms: Milliseconds of a batch on the runtime of the study, as measured; None if not known.
     """
 
     params: int
     macs: int
+    ms: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.macs + other.macs)
+        ms = None if self.ms is None or other.ms is None else self.ms + other.ms
+        return Cost(self.params + other.params, self.macs + other.macs, ms)
 
     def share(self, full: Cost) -> float:
         """Mean of its parameters' share and its MACs' share of those of `full`."""

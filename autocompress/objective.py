@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import median
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 
 from autocompress.annealing import NEARLY
 from autocompress.baseline import Baseline
+from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
+from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
 from autocompress.observation import Observations
 from autocompress.plan import Plan
-from autocompress.profiler import Profile, measure_latency, profile_model
+from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
 from autocompress.samplers import trial_seed
 from autocompress.space import SearchSpace
@@ -56,6 +59,8 @@ WORK = ("recalibrate", "gate", "finetune", "evaluate")
 
 EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
+LATENCY = "latency"
+"""User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
 
@@ -80,6 +85,8 @@ class Bench:
         display: Told about the progress.
         rejected_as_complete: Whether trials that the gate stops are told as complete.
         studies: The Optuna studies by stage; a child finds its parent there.
+        meter: Times networks on the runtime that the study names; None where the baseline doesn't
+            run there, which only a study of latency can't do without.
     """
 
     task: Task
@@ -97,6 +104,7 @@ class Bench:
     display: Display
     rejected_as_complete: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
+    meter: LatencyMeter | None = None
 
     def epochs(self, stage: str) -> float:
         """Passes over the training data in each trial of a stage."""
@@ -181,10 +189,9 @@ def _carry_out(
     model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
-    # Where it is not what the study makes small, a glance at it is enough.
-    timing = (0.25, 20) if bench.objective == "latency" else (0.02, 5)
-    latency = measure_latency(model, bench.example, seconds=timing[0], min_runs=timing[1]).median_ms
     watch.lap("profile")
+    latency = _latency(bench, model, trial)
+    watch.lap("latency")
     full = bench.baseline.profile
     cost = cost_of(bench.objective, profile, latency, full)
 
@@ -229,6 +236,32 @@ def _carry_out(
     watch.lap("store")
     _record(trial, watch, after.accuracy, drop, bound, profile, latency, full)
     return (drop, cost), None
+
+
+def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
+    """Milliseconds on the study's runtime; None where it does not run there.
+
+    Raises:
+        AutocompressError: If it does not run there, and latency is what the study makes small.
+    """
+    matters = bench.objective == "latency"
+    if bench.meter is None:
+        return None
+    # Where it is not what the study makes small, a glance at it is enough.
+    seconds, min_runs = (0.2, 20) if matters else (0.05, 5)
+    try:
+        latency = bench.meter.measure(model, seconds, min_runs)
+    except Exception as error:
+        # Exporters and runtimes fail in more ways than can be named.
+        if matters:
+            runtime = bench.meter.deployment.runtime
+            raise AutocompressError(
+                f"latency.runtime = '{runtime}' can't run it: {type(error).__name__}: {error}"
+            ) from error
+        logger.warning("The latency was not measured.", exc_info=error)
+        return None
+    trial.set_user_attr(LATENCY, asdict(latency))
+    return latency.median_ms
 
 
 def _gate(bench: Bench, stage: str) -> Gate:
@@ -298,7 +331,7 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     return model.to(bench.task.device).eval(), plan
 
 
-def cost_of(objective: str, profile: Profile, latency_ms: float, full: Profile) -> float:
+def cost_of(objective: str, profile: Profile, latency_ms: float | None, full: Profile) -> float:
     """The second objective in its natural unit.
 
     That is parameters, bytes, MACs, milliseconds, or percent of `full`, the baseline's profile, for
@@ -308,7 +341,7 @@ def cost_of(objective: str, profile: Profile, latency_ms: float, full: Profile) 
         "params": float(profile.params),
         "size": float(profile.size_bytes),
         "macs": float(profile.macs),
-        "latency": latency_ms,
+        "latency": math.nan if latency_ms is None else latency_ms,
         "params+macs": 100 * profile.cost.share(full.cost),
     }
     return costs[objective]
@@ -316,7 +349,7 @@ def cost_of(objective: str, profile: Profile, latency_ms: float, full: Profile) 
 
 def _ratio(bench: Bench, cost: float) -> float:
     full = bench.baseline.profile
-    most = cost_of(bench.objective, full, full.latency.median_ms if full.latency else 0.0, full)
+    most = cost_of(bench.objective, full, full.latency_ms, full)
     return most / cost if cost else float("inf")
 
 
@@ -327,7 +360,7 @@ def _record(
     drop: float,
     bound: float,
     profile: Profile,
-    latency_ms: float,
+    latency_ms: float | None,
     full: Profile,
 ) -> None:
     trial.set_user_attr(

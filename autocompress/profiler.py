@@ -75,9 +75,9 @@ class Latency:
         iqr_ms: Distance between the quartiles, in milliseconds.
         batch_size: Images in the batch.
         runs: Number of timed batches.
-        device: Where it ran, such as "cpu" or "cuda:0".
-        threads: CPU threads of PyTorch.
-        runtime: What ran the network, such as "ONNX Runtime"; "eager" is PyTorch itself.
+        device: Where it ran: "cpu" or "cuda:0" in PyTorch itself, else the processor's name.
+        threads: CPU threads.
+        runtime: What ran the network, such as "ONNX Runtime 1.32.0"; "eager" is PyTorch itself.
     """
 
     median_ms: float
@@ -89,10 +89,8 @@ class Latency:
     runtime: str = "eager"
 
     @classmethod
-    def of(
-        cls, times: Sequence[float], batch_size: int, device: torch.device, runtime: str = "eager"
-    ) -> Latency:
-        """The latency of batches that took `times`, in seconds, with PyTorch's threads."""
+    def of(cls, times: Sequence[float], batch_size: int, device: torch.device) -> Latency:
+        """The latency of batches that took `times`, in seconds, in PyTorch with its threads."""
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         return cls(
             median_ms=1e3 * median,
@@ -101,7 +99,6 @@ class Latency:
             runs=len(times),
             device=str(device),
             threads=torch.get_num_threads(),
-            runtime=runtime,
         )
 
 
@@ -134,6 +131,11 @@ class Profile:
     def cost(self) -> Cost:
         """Parameters and MACs alone."""
         return Cost(self.params, self.macs)
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The latency's median; None if it was not measured."""
+        return None if self.latency is None else self.latency.median_ms
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain values that JSON can hold."""
@@ -238,7 +240,9 @@ def measure_latency(
     seconds: float = 1.0,
     min_runs: int = 20,
 ) -> Latency:
-    """Time batches of `batch_size` images in eval mode.
+    """Time batches of `batch_size` images in eval mode, in PyTorch itself.
+
+    `autocompress.latency` times networks on the runtime that serves them, beside the baseline.
 
     Args:
         model: The network, on any device.
@@ -248,27 +252,15 @@ def measure_latency(
         seconds: Time to spend, the warm-up not counted.
         min_runs: Timed batches at least, even if they take longer.
     """
-    return _time((model,), example, forward, batch_size, seconds, min_runs)[0]
+    inputs = _on_device(model, batch_of(example, batch_size))
 
+    def run() -> None:
+        _run(model, inputs, forward)
+        _synchronize(inputs[0].device)
 
-def compare_latency(
-    baseline: nn.Module,
-    model: nn.Module,
-    example: Example,
-    forward: Forward | None = None,
-    batch_size: int = 1,
-    seconds: float = 2.0,
-    min_runs: int = 20,
-) -> tuple[Latency, Latency]:
-    """Time two networks turn by turn, so that a noisy machine disturbs both alike.
-
-    The arguments are those of `measure_latency`; `seconds` and `min_runs` are for the pair.
-
-    Returns:
-        The latency of `baseline` and that of `model`.
-    """
-    before, after = _time((baseline, model), example, forward, batch_size, seconds, min_runs)
-    return before, after
+    with torch.no_grad(), _eval_mode(model):
+        (times,) = time_in_turns([run], seconds, min_runs)
+    return Latency.of(times, batch_size, inputs[0].device)
 
 
 def comparison(before: Profile, after: Profile) -> list[Row]:
@@ -280,12 +272,8 @@ def comparison(before: Profile, after: Profile) -> list[Row]:
         Row("size", "MB", before.size_bytes / 1e6, after.size_bytes / 1e6),
         Row("MACs", macs_unit, before.macs / macs_scale, after.macs / macs_scale),
         Row("memory", "MB", before.memory_bytes / 1e6, after.memory_bytes / 1e6),
-        Row("latency", "ms", _median(before), _median(after)),
+        Row("latency", "ms", before.latency_ms, after.latency_ms),
     ]
-
-
-def _median(profile: Profile) -> float | None:
-    return None if profile.latency is None else profile.latency.median_ms
 
 
 @dataclass
@@ -441,36 +429,11 @@ def _layers(model: nn.Module, tally: _Tally) -> tuple[LayerProfile, ...]:
     return tuple(row for row in rows if row.params or row.macs or row.activation_bytes)
 
 
-def _time(
-    models: Sequence[nn.Module],
-    example: Example,
-    forward: Forward | None,
-    batch_size: int,
+def time_in_turns(
+    runs: Sequence[Callable[[], object]],
     seconds: float,
     min_runs: int,
-) -> list[Latency]:
-    """Time the models turn by turn."""
-    batch = batch_of(example, batch_size)
-    inputs = [_on_device(model, batch) for model in models]
-
-    def once(model: nn.Module, own: Example) -> Callable[[], None]:
-        def run() -> None:
-            _run(model, own, forward)
-            _synchronize(own[0].device)
-
-        return run
-
-    runs = [once(model, own) for model, own in zip(models, inputs, strict=True)]
-    with torch.no_grad(), _eval_mode(*models):
-        spent = time_in_turns(runs, seconds, min_runs)
-    return [
-        Latency.of(times, batch_size, own[0].device)
-        for times, own in zip(spent, inputs, strict=True)
-    ]
-
-
-def time_in_turns(
-    runs: Sequence[Callable[[], object]], seconds: float, min_runs: int
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """The seconds that each of `runs` takes, called turn by turn, so that noise hits all alike.
 
@@ -478,6 +441,7 @@ def time_in_turns(
         runs: What is timed; each returns when its work is done.
         seconds: Time to spend, the warm-up not counted.
         min_runs: Turns at least, even if they take longer.
+        clock: Tells the seconds.
     """
     if min_runs < 2:
         raise ConfigError(f"Latency needs min_runs >= 2, got {min_runs}.")
@@ -485,10 +449,10 @@ def time_in_turns(
 
     def turn(keep: bool) -> None:
         for run, times in zip(runs, spent, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             run()
             if keep:
-                times.append(time.perf_counter() - begin)
+                times.append(clock() - begin)
 
     begin = time.perf_counter()
     for _ in range(WARM_UP_RUNS):

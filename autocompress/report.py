@@ -139,7 +139,7 @@ def quantity(value: float | None, metric: str) -> str:
         return "–"
     if metric in ("accuracy", "drop", "share"):
         return f"{value:.2f}" if metric == "drop" else f"{value:.2f} %"
-    if metric in ("latency_ms", "onnx_ms"):
+    if metric == "latency_ms":
         return f"{_digits(value)} ms"
     unit = "B" if metric in ("size_bytes", "memory_bytes") else ""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -497,10 +497,14 @@ def _headline(view: _View) -> dict[str, Any]:
             f"No plan kept the accuracy drop within {view.delta:.2f} points. "
             f"The nearest is {where} with {quantity(drop, 'drop')} points on validation data."
         )
-    names = {"params": "parameters", "size_bytes": "size", "macs": "MACs", "memory_bytes": "memory"}
-    # The exported file's speed is what a user will see; PyTorch's where there is no such file.
-    measured = before.get("onnx_ms") is not None
-    names |= {"onnx_ms": "latency, ONNX Runtime"} if measured else {"latency_ms": "latency"}
+    latency = (view.baseline.get("profile") or {}).get("latency")
+    names = {
+        "params": "parameters",
+        "size_bytes": "size",
+        "macs": "MACs",
+        "latency_ms": latency_label(latency).replace("Latency", "latency"),
+        "memory_bytes": "memory",
+    }
     figures = [
         (_ratio(_divide(before.get(k), after.get(k))), name, _arrow(before.get(k), after.get(k), k))
         for k, name in names.items()
@@ -572,9 +576,8 @@ def _comparison(view: _View) -> dict[str, Any]:
         ("Parameters", "params"),
         ("Size", "size_bytes"),
         ("MACs, one image", "macs"),
+        (latency_label((view.baseline.get("profile") or {}).get("latency")), "latency_ms"),
         ("Memory, one image", "memory_bytes"),
-        (_latency_label((view.baseline.get("profile") or {}).get("latency")), "latency_ms"),
-        (_latency_label(_onnx_latency(view.chosen, "baseline")), "onnx_ms"),
     ]
     rows = []
     for label, key in labels:
@@ -593,17 +596,13 @@ def _comparison(view: _View) -> dict[str, Any]:
     return {"columns": [name for name, _ in columns], "rows": rows}
 
 
-def _onnx_latency(chosen: Mapping[str, Any] | None, which: str) -> Mapping[str, Any]:
-    """What ONNX Runtime took for the "baseline" or the "model"; empty where it was not measured."""
-    return ((chosen or {}).get("onnx_latency") or {}).get(which) or {}
-
-
-def _latency_label(latency: object) -> str:
+def latency_label(latency: object) -> str:
+    """A latency's name with the runtime, batch and threads: "Latency, ONNX Runtime 1.32.0, ..."."""
     if not isinstance(latency, Mapping):
         return "Latency"
     words = [str(latency.get("runtime") or ""), f"batch {latency.get('batch_size')}"]
     if latency.get("threads"):
-        words.append(f"{latency['threads']} threads")
+        words.append(f"{latency['threads']} thread{'' if latency['threads'] == 1 else 's'}")
     return "Latency, " + ", ".join(word for word in words if word)
 
 
@@ -838,21 +837,12 @@ def _cost(profile: Mapping[str, Any]) -> Cost:
 def _metrics(view: _View, found: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of the winner, the second or the nearest trial, as far as they are known."""
     known = _metrics_of_profile(found.get("profile"), view.baseline.get("profile"))
-    known = known or dict(found.get("metrics") or {})
-    return known | {"onnx_ms": _onnx_latency(found, "model").get("median_ms")}
+    return known or dict(found.get("metrics") or {})
 
 
 def _baseline_metrics(view: _View) -> dict[str, Any]:
-    """The baseline's metrics, with the latency that was measured in turns with the chosen model's.
-
-    Two latencies from different hours of a busy machine make no ratio.
-    """
-    metrics = _metrics_of_profile(view.baseline.get("profile"), view.baseline.get("profile"))
-    beside = (view.chosen or {}).get("baseline_latency")
-    if isinstance(beside, Mapping):
-        metrics["latency_ms"] = beside.get("median_ms", metrics.get("latency_ms"))
-    metrics["onnx_ms"] = _onnx_latency(view.chosen, "baseline").get("median_ms")
-    return metrics
+    """The baseline's metrics."""
+    return _metrics_of_profile(view.baseline.get("profile"), view.baseline.get("profile"))
 
 
 def _drop(entry: Mapping[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""How exported networks run on ONNX Runtime, and how fast."""
+"""How exported networks run on other runtimes than PyTorch: ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autocompress.profiler import Example, Latency, batch_of, time_in_turns
-
 ERRORS_ONLY = 3
 
 
-def open_onnx(path: str | Path) -> Callable[..., list[Tensor]]:
-    """An ONNX file as a function of its inputs, batch first.
+def open_onnx(
+    network: str | Path | bytes, threads: int | None = None
+) -> Callable[..., list[Tensor]]:
+    """An ONNX network as a function of its inputs, batch first, on ONNX Runtime's CPU kernels.
 
-    It runs on ONNX Runtime's CPU kernels, with as many threads as PyTorch has.
+    Args:
+        network: A file, or its content.
+        threads: CPU threads; None for as many as PyTorch has.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    # Threads that wait busily for the next batch would disturb what is timed in turns with this.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(
+        network if isinstance(network, bytes) else str(network),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
     names = [value.name for value in session.get_inputs()]
 
     def run(*inputs: Tensor) -> list[Tensor]:
@@ -33,30 +41,27 @@ def open_onnx(path: str | Path) -> Callable[..., list[Tensor]]:
     return run
 
 
-def compare_onnx_latency(
-    baseline: str | Path,
-    model: str | Path,
-    example: Example,
-    batch_size: int = 1,
-    seconds: float = 2.0,
-    min_runs: int = 20,
-) -> tuple[Latency, Latency]:
-    """Time two ONNX files turn by turn on ONNX Runtime's CPU kernels, with PyTorch's threads.
+def open_openvino(
+    network: str | Path | bytes, threads: int | None = None
+) -> Callable[..., list[Tensor]]:
+    """The same on OpenVINO's CPU plugin, in float32."""
+    import openvino
 
-    Args:
-        baseline: The first file.
-        model: The second file.
-        example: Inputs of both, batch first; the first sample is repeated to the batch.
-        batch_size: Images in a batch.
-        seconds: Time to spend on both, the warm-up not counted.
-        min_runs: Timed batches at least.
+    core = openvino.Core()
+    model = core.read_model(network if isinstance(network, bytes) else str(network))
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "f32",
+        },
+    )
+    request = compiled.create_infer_request()
 
-    Returns:
-        The latency of `baseline` and that of `model`.
-    """
-    inputs = tuple(value.cpu() for value in batch_of(example, batch_size))
-    networks = [open_onnx(path) for path in (baseline, model)]
-    times = time_in_turns([lambda run=run: run(*inputs) for run in networks], seconds, min_runs)  # type: ignore[misc]
-    cpu = torch.device("cpu")
-    before, after = (Latency.of(own, batch_size, cpu, "ONNX Runtime") for own in times)
-    return before, after
+    def run(*inputs: Tensor) -> list[Tensor]:
+        request.infer([value.numpy() for value in inputs], share_inputs=True)
+        return [torch.from_numpy(output.data.copy()) for output in request.output_tensors]
+
+    return run

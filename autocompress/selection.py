@@ -7,11 +7,10 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,15 +18,18 @@ from optuna.trial import FrozenTrial
 
 from autocompress.config import StudyConfig
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
-from autocompress.export import export_onnx, save_model
+from autocompress.export import save_model
 from autocompress.finals import Finalist, candidates, choose_finalists, rehearsal_of
+from autocompress.latency import describe
 from autocompress.objective import Bench, pace
-from autocompress.profiler import Profile, compare_latency, profile_model
+from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.report import layer_rows
-from autocompress.runtime import compare_onnx_latency
 from autocompress.store import StudyFolder, trials_spent, write_text
 from autocompress.trials import lost, violation, within_delta
+
+TIMING_SECONDS = 2.0
+"""Time for the latency of each network that is handed out."""
 
 
 def conclude(
@@ -68,7 +70,7 @@ def conclude(
         winners = choose_finalists(config, bench, folder, labelled, display)
     if winners:
         summary["met"] = True
-        summary["best"] = best = _describe_finalist(bench, winners[0], config)
+        summary["best"] = best = _describe_finalist(bench, winners[0], config, display)
         best["layers"] = _layers(bench, best, labelled[winners[0].label])
         with timed(seconds, "test"):
             summary["test_reads"] = _count_test_read(bench)
@@ -76,9 +78,8 @@ def conclude(
         summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
         with timed(seconds, "export"):
             _export(bench, winners[0], best, folder.best, display)
-            best["onnx_latency"] = _onnx_latency(bench, folder.best / "model.onnx", display)
             for second in winners[1:]:
-                summary["second"] = own = _describe_finalist(bench, second, config)
+                summary["second"] = own = _describe_finalist(bench, second, config, display)
                 own["layers"] = _layers(bench, own, labelled[second.label])
                 _export(bench, second, summary["second"], folder.second, display)
     elif labelled:
@@ -190,18 +191,19 @@ def _layers(bench: Bench, found: Mapping[str, Any], trial: FrozenTrial) -> list[
     return layer_rows(facts, bench.baseline.profile.to_dict(), found, errors)
 
 
-def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) -> dict[str, Any]:
+def _describe_finalist(
+    bench: Bench, finalist: Finalist, config: StudyConfig, display: Display
+) -> dict[str, Any]:
     stage, number = finalist.label.split("/")
     profile = profile_model(finalist.model, bench.example, latency=False)
-    before, after = compare_latency(bench.baseline.model, finalist.model, bench.example)
-    profile = replace(profile, latency=after, accuracy=finalist.val.accuracy)
+    latency = _latency(bench, finalist, profile, display)
+    profile = replace(profile, latency=latency, accuracy=finalist.val.accuracy)
     drop = accuracy_drop(bench.baseline.val, finalist.val)
     return {
         "stage": stage,
         "trial": int(number),
         "plan": json.loads(finalist.plan.to_json()),
         "profile": profile.to_dict(),
-        "baseline_latency": asdict(before),
         "val_accuracy": finalist.val.accuracy,
         "val_drop": drop,
         "val_drop_bound": finalist.bound,
@@ -209,6 +211,27 @@ def _describe_finalist(bench: Bench, finalist: Finalist, config: StudyConfig) ->
         "final_bounds": {str(seed): bound for seed, bound in finalist.seeds.items()},
         "final_epochs": finalist.epochs,
     }
+
+
+def _latency(
+    bench: Bench, finalist: Finalist, profile: Profile, display: Display
+) -> Latency | None:
+    """The network's latency on the study's runtime; None where that fails."""
+    meter = bench.meter
+    if meter is None:
+        return None
+    try:
+        latency = meter.measure(finalist.model, TIMING_SECONDS)
+    except Exception as error:
+        # As with the exports: no way in which this fails may cost the result.
+        display.say(f"The latency was not measured: {type(error).__name__}: {error}")
+        return None
+    display.say(
+        f"{finalist.label}: {bench.baseline.profile.macs / profile.macs:.2f}x fewer MACs, "
+        f"{meter.speedup(latency):.2f}x as fast: {meter.reference.median_ms:.3f} ms -> "
+        f"{latency.median_ms:.3f} ms ({describe(latency)})."
+    )
+    return latency
 
 
 def _count_test_read(bench: Bench) -> int:
@@ -259,26 +282,6 @@ def _export(
     found["export_differences"] = dict(export.checks)
 
 
-def _onnx_latency(bench: Bench, path: Path, display: Display) -> dict[str, Any] | None:
-    """The latency of the baseline and of the exported winner on ONNX Runtime, turn by turn."""
-    if not path.exists():
-        return None
-    try:
-        with TemporaryDirectory() as place:
-            baseline = Path(place) / "baseline.onnx"
-            export_onnx(bench.baseline.model, bench.example, baseline)
-            before, after = compare_onnx_latency(baseline, path, bench.example)
-    except Exception as error:
-        # As with the exports: no way in which this fails may cost the result.
-        display.say(f"ONNX Runtime's latency was not measured: {type(error).__name__}: {error}")
-        return None
-    display.say(
-        f"ONNX Runtime, one image, {after.threads} threads: {before.median_ms:.3f} ms -> "
-        f"{after.median_ms:.3f} ms, {before.median_ms / after.median_ms:.2f}x as fast."
-    )
-    return {"baseline": asdict(before), "model": asdict(after)}
-
-
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     """Note how long the block takes, in seconds."""
@@ -290,7 +293,15 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions of everything that a result depends on."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in ("autocompress", "torch", "torchvision", "optuna", "tensorly", "numpy"):
+    for package in (
+        "autocompress",
+        "torch",
+        "torchvision",
+        "optuna",
+        "tensorly",
+        "numpy",
+        "onnxruntime",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

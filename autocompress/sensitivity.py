@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from autocompress.importance import ChannelChoice, ChannelLadder
-from autocompress.layers import LayerSpec
+from autocompress.layers import Cost, LayerSpec
 from autocompress.observation import Observations, output_change
 from autocompress.plan import (
     group_from_dict,
@@ -46,6 +47,7 @@ class Choice:
             by norm of the output.
         impact: Predicted mean squared change of the network's outputs for one image, summed over
             the outputs (`output_change`); the squared error where that can't be told.
+        ms: Milliseconds of the replacement, beside `LayerTable.layer_ms`; None if not measured.
     """
 
     transform: Transform
@@ -54,6 +56,12 @@ class Choice:
     macs: int
     error: float
     impact: float
+    ms: float | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """What the replacement costs."""
+        return Cost(self.params, self.macs, self.ms)
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,8 @@ class LayerTable:
         ladders: Channel group to its keep-counts; none where no channels may be removed.
         others: Layers that may not be transformed, but through which channel groups run.
         refused_groups: Channel group to why its channels all stay.
+        layer_ms: Layer name to the milliseconds of the layer as it is; empty if not measured.
+        network_ms: Milliseconds of the whole network in the same run; None if not measured.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -75,6 +85,22 @@ class LayerTable:
     ladders: Mapping[str, ChannelLadder] = field(default_factory=dict)
     others: tuple[LayerSpec, ...] = ()
     refused_groups: Mapping[str, str] = field(default_factory=dict)
+    layer_ms: Mapping[str, float] = field(default_factory=dict)
+    network_ms: float | None = None
+
+    def cost(self, layer: LayerSpec) -> Cost:
+        """What a layer costs, with its milliseconds as far as they are known.
+
+        One that lost channels takes time in proportion to its multiply-adds.
+        """
+        ms = self.layer_ms.get(layer.name)
+        if ms is not None:
+            ms *= layer.cost.macs / self._macs[layer.name]
+        return replace(layer.cost, ms=ms)
+
+    @cached_property
+    def _macs(self) -> dict[str, int]:
+        return {layer.name: layer.cost.macs for layer in (*self.layers, *self.others)}
 
     def to_json(self) -> str:
         """The table as JSON, for the study's folder."""
@@ -101,6 +127,8 @@ class LayerTable:
             "ladders": ladders,
             "others": [asdict(layer) for layer in self.others],
             "refused_groups": self.refused_groups,
+            "layer_ms": dict(self.layer_ms),
+            "network_ms": self.network_ms,
         }
         return json.dumps(table, indent=1)
 
@@ -125,8 +153,8 @@ class LayerTable:
             )
             for name, row in data["ladders"].items()
         }
-        refused, groups = data["refused"], data["refused_groups"]
-        return cls(layers, choices, refused, ladders, others, groups)
+        kept = {key: data[key] for key in ("refused", "refused_groups", "layer_ms", "network_ms")}
+        return cls(layers, choices, ladders=ladders, others=others, **kept)
 
 
 def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:

@@ -96,6 +96,8 @@ class SearchSpace:
             table: The layer table.
             objective: "params", "size", "macs", "latency" or "params+macs", as `spend` counts it.
             full: The baseline's cost.
+
+        A choice that saves nothing is not offered: fewer MACs may well take as much time.
         """
         impacts = [c.impact for own in table.choices.values() for c in own]
         impacts += [c.impact for ladder in table.ladders.values() for c in ladder.choices]
@@ -105,13 +107,14 @@ class SearchSpace:
             return spend(objective, cost, full)
 
         rows = Rows(table, worst, count)
-        options = {layer.name: rows(layer) for layer in table.layers if layer.name in table.choices}
+        made = {layer.name: rows(layer) for layer in table.layers if layer.name in table.choices}
+        options = {name: own for name, own in made.items() if len(own) > 1}
         fixed = count(full) - sum(own[0].cost for own in options.values())
         ladders = {name: ladder for name, ladder in table.ladders.items() if ladder.choices}
         if not ladders:
             return cls(options, fixed)
         layers = {layer.name: layer for layer in (*table.layers, *table.others)}
-        width = ChannelSpace(ladders, layers, worst, full, count)
+        width = ChannelSpace(ladders, layers, table.cost, worst, full, count)
         return cls(options, fixed, width, rows=rows)
 
     def at(self, kept: Kept) -> SearchSpace:
@@ -365,11 +368,11 @@ class Rows:
 
     Of a layer that lost channels, a choice breaks what the whole layer's choice of the same ranks
     does, on a line through the table: removing rows and columns of a matrix makes none of its
-    singular values larger.
+    singular values larger. It takes as long as the whole layer's choice of as many multiply-adds.
     """
 
     def __init__(self, table: LayerTable, worst: float, count: Callable[[Cost], int]) -> None:
-        self._choices = table.choices
+        self._table = table
         self._whole = {layer.name: layer for layer in table.layers}
         self._worst = worst
         self._count = count
@@ -378,18 +381,18 @@ class Rows:
     def __call__(self, layer: LayerSpec) -> tuple[Option, ...]:
         """The options of a layer; the first is to keep it."""
         if layer not in self._known:
-            choices = self._choices[layer.name]
+            choices = self._table.choices[layer.name]
             if layer != self._whole[layer.name]:
                 choices = tuple(_narrower(layer, choices))
-            self._known[layer] = (
-                Option(None, self._count(layer.cost), 0.0, KEEP),
-                *map(self._option, choices),
-            )
+            whole = Option(None, self._count(self._table.cost(layer)), 0.0, KEEP)
+            options = [self._option(choice) for choice in choices]
+            saving = [option for option in options if option.cost < whole.cost]
+            self._known[layer] = (whole, *saving)
         return self._known[layer]
 
     def _option(self, choice: Choice) -> Option:
-        cost = self._count(Cost(choice.params, choice.macs))
-        return Option(choice, cost, (choice.impact / self._worst) ** 0.5, choice.transform.name)
+        error = (choice.impact / self._worst) ** 0.5
+        return Option(choice, self._count(choice.cost), error, choice.transform.name)
 
 
 def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
@@ -405,6 +408,8 @@ def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
         ranks = [rank for rank, _ in known]
         impacts = np.log([max(choice.impact, 1e-30) for _, choice in known])
         errors = [choice.error for _, choice in known]
+        macs = [choice.macs for _, choice in known]
+        times = [choice.ms for _, choice in known if choice.ms is not None]
         ladder = kind.ladder(layer)
         for place, transform in enumerate(ladder):
             cost = transform.cost(layer)
@@ -412,7 +417,10 @@ def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
             error = float(np.interp(rank, ranks, errors))
             impact = math.exp(np.interp(rank, ranks, impacts))
             fraction = (place + 1) / len(ladder)
-            yield Choice(transform, fraction, cost.params, cost.macs, error, impact)
+            # Beyond the ladder's lower end in proportion, as there is nothing nearer.
+            part = min(1.0, cost.macs / min(macs))
+            ms = part * float(np.interp(cost.macs, macs, times)) if times else None
+            yield Choice(transform, fraction, cost.params, cost.macs, error, impact, ms)
 
 
 def _rank(transform: Transform) -> float:
@@ -666,11 +674,15 @@ def spend(objective: str, cost: Cost, full: Cost) -> int:
     """What a cost counts for the allocator.
 
     Args:
-        objective: "params" and "size" are spent in parameters, "macs" and "latency" in MACs,
-            "params+macs" in billionths of the mean share.
+        objective: "params" and "size" are spent in parameters, "macs" in MACs, "params+macs" in
+            billionths of the mean share; "latency" in nanoseconds, where those were measured for
+            the baseline, else in MACs.
         cost: Of a layer or a network.
         full: Of the baseline.
     """
     if objective == "params+macs":
         return round(1e9 * cost.share(full))
+    if objective == "latency" and full.ms is not None:
+        assert cost.ms is not None, "the layer table has times for all of its rows or for none"
+        return round(1e6 * cost.ms)
     return cost.params if objective in ("params", "size") else cost.macs

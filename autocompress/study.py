@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -226,7 +225,7 @@ def status(
             ratio = _baseline_cost(one, config.objective) / best.values[1]
             _print(
                 f"best of {stage}: {ratio:.2f}x {config.objective}, drop {best.values[0]:.2f} "
-                f"points (trial {best.number})"
+                f"points (trial {best.number}){_speed(one, best)}"
             )
     _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
 
@@ -243,15 +242,18 @@ def profile(
     **Example:** `python -m autocompress.study profile my.toml`
     """
     from autocompress.api import task_from_config
+    from autocompress.latency import Deployment, LatencyMeter, describe
     from autocompress.profiler import profile_model
     from autocompress.scope import bound_text, check_names, prospects
     from autocompress.task import check_outputs
 
     config = _config(study, {"run.device": device})
+    deployment = Deployment.from_config(config.latency)
     task = task_from_config(config, _modules(study))
     check_names(task.model, config.search)
     check_outputs(task)
-    found = profile_model(task.model, task.example())
+    example = task.example()
+    found = profile_model(task.model, example, latency=False)
     table = Table("layer", "kind", "params", "MACs", "activations (kB)")
     for layer in found.layers:
         table.add_row(
@@ -266,13 +268,14 @@ def profile(
         f"params {found.params / 1e6:.4f} M · size {found.size_bytes / 1e6:.3f} MB · "
         f"MACs {found.macs / 1e6:.2f} M · memory {found.memory_bytes / 1e6:.2f} MB"
     )
-    if found.latency is not None:
-        own = found.latency
+    try:
+        own = LatencyMeter(task.model, example, deployment).reference
         _print(
-            f"latency {own.median_ms:.3f} ms (interquartile range {own.iqr_ms:.3f} ms, batch "
-            f"{own.batch_size}, {own.runs} runs, {own.runtime} on {own.device}, "
-            f"{own.threads} threads)"
+            f"latency {own.median_ms:.3f} ms (interquartile range {own.iqr_ms:.3f} ms; "
+            f"{describe(own)}, {own.runs} runs on {own.device})"
         )
+    except ConfigError as error:
+        _complain(str(error))
     if found.uncounted:
         ops = ", ".join(f"{name} x{count}" for name, count in found.uncounted.items())
         _print(f"Not counted in the MACs: {ops}")
@@ -441,25 +444,36 @@ def _within(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if within_delta(trial)]
 
 
+def _speed(study: Study, trial: FrozenTrial) -> str:
+    """How many MACs a trial saves and what comes of it; empty where no latency was measured."""
+    from autocompress.latency import describe
+    from autocompress.objective import LATENCY
+    from autocompress.profiler import Latency, Profile
+
+    baseline = Profile.from_dict(study.user_attrs["baseline"])
+    measured = trial.user_attrs.get(LATENCY)
+    if measured is None or baseline.latency is None:
+        return ""
+    latency = Latency(**measured)
+    macs = baseline.macs / trial.user_attrs["metrics"]["macs"]
+    speedup = baseline.latency.median_ms / latency.median_ms
+    return f"; {macs:.2f}x fewer MACs, {speedup:.2f}x as fast ({describe(latency)})"
+
+
 def _baseline_cost(study: Study, objective: str) -> float:
     from autocompress.objective import cost_of
     from autocompress.profiler import Profile
 
     baseline = Profile.from_dict(study.user_attrs["baseline"])
-    latency = baseline.latency
-    return cost_of(objective, baseline, 0.0 if latency is None else latency.median_ms, baseline)
+    return cost_of(objective, baseline, baseline.latency_ms, baseline)
 
 
 def _rows(summary: Any) -> Any:
     """Before and after, from the result of a study that met delta."""
-    from autocompress.profiler import Latency, Profile, comparison
+    from autocompress.profiler import Profile, comparison
 
     best = summary["best"]
-    before = replace(
-        Profile.from_dict(summary["baseline"]["profile"]),
-        # The one that was measured turn by turn with the winner's.
-        latency=Latency(**best["baseline_latency"]),
-    )
+    before = Profile.from_dict(summary["baseline"]["profile"])
     return comparison(before, Profile.from_dict(best["profile"]))
 
 

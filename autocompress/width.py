@@ -41,6 +41,7 @@ class ChannelSpace:
     Attributes:
         ladders: The groups that have keep-counts, in execution order.
         layers: All layers through which groups run or that may be transformed, by name.
+        cost_of: The cost of a layer, whole or without some channels.
         worst: The largest impact of the layer table, which errors are relative to.
         full: The baseline's cost.
         count: What a cost counts for the allocator.
@@ -48,6 +49,7 @@ class ChannelSpace:
 
     ladders: Mapping[str, ChannelLadder]
     layers: Mapping[str, LayerSpec]
+    cost_of: Callable[[LayerSpec], Cost]
     worst: float
     full: Cost
     count: Callable[[Cost], int]
@@ -92,16 +94,19 @@ class ChannelSpace:
 
     def cost(self, kept: Kept) -> Cost:
         """Cost of the network without the removed channels."""
-        params, macs = self.full.params, self.full.macs
+        params, macs, ms = self.full.params, self.full.macs, self.full.ms
         for name, layer in self.remaining(kept).items():
-            before = self.layers[name]
-            if layer is not before:
-                params -= before.cost.params - layer.cost.params
-                macs -= before.cost.macs - layer.cost.macs
+            if layer is self.layers[name]:
+                continue
+            before, after = self.cost_of(self.layers[name]), self.cost_of(layer)
+            params -= before.params - after.params
+            macs -= before.macs - after.macs
+            if ms is not None and before.ms is not None and after.ms is not None:
+                ms -= before.ms - after.ms
         for name, keep in kept.items():
             ladder = self.ladders[name]
             params -= ladder.params_each * (ladder.group.channels - keep)
-        return Cost(params, macs)
+        return Cost(params, macs, ms)
 
     def nearest(self, fractions: Mapping[str, float]) -> dict[str, int]:
         """The keep-counts that shares of the channels mean: the next at or above each."""

@@ -16,19 +16,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from measure import places, speedups
+from measure import places, speedup
 from torch import nn
 
 from autocompress.api import task_from_config
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
-from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
+from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import (
     Evaluation,
     accuracy_drop,
@@ -37,11 +36,10 @@ from autocompress.evaluation import (
     paired_drop,
     recalibrate,
 )
-from autocompress.export import export_onnx
+from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import LayerSpec, inspect_layers
-from autocompress.profiler import Profile, compare_latency, profile_model
+from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
-from autocompress.runtime import compare_onnx_latency
 from autocompress.space import spend
 from autocompress.store import state_digest, write_text
 from autocompress.task import Batch, Loader, Task
@@ -122,6 +120,20 @@ class Arena:
         """What the study makes small; latency is spent in MACs."""
         return spend(self.config.objective, profile.cost, self.baseline.profile.cost)
 
+    @cached_property
+    def meter(self) -> LatencyMeter:
+        """Times networks beside the baseline on the study's runtime."""
+        deployment = Deployment.from_config(self.config.latency)
+        return LatencyMeter(self.baseline.model, self.example, deployment)
+
+    def speedup(self, model: nn.Module) -> float:
+        """How many times as fast a network is there; NaN where that can't be told."""
+        try:
+            return self.meter.speedup(self.meter.measure(model, seconds=2.0))
+        except Exception:
+            # Exporters and runtimes fail in more ways than can be named.
+            return math.nan
+
     def share(self, model: nn.Module) -> float:
         """The network's cost as a share of the baseline's."""
         profile = profile_model(model, self.example, latency=False)
@@ -146,7 +158,7 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
     task = replace(task, train=CountedLoader(task.train), calibration=task.calibrating)
     example = task.example()
     val = evaluate(task.model, task, task.val)
-    profile = replace(profile_model(task.model, example), accuracy=val.accuracy)
+    profile = replace(profile_model(task.model, example, latency=False), accuracy=val.accuracy)
     baseline = Baseline(task.model, val, profile, state_digest(task.model.state_dict()))
     layers, _ = inspect_layers(
         task.model, example, include=config.search.include, exclude=config.search.exclude
@@ -323,7 +335,6 @@ def finish(
 def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
     """The figures of a method's final network. Reads the test data: once for each method."""
     profile = profile_model(model, arena.example, latency=False)
-    before, after = compare_latency(arena.baseline.model, model, arena.example)
     task = arena.task
     reference: Evaluation = evaluate(arena.baseline.model, task, task.test)
     drop, low, high = paired_drop(reference, evaluate(model, task, task.test))
@@ -331,25 +342,11 @@ def describe(model: nn.Module, arena: Arena, val_drop: float) -> dict[str, Any]:
     return {
         "params_ratio": full.params / profile.params,
         "macs_ratio": full.macs / profile.macs,
-        "latency_ratio": before.median_ms / after.median_ms,
-        "onnx_ratio": onnx_speedup(arena, model),
+        "latency_ratio": arena.speedup(model),
         "val_drop": val_drop,
         "test_drop": drop,
         "test_drop_interval": [low, high],
     }
-
-
-def onnx_speedup(arena: Arena, model: nn.Module) -> float:
-    """How many times as fast a network is on ONNX Runtime; NaN where it can't be exported."""
-    with TemporaryDirectory() as place:
-        files = Path(place) / "baseline.onnx", Path(place) / "model.onnx"
-        try:
-            for network, path in zip((arena.baseline.model, model), files, strict=True):
-                export_onnx(network, arena.example, path)
-        except AutocompressError:
-            return math.nan
-        before, after = compare_onnx_latency(*files, arena.example)
-    return before.median_ms / after.median_ms
 
 
 class TrialLog(NullDisplay):
@@ -429,12 +426,10 @@ def study_figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     if best is None:
         return {}
     before, after = summary["baseline"]["profile"], best["profile"]
-    eager, onnx = speedups(best)
     return {
         "params_ratio": before["params"] / after["params"],
         "macs_ratio": before["macs"] / after["macs"],
-        "latency_ratio": eager,
-        "onnx_ratio": onnx,
+        "latency_ratio": speedup(before, after),
         **{key: best[key] for key in ("val_drop", "test_drop", "test_drop_interval")},
     }
 

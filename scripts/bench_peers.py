@@ -56,7 +56,7 @@ OURS: dict[str, dict[str, Any]] = {
     "autocompress-both": {"search.channels": True},
 }
 """Whole studies: as the study file says, by ranks alone, by channels alone, and by both."""
-FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio", "onnx_ratio")
+FIGURES = ("params_ratio", "macs_ratio", "val_drop", "test_drop", "latency_ratio")
 
 
 def main() -> None:
@@ -128,7 +128,7 @@ def result_line(result: dict[str, Any]) -> str:
 
 def peers_table(results: dict[str, list[dict[str, Any]]], seeds: list[int]) -> str:
     """The comparison as Markdown: means over the seeds, with standard deviations."""
-    header = ["method", "params", "MACs", "val drop", "test drop", "PyTorch", "ONNX Runtime"]
+    header = ["method", "params", "MACs", "val drop", "test drop", "speed-up"]
     header += ["epochs", "s", "met"]
     rows = []
     for method, runs in results.items():

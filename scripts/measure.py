@@ -28,11 +28,12 @@ import torch
 from autocompress.api import task_from_config
 from autocompress.conductor import run_study
 from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
+from autocompress.latency import describe
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
 from autocompress.objective import cost_of
 from autocompress.observation import observe_layers
-from autocompress.profiler import Profile
+from autocompress.profiler import Latency, Profile
 from autocompress.progress import make_display
 from autocompress.sensitivity import build_table
 from autocompress.store import load_study, open_storage
@@ -115,13 +116,17 @@ def time_tables() -> None:
         print(f"{source}: {rows} choices for {len(layers)} layers in {seconds:.1f} s")
 
 
-def speedups(best: Mapping[str, Any]) -> tuple[float, float]:
-    """How many times as fast the winner is in PyTorch and on ONNX Runtime, NaN where not known."""
-    eager = best["baseline_latency"]["median_ms"] / best["profile"]["latency"]["median_ms"]
-    onnx = best.get("onnx_latency")
-    if onnx is None:
-        return eager, math.nan
-    return eager, onnx["baseline"]["median_ms"] / onnx["model"]["median_ms"]
+def speedup(baseline: Mapping[str, Any], best: Mapping[str, Any]) -> float:
+    """How many times as fast the winner is on the study's runtime; NaN where not known.
+
+    Args:
+        baseline: The baseline's profile.
+        best: The winner's.
+    """
+    before, after = baseline["latency"], best["latency"]
+    if before is None or after is None:
+        return math.nan
+    return float(before["median_ms"] / after["median_ms"])
 
 
 def print_figures(name: str, folder: Path) -> None:
@@ -142,18 +147,18 @@ def print_figures(name: str, folder: Path) -> None:
         best = result["best"]
         low, high = best["test_drop_interval"]
         params, macs = (before["profile"][key] / best["profile"][key] for key in ("params", "macs"))
-        eager, onnx = speedups(best)
+        latency = before["profile"]["latency"]
+        where = "no latency" if latency is None else describe(Latency(**latency))
+        faster = speedup(before["profile"], best["profile"])
         print(
             f"winner: {best['stage']}/{best['trial']}, "
-            f"{params:.2f}x params, {macs:.2f}x MACs, {eager:.2f}x as fast (PyTorch), "
-            f"{onnx:.2f}x as fast (ONNX Runtime), "
+            f"{params:.2f}x params, {macs:.2f}x MACs, {faster:.2f}x as fast ({where}), "
             f"val drop {best['val_drop']:.2f}, "
             f"test {before['test_accuracy']:.2f} -> {best['test_accuracy']:.2f}, drop "
             f"{best['test_drop']:.2f} ({low:.2f} to {high:.2f})"
         )
     baseline = Profile.from_dict(before["profile"])
-    assert baseline.latency is not None
-    full = cost_of(result["objective"], baseline, baseline.latency.median_ms, baseline)
+    full = cost_of(result["objective"], baseline, baseline.latency_ms, baseline)
     storage = open_storage(f"sqlite:///{folder.resolve() / 'study.db'}")
     for stage in result["trials"]:
         study = load_study(storage, name, stage)

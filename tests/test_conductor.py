@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -16,7 +16,7 @@ from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, 
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import finals, objective, selection
+from autocompress import conductor, finals, latency, objective, selection
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.errors import (
     AutocompressError,
@@ -25,10 +25,10 @@ from autocompress.errors import (
     TrainingDiverged,
 )
 from autocompress.export import save_model
-from autocompress.objective import Bench
 from autocompress.plan import Plan
-from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
+from autocompress.sensitivity import LayerTable
+from autocompress.space import SearchSpace
 from autocompress.store import load_study, open_storage, trials_spent
 from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
@@ -66,7 +66,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, 
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hand out weights and plan only, and time the networks briefly."""
     monkeypatch.setattr(selection, "save_model", partial(save_model, formats=()))
-    monkeypatch.setattr(selection, "compare_latency", partial(compare_latency, seconds=0.02))
+    monkeypatch.setattr(selection, "TIMING_SECONDS", 0.02)
+    monkeypatch.setattr(latency, "REFERENCE_SECONDS", 0.02)
 
 
 def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
@@ -86,25 +87,27 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
     assert low <= best["test_drop"] <= high
     assert best["test_drop"] == pytest.approx(before["test_accuracy"] - best["test_accuracy"])
     assert summary["command"] == "the command" and summary["test_reads"] == 1
-    for which in ("baseline", "model"):
-        latency = best["onnx_latency"][which]
-        assert latency["runtime"] == "ONNX Runtime" and latency["median_ms"] > 0
+    for profile in (before["profile"], best["profile"]):
+        latency = profile["latency"]
+        assert latency["runtime"].startswith("ONNX Runtime ") and latency["median_ms"] > 0
+        assert (latency["batch_size"], latency["threads"]) == (1, 1)
 
 
-def test_a_baseline_that_onnx_runtime_refuses_costs_no_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("quick")
+def test_a_baseline_that_the_runtime_refuses_costs_no_result(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any) -> bytes:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(selection, "export_onnx", refuse)
-    bench = SimpleNamespace(baseline=SimpleNamespace(model=None), example=())
-    path, display = tmp_path / "model.onnx", Recorder()
-    path.touch()
-    assert selection._onnx_latency(cast(Bench, bench), path, display) is None
-    assert display.lines == [
-        "ONNX Runtime's latency was not measured: RuntimeError: no such kernel"
-    ]
+    monkeypatch.setattr(latency, "quick_onnx", refuse)
+    display = Recorder()
+    outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, display)
+    assert outcome.met and outcome.summary["best"]["profile"]["latency"] is None
+    assert any("No latency is measured. The network can't" in line for line in display.lines)
+    assert "no such kernel" in "".join(display.lines)
+    with pytest.raises(ConfigError, match="Name another runtime"):
+        run_study(tiny_config(tmp_path, name="other", objective="latency"), task, NullDisplay())
 
 
 def test_the_networks_handed_out_are_one(finished: Outcome, task: Task) -> None:
@@ -415,6 +418,60 @@ def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Pat
         run_study(config, task, NullDisplay())
 
 
+def times_like_macs(table: LayerTable, *_: Any) -> LayerTable:
+    """A layer table on a machine that takes a millisecond for 1,000 multiply-adds."""
+    choices = {
+        name: tuple(replace(choice, ms=choice.macs / 1e3) for choice in own)
+        for name, own in table.choices.items()
+    }
+    own = {layer.name: layer.cost.macs / 1e3 for layer in table.layers}
+    return replace(table, choices=choices, layer_ms=own, network_ms=sum(own.values()))
+
+
+@pytest.mark.usefixtures("quick")
+def test_latency_is_spent_in_milliseconds_and_bound_to_its_runtime(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conductor, "with_times", times_like_macs)
+    spaces = []
+    real = SearchSpace.from_table
+
+    def watched(*args: Any) -> SearchSpace:
+        spaces.append(real(*args))
+        return spaces[-1]
+
+    monkeypatch.setattr(SearchSpace, "from_table", watched)
+    settings = {"trials": 2, "annealing_trials": 0, "objective": "latency"}
+    run_study(tiny_config(tmp_path, **settings), task, NullDisplay())
+    facts = studies_of(tmp_path / "tiny")["exploration"].user_attrs
+    macs = sum(layer["macs"] for layer in facts["baseline"]["layers"])
+    assert spaces[0].baseline_cost == pytest.approx(1e3 * macs)  # nanoseconds
+
+    monkeypatch.setattr(conductor, "with_times", None)  # the stored table has the times
+    run_study(tiny_config(tmp_path, **settings | {"trials": 3}), task, NullDisplay())
+    assert spaces[1] == spaces[0]
+    for change in ({"latency.runtime": "torch"}, {"latency.threads": 2}, {"latency.batch_size": 2}):
+        with pytest.raises(StudyMismatch, match=f"{list(change)[0]}: "):
+            run_study(tiny_config(tmp_path, **settings, **change), task, NullDisplay())
+    monkeypatch.setattr(latency, "processor", lambda: "another machine")
+    with pytest.raises(StudyMismatch, match="this is .* on another machine: such latencies"):
+        run_study(tiny_config(tmp_path, **settings | {"trials": 4}), task, NullDisplay())
+
+
+@pytest.mark.usefixtures("quick")
+def test_latencies_of_two_machines_may_meet_where_they_are_no_objective(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_study(tiny_config(tmp_path, trials=1, annealing_trials=0), task, NullDisplay())
+    monkeypatch.setattr(latency, "processor", lambda: "another machine")
+    display = Recorder()
+    run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, display)
+    assert any("latencies of the trials so far are from" in line for line in display.lines)
+    first, second = studies_of(tmp_path / "tiny")["exploration"].trials
+    assert first.user_attrs["latency"]["device"] != "another machine"
+    assert second.user_attrs["latency"]["device"] == "another machine"
+
+
 @pytest.mark.usefixtures("quick")
 def test_without_a_word_the_first_layer_and_the_classifier_stay(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trials=2, annealing_trials=0, **{"search.include": None})
@@ -455,7 +512,10 @@ def test_nothing_left_by_default_names_the_cure(task: Task, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("objective", ["size", "macs", "latency", "params+macs"])
-def test_every_objective_is_the_second_value(task: Task, tmp_path: Path, objective: str) -> None:
+def test_every_objective_is_the_second_value(
+    task: Task, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conductor, "with_times", times_like_macs)
     config = tiny_config(tmp_path, trials=2, annealing_trials=1, objective=objective)
     run_study(config, task, NullDisplay())
     keys = {"size": "size_bytes", "latency": "latency_ms", "params+macs": "share"}

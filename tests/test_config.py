@@ -48,7 +48,7 @@ def test_a_gate_below_delta_is_refused() -> None:
 
 
 def test_every_field_is_described_and_there_are_about_thirty() -> None:
-    assert 20 <= len(fields()) <= 39
+    assert 20 <= len(fields()) <= 45
     assert all(fields().values())
 
 
@@ -118,6 +118,9 @@ def test_there_are_six_ready_studies() -> None:
         ({"delta": math.nan}, "delta: expected a finite number, got nan"),
         ({"data.batch_size": 1.5}, "data.batch_size: expected a whole number, got 1.5"),
         ({"data.val_fraction": 1.0}, "data.val_fraction = 1.0 must be < 1 (share of the imag"),
+        ({"latency.runtime": "ort"}, "latency.runtime: unknown value 'ort'. Known: cuda, onnxrun"),
+        ({"latency.batch_size": 0}, "latency.batch_size = 0 must be >= 1 (images)"),
+        ({"latency.threads": 0}, "latency.threads = 0 must be >= 1"),
         ({"search.trials": 0}, "search.trials = 0 must be >= 1"),
         ({"search.transforms": ["tuker2"]}, "search.transforms: unknown value 'tuker2'. Did you"),
         ({"search.transforms": "svd"}, "search.transforms: expected a list, got 'svd'"),

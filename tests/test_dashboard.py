@@ -49,7 +49,9 @@ def fill(
                 upload_artifact(artifact_store=store, file_path=str(weights), study_or_trial=trial)
         complete = state == TrialState.COMPLETE
         study.tell(trial, [drop, params] if complete else None, state=state)
-    profile = {"params": 270_000, "macs": 41_000_000, "latency": {"median_ms": 2.5}}
+    how = {"runtime": "ONNX Runtime 1.32.0", "batch_size": 1, "threads": 2}
+    latency = {"median_ms": 2.5, **how}
+    profile = {"params": 270_000, "macs": 41_000_000, "latency": latency}
     study.set_user_attr("baseline", {"accuracy": 92.3, **profile})
     study.set_user_attr("left_alone", {"conv1": "3 input channels <b>"})
     study.set_user_attr("delta", DELTA)
@@ -97,6 +99,8 @@ def test_server_shows_study_constraints_notes_and_artifacts(address: str) -> Non
     assert [trial["constraints"] for trial in trials] == [[d - DELTA] for d, _, _ in TRIALS]
     assert detail["objective_names"] == ["accuracy drop (points)", "params"]
     assert "| params | 270 k |" in detail["note"]["body"]
+    label = "latency, ONNX Runtime 1.32.0, batch 1, 2 threads"
+    assert f"| {label} | 2.50 ms |" in detail["note"]["body"]
     noted = [trial["number"] for trial in trials if trial["note"]["body"]]
     assert noted == [0, 1]
     note = trials[1]["note"]["body"]

@@ -22,12 +22,14 @@ from autocompress.export import (
     export_onnx,
     export_pt2,
     load,
+    quick_onnx,
     read_manifest,
     save_model,
 )
 from autocompress.models import build_model
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
+from autocompress.runtime import open_onnx
 from autocompress.surgery import apply_plan
 from autocompress.transforms import SVD, Tucker2
 
@@ -362,3 +364,21 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AutocompressError, match="only tensors can be saved"):
         save(tmp_path / "best", Stateful(4, 3))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_export_falls_back_on_the_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch may drop the TorchScript exporter, and it knows fewer operations."""
+    real = torch.onnx.export
+
+    def without(*args: Any, dynamo: bool = True, **settings: Any) -> Any:
+        if not dynamo:
+            raise RuntimeError("no such exporter")
+        return real(*args, dynamo=dynamo, **settings)
+
+    monkeypatch.setattr(torch.onnx, "export", without)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()).eval()
+    image = torch.rand(1, 1, 5, 5)
+    with torch.no_grad():
+        expected = network(image)
+    (output,) = open_onnx(quick_onnx(network, (image,)))(image)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)

@@ -210,3 +210,8 @@ def test_spec_of_keeps_settings() -> None:
     assert (spec.padding, spec.dilation, spec.groups) == ("same", (1, 2), 2)
     assert (spec.padding_mode, spec.bias, spec.out_size) == ("reflect", True, (6, 7))
     assert spec.weights == 8 * 2 * 9 and spec.cost == Cost(144 + 8, 144 * 42)
+
+
+def test_times_add_up_where_both_are_known() -> None:
+    assert Cost(1, 2, 0.5) + Cost(3, 4, 1.0) == Cost(4, 6, 1.5)
+    assert Cost(1, 2, 0.5) + Cost(3, 4) == Cost(4, 6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -11,12 +11,14 @@ import torch
 from conftest import tiny_config
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
+from torch import nn
 
-from autocompress import objective
 from autocompress.baseline import Baseline
 from autocompress.evaluation import evaluate
+from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import inspect_layers
 from autocompress.objective import (
+    LATENCY,
     Bench,
     best_so_far,
     cost_of,
@@ -221,21 +223,50 @@ def test_the_pace_of_a_study(bench: Bench) -> None:
     assert pace(bench.studies) == {"overhead": 0.0625, "images_per_second": 200.0}
 
 
-def test_latency_is_measured_with_care_where_it_is_the_objective(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[dict[str, Any]] = []
+class Meter:
+    """Gives 2.5 ms and keeps how it was asked, or fails."""
 
-    def measure(*_: Any, **settings: Any) -> Latency:
-        asked.append(settings)
+    deployment = Deployment()
+
+    def __init__(self, error: str = "") -> None:
+        self.error = error
+        self.asked: list[tuple[float, int]] = []
+
+    def measure(self, model: nn.Module, seconds: float, min_runs: int) -> Latency:
+        if self.error:
+            raise RuntimeError(self.error)
+        self.asked.append((seconds, min_runs))
         return Latency(2.5, 0.1, 1, 20, "cpu", 1)
 
-    monkeypatch.setattr(objective, "measure_latency", measure)
+
+def test_latency_is_measured_with_care_where_it_is_the_objective(bench: Bench) -> None:
+    meter = Meter()
+    bench.meter = cast(LatencyMeter, meter)
     for name in ("latency", "params"):
         bench.objective = name
-        run_trial(bench, "exploration", space_of(bench))
-    careful, glance = asked
-    assert careful["seconds"] > glance["seconds"] and careful["min_runs"] > glance["min_runs"]
+        trial = run_trial(bench, "exploration", space_of(bench))
+        assert trial.user_attrs["metrics"]["latency_ms"] == 2.5
+        assert trial.user_attrs[LATENCY]["iqr_ms"] == 0.1
+        assert (trial.values[1] == 2.5) == (name == "latency")
+        assert "latency" in trial.user_attrs["seconds"]
+    careful, glance = meter.asked
+    assert careful[0] > glance[0] and careful[1] > glance[1]
+
+
+def test_a_network_that_the_runtime_refuses_fails_where_latency_is_the_objective(
+    bench: Bench,
+) -> None:
+    bench.meter = cast(LatencyMeter, Meter("no such kernel"))
+    trial = run_trial(bench, "exploration", space_of(bench))
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["metrics"]["latency_ms"] is None and LATENCY not in trial.user_attrs
+    bench.objective = "latency"
+    trial = run_trial(bench, "exploration", space_of(bench))
+    assert trial.state == TrialState.FAIL
+    assert (
+        "latency.runtime = 'onnxruntime' can't run it: RuntimeError: no such kernel"
+        in (trial.user_attrs["reason"])
+    )
 
 
 def test_costs_are_in_their_own_units() -> None:

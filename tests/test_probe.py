@@ -13,13 +13,12 @@ import torch
 from conftest import TinyNet, count_reads, tiny_config, watch_fits
 from torch import nn
 
-from autocompress import finals, objective, probe, selection
+from autocompress import finals, latency, objective, probe, selection
 from autocompress.conductor import run_study
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import accuracy_drop, evaluate
 from autocompress.export import save_model
 from autocompress.probe import Probe, ProbeRun, _best_rate, _gains
-from autocompress.profiler import compare_latency
 from autocompress.progress import NullDisplay
 from autocompress.store import load_study, open_storage
 from autocompress.task import Task
@@ -40,7 +39,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests' network is trained in a few steps, and handed out as weights and plan only."""
     monkeypatch.setattr(probe, "FIRST_STEPS", 4)
     monkeypatch.setattr(selection, "save_model", partial(save_model, formats=()))
-    monkeypatch.setattr(selection, "compare_latency", partial(compare_latency, seconds=0.02))
+    monkeypatch.setattr(selection, "TIMING_SECONDS", 0.02)
+    monkeypatch.setattr(latency, "REFERENCE_SECONDS", 0.02)
 
 
 def ladder(*ends: tuple[float, float]) -> list[ProbeRun]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,15 @@ def test_refusals_have_reasons(table: LayerTable) -> None:
 
 def test_it_round_trips_through_json(table: LayerTable) -> None:
     assert LayerTable.from_json(table.to_json()) == table
+    name, choices = next(iter(table.choices.items()))
+    timed = replace(
+        table,
+        choices={**table.choices, name: tuple(replace(c, ms=0.5) for c in choices)},
+        layer_ms={layer.name: 1.5 for layer in table.layers},
+        network_ms=7.0,
+    )
+    assert LayerTable.from_json(timed.to_json()) == timed
+    assert timed.cost(table.layers[0]).ms == 1.5 and table.cost(table.layers[0]).ms is None
 
 
 def test_the_same_seed_gives_the_same_table(trained_state: dict[str, Tensor]) -> None:

@@ -1,4 +1,5 @@
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -23,7 +24,15 @@ from autocompress.transforms import SVD, SpatialSVD
 def make_space(
     sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3), objective: str = "params"
 ) -> SearchSpace:
-    """Three equal layers whose errors differ by a factor."""
+    """The space of `make_table`."""
+    table, full = make_table(sensitivities)
+    return SearchSpace.from_table(table, objective, full)
+
+
+def make_table(
+    sensitivities: tuple[float, ...] = (1.0, 4.0, 0.3),
+) -> tuple[LayerTable, Cost]:
+    """Three equal layers whose errors differ by a factor, and the network's cost."""
     layers, choices = [], {}
     for index, factor in enumerate(sensitivities):
         layer = LayerSpec(
@@ -51,14 +60,43 @@ def make_space(
                 rows.append(Choice(transform, share, cost.params, cost.macs, error, error**2))
         layers.append(layer)
         choices[layer.name] = tuple(rows)
-    table = LayerTable(tuple(layers), choices, {})
-    full = sum((layer.cost for layer in layers), Cost(1000, 0))
-    return SearchSpace.from_table(table, objective, full)
+    return LayerTable(tuple(layers), choices, {}), sum((s.cost for s in layers), Cost(1000, 0))
 
 
 @pytest.fixture
 def space() -> Iterator[SearchSpace]:
     yield make_space()
+
+
+def with_ms(table: LayerTable, ms: Callable[[Choice], float]) -> LayerTable:
+    """The table with times: 1 ms for each layer as it is, 3.5 ms for the network."""
+    choices = {n: tuple(replace(c, ms=ms(c)) for c in own) for n, own in table.choices.items()}
+    own = {layer.name: 1.0 for layer in table.layers}
+    return replace(table, choices=choices, layer_ms=own, network_ms=3.5)
+
+
+def test_latency_is_spent_in_time_and_what_saves_none_is_not_offered() -> None:
+    """A method whose MACs fall and whose time does not loses against one that is fast in truth."""
+    table, full = make_table()
+    timed = with_ms(table, lambda c: c.fraction if isinstance(c.transform, SVD) else 1.0)
+    space = SearchSpace.from_table(timed, "latency", replace(full, ms=timed.network_ms))
+    assert space.baseline_cost == 3_500_000 and space.fixed_cost == 500_000  # nanoseconds
+    assert space.methods == ("svd",)
+    assert all(o.fraction < 1 for own in space.options.values() for o in own[1:])
+    picked = allocate(space, Knobs(0.5))
+    assert 0 < space.cost(picked) <= 0.5 * 3_500_000
+
+    # Without times there are only MACs to go by, and SpatialSVD is the better deal there.
+    blind = SearchSpace.from_table(table, "latency", full)
+    assert blind.baseline_cost == full.macs
+    assert "spatial_svd" in {option.method for option in allocate(blind, Knobs(0.5)).values()}
+
+
+def test_no_layer_is_left_where_nothing_saves_time() -> None:
+    table, full = make_table()
+    timed = with_ms(table, lambda _: 1.0)
+    space = SearchSpace.from_table(timed, "latency", replace(full, ms=timed.network_ms))
+    assert not space.options and space.baseline_cost == space.fixed_cost == 3_500_000
 
 
 @pytest.mark.parametrize("rule", RULES)
