@@ -274,7 +274,7 @@ def _unfit(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None
     if is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"{type(module).__name__} is neither a plain Conv2d nor a plain Linear"
+        return f"{_kind(module)} is neither a plain Conv2d nor a plain Linear"
     if not isinstance(module.weight, nn.Parameter):
         return "its weight is computed by a hook"
     if not module.weight.is_floating_point():
@@ -283,6 +283,13 @@ def _unfit(module: nn.Module, owners: Mapping[int, Sequence[str]]) -> str | None
     if len(shared) > 1:
         return f"its weight is shared by {', '.join(shared)}"
     return None
+
+
+def _kind(module: nn.Module) -> str:
+    """The module's class; with its place where it isn't torch's, for it may have the same name."""
+    kind = type(module)
+    ours = kind.__module__.startswith("torch.")
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__name__}"
 
 
 def _unwanted(name: str, include: Sequence[str] | None, exclude: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
     python scripts/sweep_models.py                        # torchvision's classifiers, then timm's
     python scripts/sweep_models.py --models 'torchvision:resnet*' 'timm:ghostnet_100'
+    OMP_NUM_THREADS=1 python scripts/sweep_models.py --jobs 16
 
 Each network has random weights and goes through all steps of a user's network: its layers are
 analysed; the layer table is made from random images; the allocator plans half of the MACs; the plan
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/sweep", help="folder of what is finished")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="transforms")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--again", action="store_true", help="try failed networks once more")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -93,15 +96,20 @@ def main() -> None:
     sources = [s for s in known_sources() if any(fnmatchcase(s, p) for p in options.models)]
     print("| network | pixels | layers | params | MACs | largest ONNX difference | s | outcome |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    rows = []
-    for source in sources:
+
+    def work(source: str) -> dict[str, Any]:
         path = Path(options.out) / f"{source.replace(':', '-')}.json"
         row = kept(path, options.again)
         if row is None:
             row = in_a_process(source, options.limit, options.methods)
             write_text(path, json.dumps(row, indent=1))
-        rows.append(row)
-        print(line(row), flush=True)
+        return row
+
+    rows = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(work, sources):
+            rows.append(row)
+            print(line(row), flush=True)
     print("\n" + totals(rows))
 
 
@@ -224,16 +232,15 @@ def compress(
 def fitting_images(source: str, model: nn.Module) -> Tensor:
     """Random images of the smallest size that the network takes.
 
-    timm writes a fixed size on the network; others are tried. A size at which a layer sees less
-    than its kernel or a norm a single value fails, and so does training with it.
+    timm writes on the network its usual size, and whether it takes no other. A size at which a
+    layer sees less than its kernel, or a norm a single value, fails in training.
     """
     own = getattr(model, "pretrained_cfg", None) or {}
-    wanted = own.get("min_input_size") or own.get("input_size")
     family = source.partition(":")[2].split("_")[0]
     if own.get("fixed_input_size"):
         sizes: Sequence[int] = (own["input_size"][-1],)
-    elif wanted is not None:
-        sizes = sorted({wanted[-1], own["input_size"][-1]})
+    elif own:
+        sizes = [*(s for s in SIZES if s < own["input_size"][-1]), own["input_size"][-1]]
     else:
         sizes = tuple(s for s in SIZES if family not in OWN_SIZE or s >= 224)
     for size in sizes:

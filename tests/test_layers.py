@@ -81,8 +81,9 @@ def test_layers_come_in_execution_order_with_their_shapes() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("same", "_Same is neither a plain Conv2d nor a plain Linear"),
+        ("same", f"{__name__}._Same is neither a plain Conv2d nor a plain Linear"),
         ("up", "ConvTranspose2d is neither"),
+        ("attention", "MultiheadAttention is neither"),
         ("sequence", "Conv1d is neither"),
         ("attention.out_proj", "NonDynamicallyQuantizableLinear is neither"),
         ("unused", "not called in the forward pass"),

@@ -36,6 +36,21 @@ def test_full_rank_reproduces_the_output(method: type[Transform], name: str) -> 
 
 
 @every
+def test_replacements_answer_for_the_settings_of_their_layer(
+    method: type[Transform], name: str
+) -> None:
+    module, _, spec = make(name)
+    replacement = copy.deepcopy(method.full(spec).build(module))
+    keys = ("in_features", "out_features")
+    if isinstance(module, nn.Conv2d):
+        keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+    assert all(getattr(replacement, key) == getattr(module, key) for key in keys)
+    own, stand_in = module.get_parameter("weight"), replacement.weight
+    assert (stand_in.shape, stand_in.dtype) == (own.shape, own.dtype) and stand_in.isnan().all()
+    assert (replacement.bias is None) == (module.bias is None)
+
+
+@every
 def test_ladder_saves_and_error_falls(method: type[Transform], name: str) -> None:
     module, _, spec = make(name)
     ladder = method.ladder(spec)

@@ -197,6 +197,45 @@ def like(
     )
 
 
+_SETTINGS = (
+    "in_channels out_channels kernel_size stride padding dilation groups padding_mode "
+    "in_features out_features"
+).split()
+
+
+class StandIn(nn.Module):
+    """What stands for a layer answers for its settings, too.
+
+    Forward passes ask layers for more than outputs: for the `kernel_size` to pad by (timm's DaViT),
+    or for the type of the weight to cast to (its EdgeNeXt).
+    """
+
+    def answer_for(self, module: nn.Module) -> None:
+        """Take over the settings of a Conv2d or Linear."""
+        self.weight_shape = tuple(module.get_parameter("weight").shape)
+        for setting in _SETTINGS:
+            if setting in vars(module):
+                setattr(self, setting, getattr(module, setting))
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, type and device of the weight that is no more; its values are all NaN."""
+        own = next(self.parameters())
+        return torch.full((), torch.nan, dtype=own.dtype, device=own.device).expand(
+            self.weight_shape
+        )
+
+
+class Replacement(StandIn, nn.Sequential):
+    """Layers in a row that stand for one."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which the last layer has."""
+        bias = self[-1].bias
+        return bias if isinstance(bias, Tensor) else None
+
+
 def finish(module: nn.Module, layers: Sequence[nn.Module]) -> nn.Sequential:
     """The layers in a row, in the mode of `module` and with its bias in the last one."""
     bias = getattr(module, "bias", None)
@@ -204,7 +243,9 @@ def finish(module: nn.Module, layers: Sequence[nn.Module]) -> nn.Sequential:
     if isinstance(bias, Tensor) and isinstance(last.bias, Tensor):
         with torch.no_grad():
             last.bias.copy_(bias)
-    return nn.Sequential(*layers).train(module.training)
+    row = Replacement(*layers)
+    row.answer_for(module)
+    return row.train(module.training)
 
 
 def need_conv(module: nn.Module, name: str) -> nn.Conv2d:

@@ -17,6 +17,7 @@ from autocompress.layers import Cost, LayerSpec
 from autocompress.transforms.base import (
     NO_SAVING,
     Factors,
+    StandIn,
     Transform,
     balance,
     climb,
@@ -32,7 +33,7 @@ from autocompress.transforms.base import (
 )
 
 
-class TTLinear(nn.Module):
+class TTLinear(StandIn):
     """A Linear layer whose matrix is a chain of two TT-matrix cores.
 
     Novikov et al. 2015, arXiv 1509.06569, with two modes: `in = in1 * in2`, `out = out1 * out2`,
@@ -183,6 +184,7 @@ class TensorTrain:
             if built.bias is not None:
                 with torch.no_grad():
                     built.bias.copy_(module.bias)
+            built.answer_for(module)
             return built.train(module.training)
         conv = need_conv(module, "TT")
         groups, (kh, kw) = conv.groups, conv.kernel_size
