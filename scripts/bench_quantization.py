@@ -159,8 +159,8 @@ def main() -> None:
     config = parse_config(flatten(json.loads(stored.read_text(encoding="utf-8"))))
     quantizer = open_quantizer(config, arguments.folder)
     batches = list(calibration_batches(quantizer.task))
-    columns = ("network", "way", "val accuracy", "drop", "bytes", "stripped", "ratio")
-    columns += ("ms", "float32 ms", "seconds")
+    columns = ["network", "way", "val accuracy", "drop", "bytes", "stripped", "ratio"]
+    columns += ["ms", "float32 ms", "seconds"]
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in arguments.networks:
         model = quantizer.task.model if name == "baseline" else load(arguments.folder / "best")
