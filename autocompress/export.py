@@ -157,6 +157,9 @@ def save_model(
 def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The network that was saved in `folder`, on the CPU, in eval mode.
 
+    It is the float32 network; `autocompress.open_onnx(folder / "model.int8.onnx")` opens the int8
+    file, where there is one, as a function of the images.
+
     Args:
         folder: What `save_model` wrote, such as `runs/quickstart/best`.
         model: A fresh instance of the baseline's network, which is not changed. Needed only for

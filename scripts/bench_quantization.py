@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="The folder of a finished study.")
     parser.add_argument("--networks", nargs="+", default=["best"], choices=["best", "baseline"])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -164,7 +165,7 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in arguments.networks:
         model = quantizer.task.model if name == "baseline" else load(arguments.folder / "best")
-        for row in compare(quantizer, model, batches):
+        for row in compare(quantizer, model, batches, arguments.ways):
             print(f"| {name} | {row} |", flush=True)
 
 
@@ -173,15 +174,17 @@ def open_quantizer(config: StudyConfig, folder: Path) -> Quantizer:
     return quantizer_of(config, StudyFolder(folder), task_from_config(config))
 
 
-def compare(quantizer: Quantizer, model: nn.Module, batches: Sequence[Example]) -> Iterator[str]:
+def compare(
+    quantizer: Quantizer, model: nn.Module, batches: Sequence[Example], ways: Sequence[str]
+) -> Iterator[str]:
     """A row of the table for the float32 file, and one for each way."""
     with TemporaryDirectory() as place:
         source = Path(place) / "float32.onnx"
         export_onnx(model, quantizer.example, source)
         job = Job(model, source, batches, quantizer.example)
         yield _row(quantizer, job, "float32", lambda _, to: export_onnx(model, job.example, to))
-        for way, make in WAYS.items():
-            yield _row(quantizer, job, way, make)
+        for way in ways:
+            yield _row(quantizer, job, way, WAYS[way])
 
 
 def _row(quantizer: Quantizer, job: Job, way: str, make: Callable[[Job, Path], None]) -> str:
@@ -191,7 +194,7 @@ def _row(quantizer: Quantizer, job: Job, way: str, make: Callable[[Job, Path], N
         with _silence():
             make(job, target)
     except ImportError as error:
-        return f"{way} | not installed: {error.name} | | | | | | | "
+        return " | ".join((way, f"not installed: {error.name}", *[""] * 7))
     seconds = time.perf_counter() - begin
     val = evaluate(quantizer.network(target), quantizer.task, quantizer.task.val)
     times = time_files({"float32": job.source, "int8": target}, job.example, seconds=1.0)
