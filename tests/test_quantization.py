@@ -131,7 +131,7 @@ def test_the_file_keeps_its_interface_and_sheds_its_text(task: Task, tmp_path: P
     assert not any(node.name or node.doc_string or node.metadata_props for node in graph.node)
 
 
-def test_a_wide_network_takes_less_than_three_sevenths_on_disk(tmp_path: Path) -> None:
+def test_a_wide_network_takes_less_than_two_sevenths_on_disk(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = TinyNet(width=96).eval()
     image = torch.randn(8, 1, 8, 8)
