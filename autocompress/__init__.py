@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from autocompress.export import load as load
     from autocompress.plan import Plan as Plan
     from autocompress.profiler import profile_model as profile_model
+    from autocompress.quantization import quantize_onnx as quantize_onnx
+    from autocompress.runtime import open_onnx as open_onnx
     from autocompress.surgery import apply_plan as apply_plan
     from autocompress.task import Task as Task
 
@@ -42,7 +44,9 @@ _HOMES = {
     "compress": "api",
     "load": "export",
     "load_config": "config",
+    "open_onnx": "runtime",
     "profile_model": "profiler",
+    "quantize_onnx": "quantization",
     "run_study": "conductor",
 }
 

@@ -257,6 +257,11 @@ class StudyConfig(_Section):
         description="The cost to make small; params+macs is the mean of both, each as a share of "
         "the baseline's; latency is that of the section [latency].",
     )
+    int8: bool = Field(
+        default=False,
+        description="Whether to write the winner as an int8 ONNX file too, which is within delta "
+        "as well.",
+    )
     model: ModelConfig = Field(description="The network to compress.")
     data: DataConfig = Field(description="The images to train, choose and test with.")
     baseline: BaselineConfig = Field(
@@ -276,6 +281,7 @@ class StudyConfig(_Section):
 
 # Budgets and places: a study may be continued with other values of these.
 _UNBOUND = {
+    "int8",
     "search.trials",
     "search.annealing_trials",
     "search.stage",

@@ -6,6 +6,7 @@
         model.json          where the network came from, classes, input shapes, normalization
         profile.json        what it costs
         model.onnx          for ONNX Runtime and others; any batch size
+        model.int8.onnx     for the same runtimes, in int8; only where that was asked for
         model.pt2           for `torch.export.load`, without autocompress; any batch size
         export.json         sizes of the files, measured differences, and what was left out and why
 
@@ -48,6 +49,7 @@ TOLERANCE = 1e-4
 """Largest difference of an exported file's outputs, relative to the largest output."""
 
 FORMATS = ("onnx", "pt2")
+INT8_FILE = "model.int8.onnx"
 ONNX_SINGLE_FILE_BYTES = 1_800_000_000
 """Above this the weights lie beside the ONNX file: protobuf can't hold 2 GB."""
 
@@ -100,6 +102,7 @@ def save_model(
     images: Tensor | Example | None = None,
     classes: Sequence[str] = (),
     normalization: Mapping[str, Any] | None = None,
+    int8: Path | None = None,
 ) -> ExportReport:
     """Write a compressed network to a folder; an earlier one of the same name is replaced.
 
@@ -117,6 +120,7 @@ def save_model(
         images: Real inputs to check the exported files with; the example if None.
         classes: Class names.
         normalization: `{"mean": [...], "std": [...]}` that the images had.
+        int8: An int8 ONNX file of the network, which is copied into the folder.
 
     Raises:
         ConfigError: If a format is unknown, or `folder` is something else than a saved network.
@@ -143,6 +147,8 @@ def save_model(
         _write_json(place / "profile.json", profile.to_dict())
         samples = example if images is None else images
         checks, skipped = _write_formats(place, model, example, samples, formats)
+        if int8 is not None:
+            shutil.copyfile(int8, place / INT8_FILE)
         files = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
         report = ExportReport(files, checks, skipped)
         _write_json(place / "export.json", asdict(report))
@@ -151,6 +157,9 @@ def save_model(
 
 def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The network that was saved in `folder`, on the CPU, in eval mode.
+
+    It is the float32 network; `autocompress.open_onnx(folder / "model.int8.onnx")` opens the int8
+    file, where there is one, as a function of the images.
 
     Args:
         folder: What `save_model` wrote, such as `runs/quickstart/best`.

@@ -185,6 +185,7 @@ def write_report(
         headline=_headline(view),
         comparison=_comparison(view),
         second=_second(view),
+        int8=_int8(view),
         plot=markupsafe.Markup(plot),
         outside=_outside(view.trials, view.delta),
         counts=Counter(trial.outcome for trial in view.trials),
@@ -617,6 +618,52 @@ def _second(view: _View) -> str:
         f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
         f"drop {quantity(_drop(second), 'drop')} points on validation data."
     )
+
+
+def _int8(view: _View) -> dict[str, Any] | None:
+    """The int8 file beside the float32 files: a sentence and rows; None if none was asked for."""
+    found = view.result.get("int8")
+    if not found:
+        return None
+    if not found.get("met"):
+        return {"verdict": f"There is no int8 file within delta: {found.get('reason')}", "rows": []}
+    where = f"{found.get('stage')} trial {found.get('trial')}"
+    method = str(found.get("calibration"))
+    if found.get("rounded_epochs"):
+        method += f", {found['rounded_epochs']:g} epochs of quantization-aware fine-tuning"
+    verdict = (
+        f"{found.get('file')} holds {where} in int8 ({method}). Its accuracy on validation data "
+        f"drops by {quantity(found.get('val_drop'), 'drop')} points, at most "
+        f"{quantity(found.get('val_drop_bound'), 'drop')} at the study's confidence"
+    )
+    tested = found.get("test_drop")
+    if tested is not None:
+        low, high = found["test_drop_interval"]
+        verdict += (
+            f"; on test data by {_signed(tested)} (95 % interval {_signed(low)} to {_signed(high)})"
+        )
+    return {"verdict": verdict + ".", "rows": _int8_rows(found)}
+
+
+def _int8_rows(found: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Size and latency of the baseline's file, the float32 file and the int8 file."""
+    names = ("baseline", "float32", "int8")
+    sizes = found.get("size_bytes") or {}
+    times = found.get("onnx_latency") or {}
+    rows = []
+    for label, metric, values in (
+        ("ONNX file", "size_bytes", sizes),
+        (
+            latency_label(times.get("int8")),
+            "latency_ms",
+            {name: latency.get("median_ms") for name, latency in times.items()},
+        ),
+    ):
+        if values:
+            cells = [quantity(values.get(name), metric) for name in names]
+            ratios = [_divide(values.get(name), values.get("int8")) for name in names[:2]]
+            rows.append((label, [*cells, *(_ratio(ratio) for ratio in ratios)]))
+    return rows
 
 
 def layer_rows(

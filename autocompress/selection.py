@@ -20,6 +20,7 @@ from autocompress.config import StudyConfig
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
 from autocompress.finals import Finalist, candidates, choose_finalists, rehearsal_of
+from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
 from autocompress.objective import Bench, pace
 from autocompress.profiler import Latency, Profile, profile_model
@@ -72,16 +73,23 @@ def conclude(
         summary["met"] = True
         summary["best"] = best = _describe_finalist(bench, winners[0], config, display)
         best["layers"] = _layers(bench, best, labelled[winners[0].label])
+        int8 = None
+        if config.int8:
+            with timed(seconds, "int8"):
+                int8 = make_int8(bench, folder, winners, display)
         with timed(seconds, "test"):
             summary["test_reads"] = _count_test_read(bench)
-            best |= _test(bench, winners[0], display)
+            best |= _test(bench, winners[0], int8, display)
         summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
         with timed(seconds, "export"):
-            _export(bench, winners[0], best, folder.best, display)
+            _export(bench, winners[0], best, folder.best, int8, display)
             for second in winners[1:]:
                 summary["second"] = own = _describe_finalist(bench, second, config, display)
                 own["layers"] = _layers(bench, own, labelled[second.label])
-                _export(bench, second, summary["second"], folder.second, display)
+                _export(bench, second, summary["second"], folder.second, int8, display)
+            if int8 is not None:
+                home = folder.best if int8.label == winners[0].label else folder.second
+                summary["int8"] = int8.record | measure_int8(bench, int8, home, display)
     elif labelled:
         summary["nearest"] = nearest = _nearest(labelled, config.delta)
         trial = labelled[f"{nearest['stage']}/{nearest['trial']}"]
@@ -116,6 +124,7 @@ def _still_stands(
         and result["final_epochs"] == bench.finetune.final_epochs
         and result.get("final_learning_rate") == bench.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
+        and (not result["met"] or not config.int8 or result.get("int8") is not None)
     )
 
 
@@ -142,6 +151,7 @@ def _facts(
         "test_reads": 0,
         "best": None,
         "second": None,
+        "int8": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
         "rehearsal": rehearsal_of(bench),
@@ -242,11 +252,13 @@ def _count_test_read(bench: Bench) -> int:
     return reads
 
 
-def _test(bench: Bench, finalist: Finalist, display: Display) -> dict[str, Any]:
-    """Read the test data, once, for the baseline and the winner together."""
+def _test(bench: Bench, finalist: Finalist, int8: Int8 | None, display: Display) -> dict[str, Any]:
+    """Read the test data, once, for the baseline, the winner and the int8 file together."""
     task = bench.task
     before = evaluate(bench.baseline.model, task, task.test)
     after = evaluate(finalist.model, task, task.test)
+    if int8 is not None:
+        int8.record.update(score_int8(bench, int8, before, display))
     drop, low, high = paired_drop(before, after)
     display.say(
         f"Test data: {before.accuracy:.2f} % -> {after.accuracy:.2f} %, drop {drop:.2f} points "
@@ -262,7 +274,12 @@ def _test(bench: Bench, finalist: Finalist, display: Display) -> dict[str, Any]:
 
 
 def _export(
-    bench: Bench, finalist: Finalist, found: dict[str, Any], place: Path, display: Display
+    bench: Bench,
+    finalist: Finalist,
+    found: dict[str, Any],
+    place: Path,
+    int8: Int8 | None,
+    display: Display,
 ) -> None:
     task = bench.task
     export = save_model(
@@ -275,6 +292,7 @@ def _export(
         images=task.images(64),
         classes=task.classes,
         normalization=task.normalization,
+        int8=int8.path if int8 is not None and int8.label == finalist.label else None,
     )
     for name, reason in export.skipped.items():
         display.say(f"{place.name}/{name} was not written: {reason}")

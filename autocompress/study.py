@@ -111,6 +111,10 @@ def run(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
     ] = None,
+    int8: Annotated[
+        bool | None,
+        typer.Option("--int8/--no-int8", help="Write the winner in int8 too.", show_default=False),
+    ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
@@ -136,6 +140,7 @@ def run(
         "delta": delta,
         "search.trials": trials,
         "search.stage": stage,
+        "int8": int8,
         "run.device": device,
         "run.storage": storage,
         "run.out": out,
@@ -161,6 +166,9 @@ def run(
             f"{best['val_drop_bound']:.2f} at confidence {config.confidence:g}; "
             f"{best['tolerance_unused']:.2f} of {config.delta:g} unused."
         )
+        if config.int8 and not (outcome.summary.get("int8") or {}).get("met"):
+            reason = (outcome.summary.get("int8") or {}).get("reason")
+            _complain(f"There is no int8 file: {reason} The winner stays float32.")
     _print(f"Everything is in {outcome.folder}")
     if not outcome.met:
         nearest = outcome.summary["nearest"]
@@ -319,19 +327,29 @@ def export(
         str, typer.Option(help="Which trial, e.g. annealing/7; best: the study's winner.")
     ] = "best",
     to: Annotated[str | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Add an int8 ONNX file; reads the study's data.")
+    ] = False,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
-    """Write any trial's network as safetensors, plan, ONNX and pt2.
+    """Write any trial's network as safetensors, plan, ONNX and pt2, and with --int8 as int8 ONNX.
 
     **Example:** `python -m autocompress.study export my.toml --trial annealing/7 --to small/`
     """
-    from autocompress.handout import export_trial
+    from autocompress.api import task_from_config
+    from autocompress.handout import export_trial, quantizer_of
 
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
-    written = export_trial(folder, _studies(config), trial, target, _modules(study))
+    studies = _studies(config)
+    quantizer = None
+    if int8:
+        quantizer = quantizer_of(config, folder, task_from_config(config, _modules(study)))
+    written = export_trial(
+        folder, studies, trial, target, _modules(study), quantizer, say=_complain
+    )
     for name, size in written.files.items():
         _print(f"{target / name}  {size / 1e6:.3f} MB")
     for name, reason in written.skipped.items():

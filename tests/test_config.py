@@ -269,3 +269,12 @@ def test_auto_is_what_the_study_finds_out() -> None:
         parse_config({**MINIMAL, "finetune.epochs": "often"})
     given = bound_settings(parse_config({**MINIMAL, "finetune.epochs": 2.0}))
     assert differences(bound_settings(auto), given) == ["finetune.epochs: not set -> 2.0"]
+
+
+def test_int8_may_be_asked_for_later() -> None:
+    asked = parse_config({**MINIMAL, "int8": True})
+    assert asked.int8 and not differences(
+        bound_settings(parse_config(MINIMAL)), bound_settings(asked)
+    )
+    with pytest.raises(ConfigError, match="int8: expected true or false, got 'yes'"):
+        parse_config({**MINIMAL, "int8": "yes"})

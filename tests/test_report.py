@@ -380,6 +380,46 @@ def test_macs_and_speed_stand_side_by_side(tmp_path: Path) -> None:
     assert "paired on the same 10,000 images" in outline.text
 
 
+INT8 = {
+    "met": True,
+    "reason": None,
+    "stage": "annealing",
+    "trial": 7,
+    "file": "best/model.int8.onnx",
+    "calibration": "minmax",
+    "rounded_epochs": 2.0,
+    "val_drop": 0.41,
+    "val_drop_bound": 0.87,
+    "test_drop": -0.1,
+    "test_drop_interval": [-0.5, 0.3],
+    "size_bytes": {"baseline": 4_000_000, "float32": 1_000_000, "int8": 250_000},
+    "onnx_latency": {
+        name: {"median_ms": ms, "runtime": "ONNX Runtime", "batch_size": 1, "threads": 2}
+        for name, ms in (("baseline", 3.0), ("float32", 1.5), ("int8", 1.0))
+    },
+}
+
+
+def test_the_int8_file_is_shown_beside_the_float32_files(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(result() | {"int8": INT8}, *studies(), path)
+    text = " ".join(re.sub("<[^>]+>", " ", path.read_text()).split())
+    assert (
+        "best/model.int8.onnx holds annealing trial 7 in int8 (minmax, 2 epochs of "
+        "quantization-aware fine-tuning)" in text
+    )
+    assert "drops by 0.41 points, at most 0.87" in text and "on test data by −0.10" in text
+    assert "ONNX file 4.00 MB 1.00 MB 250 kB 16.0x 4.00x" in text
+    assert "Latency, ONNX Runtime, batch 1, 2 threads 3.00 ms 1.50 ms 1.00 ms 3.00x 1.50x" in text
+    missed = {"met": False, "reason": "annealing/7 lost at most 1.20 points."}
+    write_report(result() | {"int8": missed}, *studies(), path)
+    assert "There is no int8 file within delta: annealing/7 lost" in path.read_text()
+    write_report(
+        result() | {"int8": INT8 | {"size_bytes": None, "onnx_latency": None}}, None, None, path
+    )
+    assert "model.int8.onnx holds" in path.read_text()
+
+
 def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
     """A study of exploration alone, and one in which no trial has ended."""
     bare = {"study": "new", "delta": 0.5, "objective": "latency", "met": False, "baseline": {}}

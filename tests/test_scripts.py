@@ -18,6 +18,7 @@ from autocompress.errors import ConfigError
 from autocompress.evaluation import accuracy_drop, evaluate
 from autocompress.loaders import ArrayLoader, calibration_loader
 from autocompress.progress import NullDisplay
+from autocompress.quantization import Quantizer, calibration_batches
 from autocompress.task import Task
 from autocompress.training import Recipe
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import arena as ground  # noqa: E402
 import bench_finetune  # noqa: E402
 import bench_peers  # noqa: E402
+import bench_quantization  # noqa: E402
 import bench_sampler  # noqa: E402
 import bench_search  # noqa: E402
 import opponents  # noqa: E402
@@ -290,3 +292,22 @@ def test_proposals_are_timed_for_each_sampler(tmp_path: Path) -> None:
         study.sampler = bench_sampler.sampler(name, space, 30)
         assert all(milliseconds > 0 for milliseconds in bench_sampler.measure(study, space, 2))
     assert len(study.trials) == 30 + 3 * (1 + 2)  # one to warm up
+
+
+def test_ways_to_int8_get_one_network_and_a_missing_one_is_named(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    before = evaluate(task.model, task, task.val)
+    quantizer = Quantizer(task, before, task.example(), 5.0, 0.5)
+    ways = ["autocompress, minmax", "ONNX Runtime, minmax", "NNCF"]
+    batches = list(calibration_batches(task, 64))
+    exact, ours, theirs, missing = (
+        [cell.strip() for cell in row.split("|")]
+        for row in bench_quantization.compare(quantizer, task.model, batches, ways)
+    )
+    assert exact[:3] == ["float32", f"{before.accuracy:.2f}", "0.00"]
+    # One method: the same accuracy, and the same size once the text is gone.
+    assert ours[1:3] == theirs[1:3] and ours[4] == theirs[4] == ours[3] != theirs[3]
+    assert missing[:2] == ["NNCF", "not installed: nncf"]
+    assert len({len(row) for row in (exact, ours, theirs, missing)}) == 1

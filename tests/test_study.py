@@ -137,6 +137,18 @@ def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> Non
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_a_trial_is_handed_out_in_int8(small: Path, tmp_path: Path) -> None:
+    there = str(tmp_path / "it")
+    done = call("export", *at(small), "--trial", "exploration/0", "--to", there, "--int8")
+    assert done.exit_code == 0
+    assert re.search(r"model\.int8\.onnx {2}0\.\d+ MB", done.stdout)
+    assert re.search(r"int8 \(minmax\): [\d.]+ % on validation data", done.stderr)
+    sizes = json.loads((tmp_path / "it" / "export.json").read_text())["files"]
+    assert sizes["model.int8.onnx"] < sizes["model.onnx"]
+    (output,) = autocompress.open_onnx(tmp_path / "it" / "model.int8.onnx")(torch.zeros(2, 1, 8, 8))
+    assert output.shape == (2, 10)
+
+
 def test_models_are_listed() -> None:
     said = call("models", "resnet20").output
     assert "resnet20" in said and "mobilenet" not in said
