@@ -154,7 +154,8 @@ class AnnealingSampler(PlanSampler):
             return old, picked, 0.0
         cost = step * old.cost(picked)
         best: tuple[float, SearchSpace, dict[str, Option], float] | None = None
-        for part in PARTS if noise == 0.0 else (float(rng.choice(PARTS)),):
+        parts = PARTS if old.options else (1.0,)
+        for part in parts if noise == 0.0 else (float(rng.choice(parts)),):
             dense = width.count(width.cost(old.kept))
             kept = width.lighten(old.kept, step**part * dense, rng, noise) if part else old.kept
             here = self._space.at(kept)

@@ -2,16 +2,16 @@
 
     python scripts/bench_latency.py --networks zoo:resnet18@32 torchvision:mobilenet_v2@224
 
-For each network, aim and budget one plan is allocated through the layer table, built, and timed
-beside the network on the runtime. "damage" is the sum of the predicted changes of the network's
-outputs, by which the allocator compares plans; the row "ms, same damage" is the fastest plan by the
-table that breaks no more than the plan for MACs above it. With `--plans N`, so many plans of
-random budgets tell how well the table's sums predict the measured time.
+For each network, kind of plan (ranks alone, channels alone, or the shares of both that the layer
+table predicts to break least), aim and budget one plan is allocated through the layer table, built,
+and timed beside the network on the runtime. "damage" is the sum of the predicted changes of the
+network's outputs, by which the allocator compares plans; the row "ms, same damage" is the fastest
+plan by the table that breaks no more than the plan for MACs above it. With `--plans N`, so many
+plans of random budgets tell how well the table's sums predict the measured time.
 
 Weights and images are random: nothing is trained, no accuracy is known, and the damage says little
 of a trained network's. Times hold for trained ones too, for they depend on shapes alone.
 
-Another kind of plan is one more function in `KINDS`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ from arena import table
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
+from autocompress.channels import find_groups, removable
 from autocompress.config import LatencyConfig, cache_folder
+from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import inspect_layers
 from autocompress.layertimes import LayerTimes, with_times
@@ -36,7 +39,7 @@ from autocompress.models import build_model
 from autocompress.observation import observe_layers
 from autocompress.profiler import Profile, profile_model
 from autocompress.sensitivity import LayerTable, build_table
-from autocompress.space import Knobs, Option, SearchSpace, allocate
+from autocompress.space import Knobs, Option, SearchSpace, allocate, decode
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 
@@ -82,12 +85,17 @@ class Candidate:
     damage: float
 
 
-def low_rank(subject: Subject, aim: str, budget: float) -> Candidate:
-    """A decomposition of each layer, by the allocator."""
-    return _candidate(subject, allocate(subject.spaces[aim], Knobs(budget)))
+def plan_of(subject: Subject, aim: str, budget: float, channels: float | None) -> Candidate:
+    """The allocator's plan within a budget, of which channels save a given part."""
+    here, picked, _ = decode(subject.spaces[aim], Knobs(budget, channels=channels))
+    return _candidate(subject, here, picked)
 
 
-KINDS: dict[str, Callable[[Subject, str, float], Candidate]] = {"low-rank": low_rank}
+KINDS: dict[str, Callable[[Subject, str, float], Candidate]] = {
+    "ranks": partial(plan_of, channels=0.0),
+    "channels": partial(plan_of, channels=1.0),
+    "both": partial(plan_of, channels=None),
+}
 """Kinds of plan: a function of the network, what to aim at, and the budget as a share."""
 
 
@@ -123,6 +131,9 @@ def make_subject(name: str, deployment: Deployment, transforms: Sequence[str]) -
     start = time.perf_counter()
     seen = observe_layers(model, task, layers, images=IMAGES, patches=256)
     rows = build_table(model, layers, seen.factor_cache(model), seen, transforms)
+    groups, _ = find_groups(model, example)
+    groups = removable(groups, layers, layers, {}, {})
+    rows = replace(rows, ladders=build_ladders(model, task, groups, seen, "outputs"))
     errors = time.perf_counter() - start
     times = LayerTimes(deployment, cache_folder() / "layer-times")
     known, start = len(times), time.perf_counter()
@@ -165,7 +176,8 @@ def check_predictions(subject: Subject, count: int, seconds: float) -> str:
     for _ in range(count):
         space = subject.spaces[str(rng.choice(AIMS))]
         tilts = {name: float(rng.normal()) for name in space.options}
-        found = _candidate(subject, allocate(space, Knobs(rng.uniform(0.2, 0.9), layers=tilts)))
+        picked = allocate(space, Knobs(rng.uniform(0.2, 0.9), layers=tilts))
+        found = _candidate(subject, space, picked)
         latency = subject.meter.measure(found.model, seconds)
         predicted.append(1 / found.speedup)
         measured.append(latency.median_ms / subject.meter.reference.median_ms)
@@ -179,18 +191,24 @@ def check_predictions(subject: Subject, count: int, seconds: float) -> str:
     return table(header, lines)
 
 
-def _candidate(subject: Subject, picked: dict[str, Option]) -> Candidate:
-    """The network of one option for each layer."""
-    saved = 0.0
-    for name, option in picked.items():
-        if option.choice is not None:
-            assert option.choice.ms is not None
-            saved += subject.table.layer_ms[name] - option.choice.ms
+def _candidate(subject: Subject, here: SearchSpace, picked: dict[str, Option]) -> Candidate:
+    """The network of one option for each layer, at the space's channels."""
     network = subject.table.network_ms
     assert network is not None
+    layers = {layer.name: layer for layer in subject.table.layers}
+    remaining = layers if here.width is None else here.width.remaining(here.kept)
+    saved = 0.0
+    for name, layer in layers.items():
+        option = picked.get(name)
+        cost = subject.table.cost(remaining[name])
+        if option is not None and option.choice is not None:
+            cost = option.choice.cost
+        assert cost.ms is not None
+        saved += subject.table.layer_ms[name] - cost.ms
     damage = sum(option.error**2 for option in picked.values())
-    plan = subject.spaces["macs"].plan(picked)
-    return Candidate(build_plan(subject.model, plan).eval(), network / (network - saved), damage)
+    damage += here.width.damage(here.kept) if here.width is not None else 0.0
+    model = build_plan(subject.model, here.plan(picked)).eval()
+    return Candidate(model, network / (network - saved), damage)
 
 
 def _as_gentle(
