@@ -198,7 +198,7 @@ def _candidate(subject: Subject, here: SearchSpace, picked: dict[str, Option]) -
     layers = {layer.name: layer for layer in subject.table.layers}
     remaining = layers if here.width is None else here.width.remaining(here.kept)
     saved = 0.0
-    for name, layer in layers.items():
+    for name in layers:
         option = picked.get(name)
         cost = subject.table.cost(remaining[name])
         if option is not None and option.choice is not None:
