@@ -4,22 +4,25 @@
     python scripts/bench_table.py fashion-mnist-small [--images FOLDER]
     python scripts/bench_table.py cifar10-resnet20 --images FOLDER --weights FILE \
         --budgets 0.7 0.5 0.35
+    python scripts/bench_table.py fashion-mnist-small --kinds channels both --budgets 0.6 0.45 0.35
 
-Plans of three budgets, with error weights drawn anew for each layer and method, are built,
-recalibrated, scored, and fine-tuned for a short while (`--epochs`). Printed is Spearman's rank
-correlation of the accuracy drop with the prediction of each rule, over the plans of one budget
+Plans of three budgets, with error weights drawn anew for each layer, method and channel group, are
+built, recalibrated, scored, and fine-tuned for a short while (`--epochs`). Printed is Spearman's
+rank correlation of the accuracy drop with the prediction of each rule, over the plans of one budget
 (mean of the three) and over all: `weights`, the squared relative error of the kernels;
-`activations`, that of the layers' outputs on real inputs; `impact`, what the table goes by
-(`sensitivity.output_change`); `evaluations`, the drop of the network with one layer replaced alone,
-on 256 training images with batch norm on their own statistics, one evaluation a choice (AIMET's
-way). The seed draws the plans.
+`activations`, that of the layers' outputs on real inputs; `impact`, the predicted change of the
+network's outputs (`observation.output_change`); `mixed`, the geometric mean of the last two;
+`evaluations`, the drop of the network with one layer replaced alone, on 256 training images with
+batch norm on their own statistics, one evaluation a choice (AIMET's way). The seed draws the plans.
+`--kinds` also takes plans by channels alone and by both, of which only the activations, the impact
+and their mean predict anything.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,36 +35,46 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
+from autocompress.importance import ChannelChoice
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice
-from autocompress.space import Knobs, Option, SearchSpace, allocate
+from autocompress.space import Knobs, Option, SearchSpace, allocate, decode
 from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 from autocompress.task import first_samples
 
-RULES = ("weights", "activations", "impact", "evaluations")
+RULES = ("weights", "activations", "impact", "mixed", "evaluations")
+OF_CHANNELS = ("activations", "impact", "mixed")
+SHARES = {"ranks": 0.0, "channels": 1.0, "both": 0.5}
+"""Kinds of plan: the share of the saving that channels make."""
 
 
 class Predictor:
     """Predicts what a plan loses, by each rule: the sum over its layers."""
 
-    def __init__(self, arena: Arena, cache: FactorCache) -> None:
+    def __init__(self, arena: Arena, cache: FactorCache, rules: Sequence[str]) -> None:
         model, task = arena.baseline.model, arena.task
-        self._model, self._task, self._cache = model, task, cache
+        self._model, self._task, self._cache, self._rules = model, task, cache, rules
         self._batch = first_samples(next(task.calibration_batches(1)), 256)
         self._right = self._score(model)
         self._known: dict[tuple[str, object], dict[str, float]] = {}
 
-    def __call__(self, picked: Mapping[str, Option]) -> dict[str, float]:
+    def __call__(self, here: SearchSpace, picked: Mapping[str, Option]) -> dict[str, float]:
         parts = [
             self._of(name, option.choice)
             for name, option in picked.items()
             if option.choice is not None
         ]
-        return {rule: sum(part[rule] for part in parts) for rule in RULES}
+        if here.width is not None:
+            for name, keep in here.kept.items():
+                rungs = here.width.ladders[name].choices
+                parts.append(_predictions(next(c for c in rungs if c.keep == keep)))
+        return {rule: sum(part[rule] for part in parts) for rule in self._rules}
 
     def _of(self, name: str, choice: Choice) -> dict[str, float]:
         key = (name, choice.transform)
+        if "weights" not in self._rules:
+            return _predictions(choice)
         if key not in self._known:
             alone = apply_plan(self._model, Plan({name: choice.transform}), self._cache)
             layer = self._model.get_submodule(name)
@@ -69,8 +82,7 @@ class Predictor:
             other = dense_weight(alone.get_submodule(name), layer)
             self._known[key] = {
                 "weights": float((other - weight).norm() / weight.norm()) ** 2,
-                "activations": choice.error**2,
-                "impact": choice.impact,
+                **_predictions(choice),
                 "evaluations": self._right - self._score(alone),
             }
         return self._known[key]
@@ -88,33 +100,53 @@ class Predictor:
         return float(self._task.metric(output, self._batch).mean())
 
 
+def _predictions(choice: Choice | ChannelChoice) -> dict[str, float]:
+    """What the layer table itself says of a choice."""
+    error, impact = choice.error**2, choice.impact
+    return {"activations": error, "impact": impact, "mixed": (error * impact) ** 0.5}
+
+
 def main() -> None:
     """Measure what the command line names."""
     parser = parser_of(__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=[*SHARES], default=["ranks"])
     parser.add_argument("--plans", type=int, default=30, help="plans for each seed")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.2, 0.12])
     options = parser.parse_args()
     arena, out = start(options)
-    space, cache = table_space(arena)
-    predictor = Predictor(arena, cache)
+    wide = options.kinds != ["ranks"]
+    rules = OF_CHANNELS if wide else RULES
+    space, cache = table_space(arena, channels=wide)
+    predictor = Predictor(arena, cache, rules)
     rows: list[dict[str, object]] = []
     for seed in options.seeds:
         rng = np.random.default_rng(seed)
         for index in range(options.plans):
             budget = options.budgets[index % len(options.budgets)]
-            picked = random_plan(space, budget, rng)
+            kind = options.kinds[index // len(options.budgets) % len(options.kinds)]
+            here, picked = random_plan(space, budget, SHARES[kind], rng)
             began = time.perf_counter()
-            model = apply_plan(arena.baseline.model, space.plan(picked), cache)
+            model = apply_plan(arena.baseline.model, here.plan(picked), cache)
             before, after = losses(arena, model, 1000 * seed + index)
             row = {"budget": budget, "recalibrated": before, "fine-tuned": after}
-            rows.append({**row, "predicted": predictor(picked)})
+            rows.append({**row, "kind": kind, "predicted": predictor(here, picked)})
             write_text(out / "table.json", json.dumps(rows))
-            print(f"{index} {row} {time.perf_counter() - began:.0f} s", flush=True)
-    print("\n" + report(rows))
+            print(f"{index} {kind} {row} {time.perf_counter() - began:.0f} s", flush=True)
+    print("\n" + report(rows, rules))
 
 
-def random_plan(space: SearchSpace, budget: float, rng: np.random.Generator) -> dict[str, Option]:
-    """The knapsack's plan under relative errors that are weighted at random."""
+def random_plan(
+    space: SearchSpace, budget: float, share: float, rng: np.random.Generator
+) -> tuple[SearchSpace, dict[str, Option]]:
+    """The knapsack's plan under errors that are weighted at random.
+
+    Of ranks alone it is under relative errors of the layers, which favours no rule's order.
+    """
+    if space.width is not None:
+        tilts = {name: float(rng.normal(0, 1.2)) for name in space.options}
+        tilts |= {f"{name}.channels": float(rng.normal(0, 1.5)) for name in space.width.options}
+        here, picked, _ = decode(space, Knobs(budget, layers=tilts, channels=share))
+        return here, picked
     methods = {method: float(rng.normal(0, 0.5)) for method in space.methods}
     tilted = {}
     for name, own in space.options.items():
@@ -123,7 +155,7 @@ def random_plan(space: SearchSpace, budget: float, rng: np.random.Generator) -> 
             replace(o, error=weight * o.choice.error if o.choice is not None else 0.0) for o in own
         )
     picked = allocate(SearchSpace(tilted, space.fixed_cost), Knobs(budget, methods=methods))
-    return {name: space.options[name][tilted[name].index(o)] for name, o in picked.items()}
+    return space, {name: space.options[name][tilted[name].index(o)] for name, o in picked.items()}
 
 
 def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
@@ -134,10 +166,10 @@ def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
     return before, tune(model, arena, recipe.epochs, recipe.learning_rate, seed)[0]
 
 
-def report(rows: list[dict[str, object]]) -> str:
+def report(rows: list[dict[str, object]], rules: Sequence[str]) -> str:
     """The table of correlations, as Markdown."""
     lines = []
-    for rule in RULES:
+    for rule in rules:
         cells = []
         for stage in ("recalibrated", "fine-tuned"):
             groups = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,9 @@ from arena import Arena, Make
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autocompress.channels import find_groups, removable
 from autocompress.config import TransformName
+from autocompress.importance import build_ladders
 from autocompress.layers import LayerSpec
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
@@ -77,12 +79,22 @@ def _ranks(transform: Any) -> Iterator[int]:
         yield from value if isinstance(value, tuple) else (value,)
 
 
-def table_space(arena: Arena) -> tuple[SearchSpace, FactorCache]:
-    """The study's own search space, with its layer table, and the factors to build its plans."""
+def table_space(arena: Arena, channels: bool = False) -> tuple[SearchSpace, FactorCache]:
+    """The study's own search space, with its layer table, and the factors to build its plans.
+
+    Args:
+        arena: The network.
+        channels: Whether channels may be removed, of layers that may be transformed.
+    """
     config, model = arena.config, arena.baseline.model
     seen = observe_layers(model, arena.task, arena.layers)
     cache = seen.factor_cache(model)
     layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
+    if channels:
+        found, _ = find_groups(model, arena.example)
+        groups = removable(found, arena.layers, arena.layers, {}, {})
+        ladders = build_ladders(model, arena.task, groups, seen, config.search.importance)
+        layer_table = replace(layer_table, ladders=ladders)
     full = arena.baseline.profile.cost
     return SearchSpace.from_table(layer_table, config.objective, full), cache
 
