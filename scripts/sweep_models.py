@@ -303,16 +303,16 @@ def main_reasons(
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
 
-    def shown(key: str, form: str) -> str:
-        return format(row[key], form) if key in row else "-"
+    def shown(key: str, form: str, unit: str = "") -> str:
+        return format(row[key], form) + unit if key in row else "-"
 
     outcome = row["outcome"] + (f": {row['reason']}" if row["reason"] else "")
     cells = [
         row["source"],
         shown("pixels", "d"),
         f"{shown('changed', 'd')} of {shown('layers', 'd')}",
-        f"{shown('params', '.2f')}x",
-        f"{shown('macs', '.2f')}x",
+        shown("params", ".2f", "x"),
+        shown("macs", ".2f", "x"),
         shown("difference", ".1e"),
         shown("seconds", ".0f"),
         outcome.replace("|", "/").replace("\n", " "),
