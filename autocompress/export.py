@@ -256,6 +256,8 @@ def quick_onnx(model: nn.Module, example: Example) -> bytes:
         path = Path(place) / "model.onnx"
         try:
             with _quiet():
+                # PyTorch calls it legacy, in our name; as an error it would always be too slow.
+                warnings.simplefilter("ignore", DeprecationWarning)
                 torch.onnx.export(own, inputs, path, dynamo=False)
         except Exception:
             # It knows fewer operations, and PyTorch may drop it.

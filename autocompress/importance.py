@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -40,6 +41,11 @@ class ChannelChoice:
     fraction: float
     error: float
     impact: float
+
+    @property
+    def damage(self) -> float:
+        """What choices are compared by, as `sensitivity.Choice.damage`."""
+        return self.error * math.sqrt(self.impact)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,16 @@ It is built once from one pass over real training images and makes the search sm
 can turn a single budget into a plan for all layers by looking things up here.
 
 What a choice breaks is told twice. `error` is the relative error of the layer's own output, which a
-person understands. `impact` predicts what the network's outputs make of it, which is what layers
-must be compared by: a layer may lose half of its output without harm, another not a tenth.
+person understands. `impact` predicts what the network's outputs make of it: a layer may lose half
+of its output without harm, another not a tenth. But of what the network makes of it fine-tuning
+wins back more than of a layer's own error, for all that follows adapts. So choices are compared by
+`damage`, the geometric mean of both.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -57,6 +60,11 @@ class Choice:
     error: float
     impact: float
     ms: float | None = None
+
+    @property
+    def damage(self) -> float:
+        """What choices are compared by: the geometric mean of the squared error and the impact."""
+        return self.error * math.sqrt(self.impact)
 
     @property
     def cost(self) -> Cost:

@@ -53,7 +53,7 @@ Floats = NDArray[np.float64]
 class Option:
     """One choice for one layer; `choice` is None for leaving it as it is.
 
-    Its error is the root of the choice's impact, 1 for the worst choice of all: errors of different
+    Its error is the root of the choice's damage, 1 for the worst choice of all: errors of different
     layers can be compared.
     """
 
@@ -99,9 +99,9 @@ class SearchSpace:
 
         A choice that saves nothing is not offered: fewer MACs may well take as much time.
         """
-        impacts = [c.impact for own in table.choices.values() for c in own]
-        impacts += [c.impact for ladder in table.ladders.values() for c in ladder.choices]
-        worst = max(impacts, default=0.0) or 1.0
+        damages = [c.damage for own in table.choices.values() for c in own]
+        damages += [c.damage for ladder in table.ladders.values() for c in ladder.choices]
+        worst = max(damages, default=0.0) or 1.0
 
         def count(cost: Cost) -> int:
             return spend(objective, cost, full)
@@ -391,7 +391,7 @@ class Rows:
         return self._known[layer]
 
     def _option(self, choice: Choice) -> Option:
-        error = (choice.impact / self._worst) ** 0.5
+        error = (choice.damage / self._worst) ** 0.5
         return Option(choice, self._count(choice.cost), error, choice.transform.name)
 
 

@@ -42,7 +42,7 @@ class ChannelSpace:
         ladders: The groups that have keep-counts, in execution order.
         layers: All layers through which groups run or that may be transformed, by name.
         cost_of: The cost of a layer, whole or without some channels.
-        worst: The largest impact of the layer table, which errors are relative to.
+        worst: The largest damage in the layer table, which errors are relative to.
         full: The baseline's cost.
         count: What a cost counts for the allocator.
     """
@@ -61,7 +61,7 @@ class ChannelSpace:
         for name, ladder in self.ladders.items():
             own = [ChannelOption(ladder.group.channels, 1.0, 0.0)]
             for choice in ladder.choices:
-                error = (choice.impact / self.worst) ** 0.5
+                error = (choice.damage / self.worst) ** 0.5
                 own.append(ChannelOption(choice.keep, choice.fraction, error))
             found[name] = tuple(own)
         return found

@@ -11,7 +11,7 @@ built, recalibrated, scored, and fine-tuned for a short while (`--epochs`). Prin
 rank correlation of the accuracy drop with the prediction of each rule, over the plans of one budget
 (mean of the three) and over all: `weights`, the squared relative error of the kernels;
 `activations`, that of the layers' outputs on real inputs; `impact`, the predicted change of the
-network's outputs (`observation.output_change`); `mixed`, the geometric mean of the last two;
+network's outputs (`observation.output_change`); `damage`, the mean of both, the search's;
 `evaluations`, the drop of the network with one layer replaced alone, on 256 training images with
 batch norm on their own statistics, one evaluation a choice (AIMET's way). The seed draws the plans.
 `--kinds` also takes plans by channels alone and by both, of which only the activations, the impact
@@ -43,8 +43,8 @@ from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 from autocompress.task import first_samples
 
-RULES = ("weights", "activations", "impact", "mixed", "evaluations")
-OF_CHANNELS = ("activations", "impact", "mixed")
+RULES = ("weights", "activations", "impact", "damage", "evaluations")
+OF_CHANNELS = ("activations", "impact", "damage")
 SHARES = {"ranks": 0.0, "channels": 1.0, "both": 0.5}
 """Kinds of plan: the share of the saving that channels make."""
 
@@ -102,8 +102,7 @@ class Predictor:
 
 def _predictions(choice: Choice | ChannelChoice) -> dict[str, float]:
     """What the layer table itself says of a choice."""
-    error, impact = choice.error**2, choice.impact
-    return {"activations": error, "impact": impact, "mixed": (error * impact) ** 0.5}
+    return {"activations": choice.error**2, "impact": choice.impact, "damage": choice.damage}
 
 
 def main() -> None:

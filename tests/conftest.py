@@ -118,6 +118,13 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
+def _brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test needs latencies that are exact."""
+    monkeypatch.setattr("autocompress.selection.TIMING_SECONDS", 0.02)
+    monkeypatch.setattr("autocompress.latency.REFERENCE_SECONDS", 0.02)
+
+
+@pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """The tests' networks are too small for threads to help."""
     threads = torch.get_num_threads()

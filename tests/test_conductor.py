@@ -64,10 +64,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand out weights and plan only, and time the networks briefly."""
+    """Hand out weights and plan only."""
     monkeypatch.setattr(selection, "save_model", partial(save_model, formats=()))
-    monkeypatch.setattr(selection, "TIMING_SECONDS", 0.02)
-    monkeypatch.setattr(latency, "REFERENCE_SECONDS", 0.02)
 
 
 def test_a_study_writes_what_it_promises(finished: Outcome) -> None:

@@ -366,6 +366,16 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_quick_export_is_quick_even_where_warnings_are_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(*_: Any) -> None:
+        raise AssertionError("the slow exporter was asked")
+
+    monkeypatch.setattr(export, "export_onnx", slow)
+    assert quick_onnx(torch.nn.Conv2d(1, 2, 3).eval(), (torch.rand(1, 1, 5, 5),))
+
+
 def test_a_quick_export_falls_back_on_the_slow_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch may drop the TorchScript exporter, and it knows fewer operations."""
     real = torch.onnx.export

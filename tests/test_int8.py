@@ -14,7 +14,7 @@ from conftest import TinyNet, count_reads, tiny_config
 from torch import nn
 
 import autocompress
-from autocompress import int8, latency, selection
+from autocompress import int8, selection
 from autocompress.baseline import Baseline
 from autocompress.conductor import run_study
 from autocompress.errors import AutocompressError, TrainingDiverged
@@ -166,10 +166,8 @@ def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand out weights, plan and ONNX only, and time the networks briefly."""
+    """Hand out weights, plan and ONNX only."""
     monkeypatch.setattr(selection, "save_model", partial(save_model, formats=("onnx",)))
-    monkeypatch.setattr(selection, "TIMING_SECONDS", 0.02)
-    monkeypatch.setattr(latency, "REFERENCE_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("quick")
