@@ -21,8 +21,9 @@ from autocompress.errors import AutocompressError, ConfigError
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+    from torch import Tensor, nn
 
-    from autocompress.config import StudyConfig
+    from autocompress.config import SearchConfig, StudyConfig
     from autocompress.store import StudyFolder
 
 EXIT_ERROR = 2
@@ -296,6 +297,28 @@ def profile(
         if any(words):
             table.add_row(layer.name, ", ".join(filter(None, words)))
     _print(table)
+    if config.search.channels:
+        _print(_channels_table(task.model, example, config.search))
+
+
+def _channels_table(model: nn.Module, example: tuple[Tensor, ...], search: SearchConfig) -> Table:
+    """The channel groups: through which layers they run, what may remain, or why they stay."""
+    from autocompress.importance import keep_counts
+    from autocompress.layers import inspect_layers
+    from autocompress.scope import channel_groups
+
+    layers, left_alone = inspect_layers(
+        model, example, include=search.include, exclude=search.exclude
+    )
+    groups, _, refused = channel_groups(model, example, layers, left_alone, search)
+    table = Table("channels of", "may become fewer, or why they stay")
+    for group in groups:
+        counts = ", ".join(map(str, keep_counts(group))) or "too few to remove any"
+        readers = ", ".join(dict.fromkeys(member.layer for member in group.of_side("in")))
+        table.add_row(group.name, f"{counts} of {group.channels}; read by {readers}")
+    for name, reason in refused.items():
+        table.add_row(name, reason)
+    return table
 
 
 @app.command()

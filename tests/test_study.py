@@ -117,6 +117,7 @@ def test_profile_needs_no_training(small: Path) -> None:
     assert "conv1" in said and "MACs" in said and "interquartile" in said
     assert re.search(r"params 0\.\d+ M", said)
     assert "svd" in said and "excluded by default" in said
+    assert "channels of" in said and "no layer reads its channels" in " ".join(said.split())
 
 
 def test_report_is_written_again(small: Path) -> None:
