@@ -85,8 +85,8 @@ class SearchSpace:
     fixed_cost: int
     width: ChannelSpace | None = None
     kept: Kept = field(default_factory=dict)
-    rows: Rows | None = None
-    whole: SearchSpace | None = None
+    rows: Rows | None = field(default=None, compare=False)
+    whole: SearchSpace | None = field(default=None, compare=False)
 
     @classmethod
     def from_table(cls, table: LayerTable, objective: str, full: Cost) -> SearchSpace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -49,10 +49,10 @@ class ChannelSpace:
 
     ladders: Mapping[str, ChannelLadder]
     layers: Mapping[str, LayerSpec]
-    cost_of: Callable[[LayerSpec], Cost]
+    cost_of: Callable[[LayerSpec], Cost] = field(compare=False)
     worst: float
     full: Cost
-    count: Callable[[Cost], int]
+    count: Callable[[Cost], int] = field(compare=False)
 
     @cached_property
     def options(self) -> Mapping[str, tuple[ChannelOption, ...]]:
