@@ -59,7 +59,8 @@ def ended(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, Any]) -> Outcome:
     """A whole study that was run once and is only looked at."""
     out = tmp_path_factory.mktemp("out")
-    return run_study(tiny_config(out), tiny_task(trained_state), NullDisplay(), "the command")
+    config = tiny_config(out, **{"latency.threads": 1})
+    return run_study(config, tiny_task(trained_state), NullDisplay(), "the command")
 
 
 @pytest.fixture

@@ -44,6 +44,8 @@ def start(study: Path) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "AUTOCOMPRESS_HOME": str(study.parent / "home")},
+            # What a shell runs in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 
