@@ -17,10 +17,11 @@ from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
 from autocompress import quantization
+from autocompress.channels import KeptChannels, find_groups
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
 from autocompress.export import export_onnx
-from autocompress.layers import inspect_layers
+from autocompress.layers import LayerSpec, inspect_layers, without_channels
 from autocompress.plan import Plan
 from autocompress.quantization import (
     CALIBRATIONS,
@@ -53,6 +54,29 @@ def decomposed(task: Task, names: tuple[str, ...]) -> nn.Module:
             plan[layer.name] = kind.full(layer)
     assert plan
     return apply_plan(task.model, Plan(plan)).eval()
+
+
+def test_a_network_without_some_channels_stays_close(task: Task, tmp_path: Path) -> None:
+    groups, _ = find_groups(task.model, task.example())
+    kept = {g.name: KeptChannels(g, tuple(range(g.channels * 3 // 4))) for g in groups}
+    model = apply_plan(
+        task.model, Plan({"conv": TRANSFORMS["tucker2"].full(_conv(task, kept))}, kept)
+    )
+    path = tmp_path / "model.int8.onnx"
+    found, _ = quantizer(task, delta=100.0).best(model.eval(), path, lambda _: None)
+    assert found.bound < 100.0
+    (images,) = task.images(64)
+    with torch.no_grad():
+        exact = model(images)
+    (rounded,) = open_onnx(path)(images)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
+def _conv(task: Task, kept: dict[str, KeptChannels]) -> LayerSpec:
+    """The second convolution without the removed channels."""
+    layers, _ = inspect_layers(task.model, task.example())
+    layer = next(layer for layer in layers if layer.name == "conv")
+    return without_channels(layer, len(kept["stem"].kept), len(kept["conv"].kept))
 
 
 def weights_of(model: onnx.ModelProto) -> list[tuple[Any, Any]]:

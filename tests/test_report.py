@@ -302,6 +302,46 @@ def test_layers_show_ranks_costs_errors_and_reasons(met: tuple[str, Outline]) ->
     assert "no rank saves anything <here>" in outline.text
 
 
+CHANNELS = {
+    "layer1.conv": {
+        "kept": "0-3,7",
+        "of": 8,
+        "chunks": 1,
+        "members": [
+            ["layer1.conv", "out", 0, 1],
+            ["layer2.conv", "in", 0, 1],
+            ["fc", "in", 0, 2],
+        ],
+    }
+}
+
+
+def test_channels_are_told_of_every_layer_that_lost_some(tmp_path: Path) -> None:
+    found = result()
+    found["best"]["plan"] = {**plan(8), "channels": CHANNELS}
+    rows = {
+        r["name"]: r for r in layer_rows({"layers": layer_specs()}, profile(), found["best"], {})
+    }
+    specs = {spec["name"]: spec for spec in layer_specs()}
+    outs, ins = specs["layer1.conv"]["out_channels"], specs["fc"]["in_channels"]
+    assert rows["layer1.conv"]["channels"] == f"{outs - 3} of {outs} out"
+    assert rows["fc"]["channels"] == f"{ins - 6} of {ins} in"
+    assert rows["fc"]["why"] == "only its channels became fewer"
+    assert rows["layer3.conv"]["channels"] == ""
+    first, second = studies()
+    first.set_user_attr("left_groups", {"head": "its channels are outputs of the network"})
+    _, outline = read(write_report(found, first, second, tmp_path / "report.html"))
+    assert "channels left" in outline.text and f"{outs - 3} of {outs} out" in outline.text
+    assert "Channels that can't be removed: 1 group" in outline.text
+    assert "its channels are outputs of the network" in outline.text
+    assert plan_summary(found["best"]["plan"]).endswith("; 1 channel group: 5 of 8 channels")
+    assert plan_summary({"channels": CHANNELS, "layers": {}}) == "1 channel group: 5 of 8 channels"
+
+
+def test_without_removed_channels_no_column_is_shown(met: tuple[str, Outline]) -> None:
+    assert "channels left" not in met[1].text
+
+
 def test_layer_rows_say_what_was_done_or_why_not() -> None:
     facts = {
         "layers": layer_specs(),
