@@ -59,8 +59,7 @@ def ended(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, Any]) -> Outcome:
     """A whole study that was run once and is only looked at."""
     out = tmp_path_factory.mktemp("out")
-    config = tiny_config(out, **{"latency.threads": 1})
-    return run_study(config, tiny_task(trained_state), NullDisplay(), "the command")
+    return run_study(tiny_config(out), tiny_task(trained_state), NullDisplay(), "the command")
 
 
 @pytest.fixture
@@ -89,7 +88,8 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
     for profile in (before["profile"], best["profile"]):
         latency = profile["latency"]
         assert latency["runtime"].startswith("ONNX Runtime ") and latency["median_ms"] > 0
-        assert (latency["batch_size"], latency["threads"]) == (1, 1)
+        assert latency["batch_size"] == 1
+        assert latency["threads"] == before["profile"]["latency"]["threads"] >= 1
 
 
 @pytest.mark.usefixtures("quick")
