@@ -125,7 +125,7 @@ class AnnealingSampler(PlanSampler):
         old = self._space.of_plan(parent.plan)
         picked = old.pick(parent.plan)
         cost = step * old.cost(picked)
-        here, picked, part = self._narrower(old, picked, step, rng, noise)
+        here, picked, part = self._narrower(old, picked, step, cost, rng, noise)
         near = here.around([picked], band)
         if kind == "greedy":
             picked = near.lighten(picked, cost, rng, noise)
@@ -139,6 +139,7 @@ class AnnealingSampler(PlanSampler):
         old: SearchSpace,
         picked: dict[str, Option],
         step: float,
+        cost: float,
         rng: np.random.Generator,
         noise: float,
     ) -> tuple[SearchSpace, dict[str, Option], float]:
@@ -152,16 +153,14 @@ class AnnealingSampler(PlanSampler):
         width = old.width
         if width is None:
             return old, picked, 0.0
-        cost = step * old.cost(picked)
+        dense = width.count(width.cost(old.kept))
         best: tuple[float, SearchSpace, dict[str, Option], float] | None = None
         parts = PARTS if old.options else (1.0,)
         for part in parts if noise == 0.0 else (float(rng.choice(parts)),):
-            dense = width.count(width.cost(old.kept))
             kept = width.lighten(old.kept, step**part * dense, rng, noise) if part else old.kept
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
-            ended = here.lighten(start, cost, rng)
-            damage = width.damage(kept) + sum(option.error**2 for option in ended.values())
+            damage = here.damage(here.lighten(start, cost, rng))
             if best is None or damage < best[0]:
                 best = damage, here, start, part
         assert best is not None

@@ -8,21 +8,21 @@ al. 2023, arXiv 2301.12900) tells which; each group is then checked on the netwo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.errors import ConfigError, UnsupportedLayer
-from autocompress.layers import LayerSpec
+from autocompress.layers import LayerSpec, is_depthwise
+from autocompress.task import tensors_in
 
 Side = Literal["in", "out", "both"]
-Forward = Callable[[nn.Module, tuple[Tensor, ...]], Any]
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class ChannelGroup:
     members: tuple[Member, ...]
     chunks: int = 1
 
-    def of_side(self, *sides: Side) -> tuple[Member, ...]:
-        """The members of one or two sides."""
-        return tuple(member for member in self.members if member.side in sides)
+    def of_side(self, side: Side) -> tuple[Member, ...]:
+        """The members of one side."""
+        return tuple(member for member in self.members if member.side == side)
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,12 @@ def restore_channels(small: nn.Module, model: nn.Module, kept: Sequence[KeptChan
     """
     full = deepcopy(model)
     cuts = _cuts(full, kept)
-    state = small.state_dict()
     others = small.state_dict()
-    for name, cut in cuts.items():
-        for key in cut.indices:
-            del others[f"{name}.{key}"]
+    state = {
+        key: others.pop(key)
+        for name, cut in cuts.items()
+        for key in (f"{name}.{part}" for part in cut.indices)
+    }
     full.load_state_dict(others, strict=False)
     with torch.no_grad():
         for name, cut in cuts.items():
@@ -239,7 +240,7 @@ def _widths(module: nn.Module, name: str) -> tuple[int, int]:
 
 def _cut(module: nn.Module, inputs: Sequence[int], outputs: Sequence[int]) -> _Cut:
     if isinstance(module, nn.Conv2d):
-        depthwise = _is_depthwise(module)
+        depthwise = is_depthwise(module)
         index = _remaining_weights(module, inputs, outputs)
         sizes = {"in_channels": len(inputs), "out_channels": len(outputs)}
         if depthwise:
@@ -264,7 +265,7 @@ def _cut(module: nn.Module, inputs: Sequence[int], outputs: Sequence[int]) -> _C
 def _remaining_weights(module: nn.Conv2d, inputs: Sequence[int], outputs: Sequence[int]) -> Tensor:
     """Places in a kernel, flattened, of the inputs and outputs that remain."""
     places = torch.arange(module.weight.numel()).reshape(module.weight.shape)
-    if _is_depthwise(module):
+    if is_depthwise(module):
         return places[list(outputs)]
     # Each group of outputs sees its own chunk of the inputs, counted from the chunk's first.
     size_in, size_out = module.in_channels // module.groups, module.out_channels // module.groups
@@ -276,14 +277,9 @@ def _remaining_weights(module: nn.Conv2d, inputs: Sequence[int], outputs: Sequen
     return torch.cat(parts)
 
 
-def _is_depthwise(module: nn.Conv2d) -> bool:
-    return 1 < module.groups == module.in_channels == module.out_channels
-
-
 def find_groups(
     model: nn.Module,
     example: tuple[Tensor, ...],
-    forward: Forward | None = None,
 ) -> tuple[tuple[ChannelGroup, ...], dict[str, str]]:
     """Find the channel groups of a network, and check each of them on it.
 
@@ -293,7 +289,6 @@ def find_groups(
     Args:
         model: The network; left as it is.
         example: Its inputs for one image.
-        forward: Runs the network on the example, where that is not `model(*example)`.
 
     Returns:
         The groups in execution order, and why others can't be used: name to reason.
@@ -301,9 +296,8 @@ def find_groups(
     work = deepcopy(model).eval().requires_grad_(True)
     device = next((parameter.device for parameter in work.parameters()), torch.device("cpu"))
     inputs = tuple(value.to(device) for value in example)
-    run = forward or (lambda net, values: net(*values))
     try:
-        traced = _trace(work, inputs, run)
+        traced = _trace(work, inputs)
     except Exception as error:  # the graph's own code may stumble over any network
         return (), {"*": f"its channels could not be traced: {type(error).__name__}: {error}"}
     groups: list[ChannelGroup] = []
@@ -315,7 +309,7 @@ def find_groups(
             groups.append(_group_of(work, name, items))
         except UnsupportedLayer as error:
             refused[name] = str(error)
-    good = _checked(work, inputs, run, groups, refused)
+    good = _checked(work, inputs, groups, refused)
     return tuple(good), refused
 
 
@@ -368,14 +362,14 @@ class _Item:
     channels: Sequence[int]
 
 
-def _trace(work: nn.Module, inputs: tuple[Tensor, ...], run: Forward) -> list[list[_Item]]:
+def _trace(work: nn.Module, inputs: tuple[Tensor, ...]) -> list[list[_Item]]:
     """Torch-Pruning's groups, as plain rows."""
     import torch_pruning
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph().build_dependency(
-            work, inputs, forward_fn=lambda net, values: run(net, values), verbose=False
+            work, inputs, forward_fn=lambda net, values: net(*values), verbose=False
         )
         names = {module: name for name, module in work.named_modules()}
         found = []
@@ -399,9 +393,9 @@ def _first(items: Sequence[_Item], order: Mapping[str, int]) -> str:
 
 
 def _makes_channels(module: object) -> bool:
-    return isinstance(module, nn.Conv2d | nn.Linear) and not (
-        isinstance(module, nn.Conv2d) and _is_depthwise(module)
-    )
+    if isinstance(module, nn.Conv2d):
+        return not is_depthwise(module)
+    return isinstance(module, nn.Linear)
 
 
 def _group_of(work: nn.Module, name: str, items: Sequence[_Item]) -> ChannelGroup:
@@ -429,7 +423,7 @@ def _group_of(work: nn.Module, name: str, items: Sequence[_Item]) -> ChannelGrou
             if isinstance(module, nn.PReLU) and module.num_parameters == 1:
                 continue
             side = "both"
-        elif isinstance(module, nn.Conv2d) and _is_depthwise(module):
+        elif isinstance(module, nn.Conv2d) and is_depthwise(module):
             side = "both"
         elif type(module) not in (nn.Conv2d, nn.Linear):
             if not any(True for _ in module.parameters()):
@@ -477,21 +471,20 @@ def _member(item: _Item, side: Side, channels: int) -> Member:
 def _checked(
     work: nn.Module,
     inputs: tuple[Tensor, ...],
-    run: Forward,
     groups: Sequence[ChannelGroup],
     refused: dict[str, str],
 ) -> list[ChannelGroup]:
     """The groups that can be removed; all at once where that goes, else one by one."""
-    if _fault(work, inputs, run, groups) is None:
+    if _fault(work, inputs, groups) is None:
         return list(groups)
     good = []
     for group in groups:
-        reason = _fault(work, inputs, run, [group])
+        reason = _fault(work, inputs, [group])
         if reason is None:
             good.append(group)
         else:
             refused[group.name] = reason
-    reason = _fault(work, inputs, run, good)
+    reason = _fault(work, inputs, good)
     if reason is not None:
         for group in good:
             refused[group.name] = f"together with others {reason}"
@@ -500,16 +493,16 @@ def _checked(
 
 
 def _fault(
-    work: nn.Module, inputs: tuple[Tensor, ...], run: Forward, groups: Sequence[ChannelGroup]
+    work: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[ChannelGroup]
 ) -> str | None:
     """What goes wrong when half of the channels of some groups are removed; None if nothing."""
     if not groups:
         return None
-    kept = [KeptChannels(group, _every_other(group)) for group in groups]
+    kept = [KeptChannels(group, _later_half(group)) for group in groups]
     try:
         with torch.no_grad():
-            small = _outputs(run(remove_channels(work, kept), inputs))
-            whole = _outputs(run(mute_channels(work, kept), inputs))
+            small = list(tensors_in(remove_channels(work, kept)(*inputs)))
+            whole = list(tensors_in(mute_channels(work, kept)(*inputs)))
     except Exception as error:  # whatever the network's own code raises at other shapes
         first = str(error).split("\n")[0]
         return f"without some of its channels the network fails: {type(error).__name__}: {first}"
@@ -521,18 +514,8 @@ def _fault(
     return None
 
 
-def _every_other(group: ChannelGroup) -> tuple[int, ...]:
+def _later_half(group: ChannelGroup) -> tuple[int, ...]:
+    """The later half of each chunk, so that no offset goes unnoticed."""
     size = group.channels // group.chunks
     half = max(1, size // 2)
-    # The later half of each chunk, so that no offset goes unnoticed.
     return tuple(c for c in range(group.channels) if c % size >= size - half)
-
-
-def _outputs(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [tensor for part in value for tensor in _outputs(part)]
-    return []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RIDGE = 1e-3
 """Added to the remaining channels' covariance, as a share of its mean variance."""
@@ -26,6 +26,12 @@ class InputStatistics:
 
     mean: Tensor
     covariance: Tensor
+
+    @classmethod
+    def of_layer(cls, module: nn.Module, patches: Tensor) -> InputStatistics | None:
+        """Of a layer's real inputs; None where nothing can be made up for in it."""
+        grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+        return None if grouped or patches.shape[1] > WIDEST else cls.of(patches)
 
     @classmethod
     def of(cls, patches: Tensor) -> InputStatistics:

@@ -26,6 +26,7 @@ from torch import nn
 from autocompress import __version__
 from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
+from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, bound_settings, cache_folder
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
@@ -399,20 +400,26 @@ def _analyse(
     layers, left_alone = inspect_layers(
         baseline.model, example, include=config.search.include, exclude=config.search.exclude
     )
-    groups, readers, unfit = channel_groups(
-        baseline.model, example, layers, left_alone, config.search
-    )
+    key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}"
+    table = _stored_table(folder, key, layers)
+    groups: tuple[ChannelGroup, ...] = ()
+    unfit: dict[str, str] = {}
+    if table is None:
+        groups, readers, unfit = channel_groups(
+            baseline.model, example, layers, left_alone, config.search
+        )
+    else:
+        readers = table.others
     observations = observe_layers(baseline.model, task, (*layers, *readers), seed=config.seed)
     cache = observations.factor_cache(baseline.model)
-    importance = config.search.importance if groups else None
-    key = f"{__version__}/{TABLE_FORMAT}/{identity}/{baseline.digest}/{importance}"
-    table = _stored_table(folder, key, layers)
     if table is None:
         start = time.perf_counter()
         table = build_table(baseline.model, layers, cache, observations, config.search.transforms)
-        if importance is not None:
+        table = replace(table, others=readers, refused_groups=unfit)
+        if groups:
+            importance = config.search.importance
             ladders = build_ladders(baseline.model, task, groups, observations, importance)
-            table = replace(table, ladders=ladders, others=readers, refused_groups=unfit)
+            table = replace(table, ladders=ladders)
         if config.objective == "latency" and meter is not None:
             display.say(f"Timing the layers on {meter.deployment.name} ...")
             kept = LayerTimes(meter.deployment, cache_folder() / "layer-times")

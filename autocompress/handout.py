@@ -122,7 +122,7 @@ def quantizer_of(config: StudyConfig, folder: StudyFolder, task: Task) -> Quanti
         raise ConfigError(
             f"There is no {folder.baseline}, which drops refer to; run the study first."
         )
-    task.model.load_state_dict(load_file(folder.baseline))
+    load_state(task.model, load_file(folder.baseline))
     task.model.to(task.device).eval()
     before = evaluate(task.model, task, task.val)
     return Quantizer(task, before, task.example(), config.delta, config.confidence)

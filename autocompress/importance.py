@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
-from autocompress.compensation import WIDEST, InputStatistics, compensate
+from autocompress.compensation import InputStatistics, compensate
 from autocompress.observation import CHUNK, Observations, output_change
 from autocompress.task import Task, samples_in, split_batch
 
@@ -165,8 +165,7 @@ class _Reader:
         self._patches = observations.patches[member.layer]
         self._gradients = observations.gradients.get(member.layer)
         self._exact = self._answer(range(self._patches.shape[1]))
-        makes_up = self._groups == 1 and self._patches.shape[1] <= WIDEST
-        self._statistics = InputStatistics.of(self._patches) if makes_up else None
+        self._statistics = InputStatistics.of_layer(module, self._patches)
 
     def without(self, kept: KeptChannels) -> tuple[float, float]:
         """Relative error of its outputs, and the predicted change of the network's."""

@@ -18,6 +18,7 @@ from torch import nn
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
 from autocompress.export import INT8_FILE, export_onnx
 from autocompress.finals import Finalist
+from autocompress.models import load_state
 from autocompress.objective import Bench
 from autocompress.progress import Display
 from autocompress.quantization import (
@@ -60,9 +61,7 @@ def make_int8(
         finalists: The winner, then the second.
         display: Told about the progress.
     """
-    quantizer = Quantizer(
-        bench.task, bench.baseline.val, bench.example, bench.delta, bench.confidence
-    )
+    quantizer = _quantizer(bench)
     path = folder.finals / f"{bench.identity}-int8.onnx"
     attempts: list[dict[str, Any]] = []
     reasons: list[str] = []
@@ -91,6 +90,10 @@ def make_int8(
     return Int8({"met": False, "reason": reason, "attempts": attempts})
 
 
+def _quantizer(bench: Bench) -> Quantizer:
+    return Quantizer(bench.task, bench.baseline.val, bench.example, bench.delta, bench.confidence)
+
+
 def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -> dict[str, Any]:
     """The int8 file's accuracy on test data and its drop; empty where there is no file.
 
@@ -102,11 +105,8 @@ def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -
     """
     if int8.path is None:
         return {}
-    quantizer = Quantizer(
-        bench.task, bench.baseline.val, bench.example, bench.delta, bench.confidence
-    )
     try:
-        after = evaluate(quantizer.network(int8.path), bench.task, bench.task.test)
+        after = evaluate(_quantizer(bench).network(int8.path), bench.task, bench.task.test)
     except Exception as error:
         display.say(f"The int8 file was not tested: {type(error).__name__}: {error}")
         return {}
@@ -204,7 +204,7 @@ def _fit_rounded(
     path = folder.finals / name
     if path.exists():
         kept = deepcopy(finalist.model)
-        kept.load_state_dict(load_file(path))
+        load_state(kept, load_file(path))
         return kept
     tuned = fit_rounded(
         finalist.model,

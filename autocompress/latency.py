@@ -106,16 +106,7 @@ class Deployment:
 
     def latency(self, times: Sequence[float]) -> Latency:
         """The latency of batches that took `times`, in seconds."""
-        low, middle, high = quantiles(times, n=4, method="inclusive")
-        return Latency(
-            median_ms=1e3 * middle,
-            iqr_ms=1e3 * (high - low),
-            batch_size=self.batch_size,
-            runs=len(times),
-            device=self.device,
-            threads=self.threads,
-            runtime=self.name,
-        )
+        return Latency.of(times, self.batch_size, self.device, self.threads, self.name)
 
 
 def processor() -> str:

@@ -89,11 +89,14 @@ class LayerSpec:
         return Cost(self.weights + self.out_channels * self.bias, self.weights * positions)
 
 
+def is_depthwise(layer: LayerSpec | nn.Conv2d) -> bool:
+    """Whether each channel of a convolution goes through by itself."""
+    return 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
 def without_channels(layer: LayerSpec, in_channels: int, out_channels: int) -> LayerSpec:
     """A layer with fewer input and output channels; a depthwise one has as many groups."""
-    groups = layer.groups
-    if 1 < groups == layer.in_channels == layer.out_channels:
-        groups = out_channels
+    groups = out_channels if is_depthwise(layer) else layer.groups
     return replace(layer, in_channels=in_channels, out_channels=out_channels, groups=groups)
 
 

@@ -89,16 +89,24 @@ class Latency:
     runtime: str = "eager"
 
     @classmethod
-    def of(cls, times: Sequence[float], batch_size: int, device: torch.device) -> Latency:
-        """The latency of batches that took `times`, in seconds, in PyTorch with its threads."""
+    def of(
+        cls,
+        times: Sequence[float],
+        batch_size: int,
+        device: str,
+        threads: int,
+        runtime: str = "eager",
+    ) -> Latency:
+        """The latency of batches that took `times`, in seconds."""
         low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         return cls(
             median_ms=1e3 * median,
             iqr_ms=1e3 * (high - low),
             batch_size=batch_size,
             runs=len(times),
-            device=str(device),
-            threads=torch.get_num_threads(),
+            device=device,
+            threads=threads,
+            runtime=runtime,
         )
 
 
@@ -260,7 +268,7 @@ def measure_latency(
 
     with torch.no_grad(), _eval_mode(model):
         (times,) = time_in_turns([run], seconds, min_runs)
-    return Latency.of(times, batch_size, inputs[0].device)
+    return Latency.of(times, batch_size, str(inputs[0].device), torch.get_num_threads())
 
 
 def comparison(before: Profile, after: Profile) -> list[Row]:

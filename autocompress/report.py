@@ -79,27 +79,30 @@ def pareto_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 def plan_layers(plan: Mapping[str, Any] | str | None) -> Mapping[str, Mapping[str, Any]]:
     """Layer -> its transform with ranks, of a plan as JSON text or as the parsed object."""
-    parsed = json.loads(plan) if isinstance(plan, str) else plan
-    layers: Mapping[str, Mapping[str, Any]] = (parsed or {}).get("layers", {})
+    layers: Mapping[str, Mapping[str, Any]] = _parsed(plan).get("layers", {})
     return layers
 
 
 def plan_channels(plan: Mapping[str, Any] | str | None) -> Mapping[str, tuple[int, int]]:
     """Channel group -> how many of its channels remain, and how many there were."""
-    parsed = json.loads(plan) if isinstance(plan, str) else plan
-    groups: Mapping[str, Mapping[str, Any]] = (parsed or {}).get("channels", {})
+    groups: Mapping[str, Mapping[str, Any]] = _parsed(plan).get("channels", {})
     return {
         name: (sum(1 for _ in from_spans(row["kept"])), int(row["of"]))
         for name, row in groups.items()
     }
 
 
+def _parsed(plan: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    parsed: Mapping[str, Any] | None = json.loads(plan) if isinstance(plan, str) else plan
+    return parsed or {}
+
+
 def channels_lost(plan: Mapping[str, Any] | str | None) -> Mapping[str, dict[str, int]]:
     """Layer -> how many of its channels, on the sides "in" and "out", a plan removes."""
-    parsed = json.loads(plan) if isinstance(plan, str) else plan
     lost: dict[str, dict[str, int]] = {}
-    for name, row in (parsed or {}).get("channels", {}).items():
-        kept, full = plan_channels(parsed)[name]
+    counts = plan_channels(plan)
+    for name, row in _parsed(plan).get("channels", {}).items():
+        kept, full = counts[name]
         for layer, side, _, repeat in row["members"]:
             for each in ("in", "out") if side == "both" else (side,):
                 own = lost.setdefault(layer, {"in": 0, "out": 0})

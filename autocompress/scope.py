@@ -77,9 +77,11 @@ def channel_groups(
     if not search.channels:
         return (), (), {}
     every, _ = inspect_layers(model, example)
-    everywhere = search.include or ("*",)
-    named, _ = inspect_layers(model, example, include=everywhere, exclude=search.exclude)
-    ends = {layer.name for layer in named} - {layer.name for layer in layers}
+    ends: set[str] = set()
+    if search.include is None:
+        # What the patterns don't leave alone, and yet is: the first layers and the classifiers.
+        ends = {layer.name for layer in every} - {layer.name for layer in layers}
+        ends -= {n for n in ends if any(fnmatchcase(n, pattern) for pattern in search.exclude)}
     reasons = dict(left_alone)
     free = []
     for layer in layers:

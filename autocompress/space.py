@@ -341,6 +341,11 @@ class SearchSpace:
         """Cost of the whole network."""
         return self.fixed_cost + sum(option.cost for option in picked.values())
 
+    def damage(self, picked: Mapping[str, Option]) -> float:
+        """What the network is predicted to lose: the sum of squared errors, of channels, too."""
+        ranks = sum(option.error**2 for option in picked.values())
+        return ranks + (self.width.damage(self.kept) if self.width is not None else 0.0)
+
     def narrow(self, parents: Sequence[Plan], band: float = 0.4) -> SearchSpace:
         """The part of the space around some plans.
 
@@ -622,9 +627,9 @@ def decode(space: SearchSpace, knobs: Knobs) -> tuple[SearchSpace, dict[str, Opt
         here = space.at(space.width.allocate(target, knobs.sharpness, weights))
         picked = allocate(here, knobs)
         missed = here.cost(picked) > 1.02 * knobs.budget * space.baseline_cost
-        damage = space.width.damage(here.kept) + sum(o.error**2 for o in picked.values())
-        if best is None or (missed, damage) < best[0]:
-            best = (missed, damage), here, picked, replace(knobs, channels=share)
+        score = missed, here.damage(picked)
+        if best is None or score < best[0]:
+            best = score, here, picked, replace(knobs, channels=share)
     assert best is not None
     return best[1:]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.channels import KeptChannels, kept_positions, remove_channels
-from autocompress.compensation import WIDEST, InputStatistics, compensate
+from autocompress.compensation import InputStatistics, compensate
 from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
 from autocompress.plan import Plan
 from autocompress.transforms.base import Factors, Transform
@@ -44,7 +44,7 @@ class FactorCache:
         self._modules = dict(model.named_modules())
         self._patches = patches or {}
         self._output_weights = output_weights or {}
-        self._inputs: dict[str, InputStatistics] = {}
+        self._inputs: dict[str, InputStatistics | None] = {}
         self._factors: dict[tuple[str, str], Factors] = {}
         self._kernels: dict[tuple[str, Transform], tuple[Tensor, ...]] = {}
 
@@ -98,12 +98,11 @@ class FactorCache:
 
     def _statistics(self, name: str) -> InputStatistics | None:
         """How a layer's inputs go together; None where that isn't known or of no use."""
-        layer, patches = self._modules[name], self._patches.get(name)
-        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        if patches is None or grouped or patches.shape[1] > WIDEST:
+        if name not in self._patches:
             return None
         if name not in self._inputs:
-            self._inputs[name] = InputStatistics.of(patches)
+            known = InputStatistics.of_layer(self._modules[name], self._patches[name])
+            self._inputs[name] = known
         return self._inputs[name]
 
     def _full(self, name: str, transform: Transform) -> Factors:

@@ -211,17 +211,17 @@ class ChannelSpace:
         """
         moved = dict(kept)
         lots = {name: math.exp(noise * rng.normal()) for name in self.options}
-        missing = self.count(self.cost(moved)) - target
-        while missing > 0:
+        here = self.count(self.cost(moved))
+        while here > target:
             best: tuple[float, str, int] | None = None
-            here = self.count(self.cost(moved))
             for name, own in self.options.items():
                 now = self._option(name, moved.get(name, own[0].keep))
                 below = [option for option in own[1:] if option.keep < now.keep]
                 if not below:
                     continue
                 option = max(below, key=lambda o: o.keep)
-                saved = min(here - self.count(self.cost({**moved, name: option.keep})), missing)
+                cost = self.count(self.cost({**moved, name: option.keep}))
+                saved = here - max(cost, target)
                 added = max(option.error**2 - now.error**2, 1e-9)
                 ratio = lots[name] * saved / added
                 if saved > 0 and (best is None or ratio > best[0]):
@@ -229,5 +229,5 @@ class ChannelSpace:
             if best is None:
                 break
             moved[best[1]] = best[2]
-            missing = self.count(self.cost(moved)) - target
+            here = self.count(self.cost(moved))
         return moved

@@ -205,10 +205,8 @@ def _candidate(subject: Subject, here: SearchSpace, picked: dict[str, Option]) -
             cost = option.choice.cost
         assert cost.ms is not None
         saved += subject.table.layer_ms[name] - cost.ms
-    damage = sum(option.error**2 for option in picked.values())
-    damage += here.width.damage(here.kept) if here.width is not None else 0.0
     model = build_plan(subject.model, here.plan(picked)).eval()
-    return Candidate(model, network / (network - saved), damage)
+    return Candidate(model, network / (network - saved), here.damage(picked))
 
 
 def _as_gentle(

@@ -22,7 +22,8 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def drop_of(space: SearchSpace, plan: Plan) -> float:
     """A made-up accuracy drop: the sum of squared errors, in points."""
-    return 30 * sum(option.error**2 for option in space.pick(plan).values())
+    here = space.of_plan(plan)
+    return 30 * here.damage(here.pick(plan))
 
 
 def run(
@@ -49,7 +50,8 @@ def run(
         trial.set_user_attr("plan_digest", plan.digest)
         has_parent = PARENT in study.trials[trial.number].user_attrs
         drop = drop_of(space, plan) * (inherited if has_parent else 1.0)
-        pair = (drop, float(space.cost(space.pick(plan))))
+        here = space.of_plan(plan)
+        pair = (drop, float(here.cost(here.pick(plan))))
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [pair[0] - delta])
         trial.set_user_attr(WEIGHTS, "somewhere")
         study.tell(trial, pair)
@@ -400,26 +402,11 @@ def wide() -> SearchSpace:
     return SearchSpace.from_table(table, "params", full)
 
 
-def damage_of(space: SearchSpace, plan: Plan) -> float:
-    here = space.of_plan(plan)
-    assert here.width is not None
-    return 30 * here.width.damage(here.kept) + drop_of(here, plan)
-
-
 def run_wide(study: optuna.Study, space: SearchSpace, count: int) -> list[tuple[float, Plan]]:
-    found = []
-    for _ in range(count):
-        trial = study.ask()
-        plan = space.suggest(trial)
-        trial.set_user_attr("plan", plan.to_json())
-        trial.set_user_attr("plan_digest", plan.digest)
-        here = space.of_plan(plan)
-        cost, drop = here.cost(here.pick(plan)), damage_of(space, plan)
-        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 1.0])
-        trial.set_user_attr(WEIGHTS, "somewhere")
-        study.tell(trial, (drop, float(cost)))
-        found.append((float(cost), plan))
-    return found
+    """As `run`; returns the costs and plans."""
+    values = run(study, space, count)
+    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in study.trials]
+    return [(cost, plan) for (_, cost), plan in zip(values, plans, strict=True)]
 
 
 def test_the_exploration_tries_channels_ranks_and_both(wide: SearchSpace) -> None:
