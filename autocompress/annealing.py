@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.damage import EVEN
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, PlanSampler, Proposal
 from autocompress.space import STAGES, Knobs, Option, SearchSpace, allocate
@@ -41,12 +42,25 @@ class Parent:
         text: Its plan, as JSON; of many parents few are chosen, so the others' is never read.
         drop: The drop that it is judged by (`lost`), in points.
         cost: Its cost, in the objective's unit.
+        impact: Exponent of the impact in the damage that it was chosen by, as in `space.Knobs`.
     """
 
     label: str
     text: str
     drop: float
     cost: float
+    impact: float = EVEN
+
+    @classmethod
+    def of(cls, stage: str, trial: FrozenTrial, delta: float) -> Parent:
+        """A finished trial of a stage as a parent."""
+        return cls(
+            f"{stage}/{trial.number}",
+            trial.user_attrs["plan"],
+            lost(trial, delta),
+            trial.values[1],
+            trial.system_attrs.get(KNOBS, {}).get("impact", EVEN),
+        )
 
     @cached_property
     def plan(self) -> Plan:
@@ -104,7 +118,9 @@ class AnnealingSampler(PlanSampler):
     ) -> Proposal:
         """A child, of the kind whose turn it is, of one of the best trials so far."""
         finished = [t for t in others if t.state in FINISHED and t.constraints]
-        pool = self._parents + [self._as_parent(t) for t in finished if has_weights(t)]
+        pool = self._parents + [
+            Parent.of("annealing", t, self._delta) for t in finished if has_weights(t)
+        ]
         turn = min(self._rounds - 1, len(finished) * self._rounds // self._trials)
         band = 0.5 / 2**turn
         place = number % len(KINDS)
@@ -114,7 +130,8 @@ class AnnealingSampler(PlanSampler):
             if ripe is not None:
                 here = self._space.of_plan(ripe.plan)
                 picked = here.narrow([ripe.plan], band).pick(ripe.plan)
-                return Proposal(here, picked, {"kind": kind}, ripe.label)
+                record = {"kind": kind, "impact": ripe.impact}
+                return Proposal(here, picked, record, ripe.label)
             kind = KINDS[(place + 1) % len(KINDS)]
         slope = self._slope(pool, finished)
         parent = self._choose(pool, slope, rng)
@@ -125,13 +142,14 @@ class AnnealingSampler(PlanSampler):
         old = self._space.of_plan(parent.plan)
         picked = old.pick(parent.plan)
         cost = step * old.cost(picked)
-        here, picked, part = self._narrower(old, picked, step, cost, rng, noise)
+        impact = parent.impact
+        here, picked, part = self._narrower(old, picked, step, cost, rng, noise, impact)
         near = here.around([picked], band)
         if kind == "greedy":
-            picked = near.lighten(picked, cost, rng, noise)
+            picked = near.lighten(picked, cost, rng, noise, impact)
         else:
-            picked = allocate(near, self._tilted(near, cost, rng))
-        record = {"kind": kind, "step": step, "band": band, "channels": part}
+            picked = allocate(near, self._tilted(near, cost, rng, impact))
+        record = {"kind": kind, "step": step, "band": band, "channels": part, "impact": impact}
         return Proposal(here, picked, record, parent.label)
 
     def _narrower(
@@ -142,6 +160,7 @@ class AnnealingSampler(PlanSampler):
         cost: float,
         rng: np.random.Generator,
         noise: float,
+        impact: float,
     ) -> tuple[SearchSpace, dict[str, Option], float]:
         """A plan with fewer channels, which make a part of the saving, at the same rank fractions.
 
@@ -157,25 +176,27 @@ class AnnealingSampler(PlanSampler):
         best: tuple[float, SearchSpace, dict[str, Option], float] | None = None
         parts = PARTS if old.options else (1.0,)
         for part in parts if noise == 0.0 else (float(rng.choice(parts)),):
-            kept = width.lighten(old.kept, step**part * dense, rng, noise) if part else old.kept
+            kept = old.kept
+            if part:
+                kept = width.lighten(kept, step**part * dense, rng, noise, impact)
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
-            damage = here.damage(here.lighten(start, cost, rng))
+            lighter = here.lighten(start, cost, rng, impact=impact)
+            damage = here.damage(lighter, impact)
             if best is None or damage < best[0]:
                 best = damage, here, start, part
         assert best is not None
         return best[1:]
 
-    def _as_parent(self, trial: FrozenTrial) -> Parent:
-        text, drop = trial.user_attrs["plan"], lost(trial, self._delta)
-        return Parent(f"annealing/{trial.number}", text, drop, trial.values[1])
-
-    def _tilted(self, near: SearchSpace, cost: float, rng: np.random.Generator) -> Knobs:
+    def _tilted(
+        self, near: SearchSpace, cost: float, rng: np.random.Generator, impact: float
+    ) -> Knobs:
         return Knobs(
             budget=cost / near.baseline_cost,
             sharpness=float(np.clip(rng.normal(2.0, 0.2), 1.0, 3.0)),
             stages=tuple(rng.normal(0.0, TILT_NOISE, STAGES)),
             methods={method: float(rng.normal(0.0, TILT_NOISE)) for method in near.methods},
+            impact=impact,
         )
 
     def _choose(self, pool: Sequence[Parent], slope: float, rng: np.random.Generator) -> Parent:

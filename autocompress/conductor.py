@@ -73,7 +73,7 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe, fastest_precision
-from autocompress.trials import has_weights, lost, violation, within_delta
+from autocompress.trials import has_weights, violation, within_delta
 
 COST_NAMES = {
     "params": "parameters",
@@ -549,15 +549,7 @@ def _anneal(
         narrowed,
         config.seed,
         delta=config.delta,
-        parents=[
-            Parent(
-                f"exploration/{trial.number}",
-                trial.user_attrs["plan"],
-                lost(trial, config.delta),
-                trial.values[1],
-            )
-            for trial in parents
-        ],
+        parents=[Parent.of("exploration", trial, config.delta) for trial in parents],
         trials=config.search.annealing_trials,
     )
     annealing.set_user_attr("parents", [f"exploration/{trial.number}" for trial in parents])

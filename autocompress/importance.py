@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
 from autocompress.compensation import InputStatistics, compensate
+from autocompress.damage import damage
 from autocompress.observation import CHUNK, Observations, output_change
 from autocompress.task import Task, samples_in, split_batch
 
@@ -45,7 +45,7 @@ class ChannelChoice:
     @property
     def damage(self) -> float:
         """What choices are compared by, as `sensitivity.Choice.damage`."""
-        return self.error * math.sqrt(self.impact)
+        return damage(self)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ wins back more than of a layer's own error, for all that follows adapts. So choi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from autocompress.damage import damage
 from autocompress.importance import ChannelChoice, ChannelLadder
 from autocompress.layers import Cost, LayerSpec
 from autocompress.observation import Observations, output_change
@@ -64,7 +64,7 @@ class Choice:
     @property
     def damage(self) -> float:
         """What choices are compared by: the geometric mean of the squared error and the impact."""
-        return self.error * math.sqrt(self.impact)
+        return damage(self)
 
     @property
     def cost(self) -> Cost:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
+from autocompress.damage import EVEN, Yardstick, weighted
 from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
@@ -54,13 +55,15 @@ class Option:
     """One choice for one layer; `choice` is None for leaving it as it is.
 
     Its error is the root of the choice's damage, 1 for the worst choice of all: errors of different
-    layers can be compared.
+    layers can be compared. `lean` tells how much more the impact makes of it than the squared error
+    (`damage.Yardstick`).
     """
 
     choice: Choice | None
     cost: int
     error: float
     method: str
+    lean: float = 0.0
 
     @property
     def fraction(self) -> float:
@@ -99,14 +102,14 @@ class SearchSpace:
 
         A choice that saves nothing is not offered: fewer MACs may well take as much time.
         """
-        damages = [c.damage for own in table.choices.values() for c in own]
-        damages += [c.damage for ladder in table.ladders.values() for c in ladder.choices]
-        worst = max(damages, default=0.0) or 1.0
+        ranks = (choice for own in table.choices.values() for choice in own)
+        channels = (choice for ladder in table.ladders.values() for choice in ladder.choices)
+        yardstick = Yardstick.of([*ranks, *channels])
 
         def count(cost: Cost) -> int:
             return spend(objective, cost, full)
 
-        rows = Rows(table, worst, count)
+        rows = Rows(table, yardstick, count)
         made = {layer.name: rows(layer) for layer in table.layers if layer.name in table.choices}
         options = {name: own for name, own in made.items() if len(own) > 1}
         fixed = count(full) - sum(own[0].cost for own in options.values())
@@ -114,7 +117,7 @@ class SearchSpace:
         if not ladders:
             return cls(options, fixed)
         layers = {layer.name: layer for layer in (*table.layers, *table.others)}
-        width = ChannelSpace(ladders, layers, table.cost, worst, full, count)
+        width = ChannelSpace(ladders, layers, table.cost, yardstick, full, count)
         return cls(options, fixed, width, rows=rows)
 
     def at(self, kept: Kept) -> SearchSpace:
@@ -303,6 +306,7 @@ class SearchSpace:
         target: float,
         rng: np.random.Generator,
         noise: float = 0.0,
+        impact: float = EVEN,
     ) -> dict[str, Option]:
         """`picked` with one layer after the other made cheaper, until the network costs `target`.
 
@@ -315,6 +319,7 @@ class SearchSpace:
             rng: Draws the noise.
             noise: Spread of a logarithm that is added to the layers' ratios, so that other moves
                 than the best are made.
+            impact: Exponent of the impact in the damage, as in `Knobs`.
         """
         moved = dict(picked)
         lots = {name: math.exp(noise * rng.normal()) for name in self.options}
@@ -327,7 +332,7 @@ class SearchSpace:
                     saved = min(now.cost - option.cost, missing)
                     if saved <= 0:
                         continue
-                    added = max(option.error**2 - now.error**2, 1e-9)
+                    added = max(weighted(option, impact) ** 2 - weighted(now, impact) ** 2, 1e-9)
                     ratio = lots[name] * saved / added
                     if best is None or ratio > best[0]:
                         best = ratio, name, option
@@ -341,10 +346,15 @@ class SearchSpace:
         """Cost of the whole network."""
         return self.fixed_cost + sum(option.cost for option in picked.values())
 
-    def damage(self, picked: Mapping[str, Option]) -> float:
-        """What the network is predicted to lose: the sum of squared errors, of channels, too."""
-        ranks = sum(option.error**2 for option in picked.values())
-        return ranks + (self.width.damage(self.kept) if self.width is not None else 0.0)
+    def damage(self, picked: Mapping[str, Option], impact: float = EVEN) -> float:
+        """What the network is predicted to lose: the sum of squared errors, of channels, too.
+
+        Args:
+            picked: An option for every layer.
+            impact: As in `Knobs`.
+        """
+        ranks = sum(weighted(option, impact) ** 2 for option in picked.values())
+        return ranks + (self.width.damage(self.kept, impact) if self.width is not None else 0.0)
 
     def narrow(self, parents: Sequence[Plan], band: float = 0.4) -> SearchSpace:
         """The part of the space around some plans.
@@ -376,10 +386,12 @@ class Rows:
     singular values larger. It takes as long as the whole layer's choice of as many multiply-adds.
     """
 
-    def __init__(self, table: LayerTable, worst: float, count: Callable[[Cost], int]) -> None:
+    def __init__(
+        self, table: LayerTable, yardstick: Yardstick, count: Callable[[Cost], int]
+    ) -> None:
         self._table = table
         self._whole = {layer.name: layer for layer in table.layers}
-        self._worst = worst
+        self._yardstick = yardstick
         self._count = count
         self._known: dict[LayerSpec, tuple[Option, ...]] = {}
 
@@ -396,8 +408,9 @@ class Rows:
         return self._known[layer]
 
     def _option(self, choice: Choice) -> Option:
-        error = (choice.damage / self._worst) ** 0.5
-        return Option(choice, self._count(choice.cost), error, choice.transform.name)
+        cost, method = self._count(choice.cost), choice.transform.name
+        error, lean = self._yardstick.error(choice), self._yardstick.lean(choice)
+        return Option(choice, cost, error, method, lean)
 
 
 def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
@@ -458,12 +471,14 @@ class Grid:
     Attributes:
         cost: Costs.
         error: Relative errors.
+        lean: By how much more the impact makes of them.
         method: Places of the methods in `methods`.
         methods: The methods that occur.
     """
 
     cost: Floats
     error: Floats
+    lean: Floats
     method: NDArray[np.intp]
     methods: tuple[str, ...]
 
@@ -473,12 +488,13 @@ class Grid:
         methods = tuple(sorted({option.method for row in rows for option in row}))
         shape = len(rows), max(map(len, rows), default=0)
         cost, error = np.full(shape, np.inf), np.full(shape, np.inf)
-        method = np.zeros(shape, dtype=np.intp)
+        lean, method = np.zeros(shape), np.zeros(shape, dtype=np.intp)
         for i, row in enumerate(rows):
             cost[i, : len(row)] = [option.cost for option in row]
             error[i, : len(row)] = [option.error for option in row]
+            lean[i, : len(row)] = [option.lean for option in row]
             method[i, : len(row)] = [methods.index(option.method) for option in row]
-        return cls(cost, error, method, methods)
+        return cls(cost, error, lean, method, methods)
 
 
 @dataclass(frozen=True)
@@ -496,6 +512,8 @@ class Knobs:
             groups, as "<group>.channels"; 0 for the others.
         channels: Share of the saving, as a logarithm, that is made by removing channels before
             ranks are cut; None: what the layer table predicts to break least.
+        impact: Exponent of a choice's impact in its damage, that of the squared error being the
+            rest of 1. Which predicts a network's loss best differs from network to network.
     """
 
     budget: float
@@ -505,6 +523,7 @@ class Knobs:
     methods: Mapping[str, float] | None = None
     layers: Mapping[str, float] | None = None
     channels: float | None = None
+    impact: float = EVEN
 
     @staticmethod
     def distributions(space: SearchSpace) -> dict[str, FloatDistribution]:
@@ -514,6 +533,7 @@ class Knobs:
         found = {
             "budget": FloatDistribution(low, high, log=True),
             "sharpness": FloatDistribution(1.0, 3.0),
+            "impact": FloatDistribution(0.0, 1.0),
         }
         for stage in range(STAGES):
             found[f"stage_{stage}"] = FloatDistribution(-TILT, TILT)
@@ -535,12 +555,13 @@ class Knobs:
             methods={k[7:]: v for k, v in params.items() if k.startswith("method_")},
             layers=dict(params.get("layers", {})),
             channels=params.get("channels"),
+            impact=params.get("impact", EVEN),
         )
 
     def to_params(self, space: SearchSpace) -> dict[str, Any]:
         """The inverse of `from_params`, moved into the distributions' ranges."""
         params: dict[str, Any] = {"budget": self.budget, "rule": self.rule}
-        params["sharpness"] = self.sharpness
+        params |= {"sharpness": self.sharpness, "impact": self.impact}
         params |= {f"stage_{stage}": value for stage, value in enumerate(self.stages)}
         methods = self.methods or {}
         known = self.distributions(space)
@@ -573,8 +594,8 @@ def next_seed(
     """The next seed along the budget line: bisection for the least budget within delta.
 
     The seeds beyond the fourth share the least budget found so far out in other ways: by ranks and
-    by channels alone, where channels may be removed, then with the front or the back of the network
-    spared, and by the largest error.
+    by channels alone, where channels may be removed, by impact alone, then with the front or the
+    back of the network spared, and by the largest error.
 
     Args:
         space: The search space.
@@ -587,6 +608,7 @@ def next_seed(
     least = min((budget for budget, within in tried if within), default=high)
     slope = tuple(0.5 * TILT * (1 - 2 * stage / (STAGES - 1)) for stage in range(STAGES))
     variants = [
+        Knobs(least, impact=1.0),
         Knobs(least, stages=slope),
         Knobs(least, stages=slope[::-1]),
         Knobs(least, "minmax"),
@@ -624,10 +646,11 @@ def decode(space: SearchSpace, knobs: Knobs) -> tuple[SearchSpace, dict[str, Opt
     shares = SHARES if knobs.channels is None else (knobs.channels,)
     for share in shares if space.options else (1.0,):
         target = space.baseline_cost * knobs.budget**share
-        here = space.at(space.width.allocate(target, knobs.sharpness, weights))
+        kept = space.width.allocate(target, knobs.sharpness, weights, knobs.impact)
+        here = space.at(kept)
         picked = allocate(here, knobs)
         missed = here.cost(picked) > 1.02 * knobs.budget * space.baseline_cost
-        score = missed, here.damage(picked)
+        score = missed, here.damage(picked, knobs.impact)
         if best is None or score < best[0]:
             best = score, here, picked, replace(knobs, channels=share)
     assert best is not None
@@ -649,7 +672,8 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
         knobs.stages[i * STAGES // len(names)] + layers.get(name, 0.0)
         for i, name in enumerate(names)
     ]
-    error = grid.error * np.exp(tilts[grid.method] + np.array(weights)[:, None])
+    tilted = tilts[grid.method] + np.array(weights)[:, None]
+    error = grid.error * np.exp(tilted + (knobs.impact - EVEN) * grid.lean)
     damage = error**knobs.sharpness
     rows = np.arange(len(names))
 

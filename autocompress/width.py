@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocompress.channels import KeptChannels
+from autocompress.damage import EVEN, Yardstick, weighted
 from autocompress.importance import ChannelLadder
 from autocompress.layers import Cost, LayerSpec, without_channels
 
@@ -27,11 +28,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ChannelOption:
-    """One keep-count of a group; its error is comparable with those of `space.Option`."""
+    """One keep-count of a group; error and lean are comparable with those of `space.Option`."""
 
     keep: int
     fraction: float
     error: float
+    lean: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ChannelSpace:
         ladders: The groups that have keep-counts, in execution order.
         layers: All layers through which groups run or that may be transformed, by name.
         cost_of: The cost of a layer, whole or without some channels.
-        worst: The largest damage in the layer table, which errors are relative to.
+        yardstick: Makes the damages of the layer table comparable.
         full: The baseline's cost.
         count: What a cost counts for the allocator.
     """
@@ -50,7 +52,7 @@ class ChannelSpace:
     ladders: Mapping[str, ChannelLadder]
     layers: Mapping[str, LayerSpec]
     cost_of: Callable[[LayerSpec], Cost] = field(compare=False)
-    worst: float
+    yardstick: Yardstick
     full: Cost
     count: Callable[[Cost], int] = field(compare=False)
 
@@ -61,8 +63,8 @@ class ChannelSpace:
         for name, ladder in self.ladders.items():
             own = [ChannelOption(ladder.group.channels, 1.0, 0.0)]
             for choice in ladder.choices:
-                error = (choice.damage / self.worst) ** 0.5
-                own.append(ChannelOption(choice.keep, choice.fraction, error))
+                error, lean = self.yardstick.error(choice), self.yardstick.lean(choice)
+                own.append(ChannelOption(choice.keep, choice.fraction, error, lean))
             found[name] = tuple(own)
         return found
 
@@ -121,31 +123,32 @@ class ChannelSpace:
         """The keep-counts of a plan."""
         return {name: len(part.kept) for name, part in channels.items() if name in self.options}
 
-    def damage(self, kept: Kept) -> float:
-        """Sum of the squared errors of keep-counts."""
-        return sum(self._option(name, keep).error ** 2 for name, keep in kept.items())
+    def damage(self, kept: Kept, impact: float = EVEN) -> float:
+        """Sum of the squared errors of keep-counts; `impact` as in `space.Knobs`."""
+        return sum(weighted(self._option(n, keep), impact) ** 2 for n, keep in kept.items())
 
     def _option(self, name: str, keep: int) -> ChannelOption:
         own = self.options[name]
         return next((option for option in own if option.keep == keep), own[0])
 
     @cached_property
-    def _grid(self) -> tuple[Floats, Floats]:
-        """Cost and error of each group's options, where all other groups keep all."""
+    def _grid(self) -> tuple[Floats, Floats, Floats]:
+        """Cost, error and lean of each group's options, where all other groups keep all."""
         shape = len(self.options), max(map(len, self.options.values()), default=0)
-        cost, error = np.full(shape, np.inf), np.full(shape, np.inf)
+        cost, error, tilt = np.full(shape, np.inf), np.full(shape, np.inf), np.zeros(shape)
         for i, (name, own) in enumerate(self.options.items()):
             for j, option in enumerate(own):
                 kept = {name: option.keep} if j else {}
                 cost[i, j] = self.count(self.cost(kept))
-                error[i, j] = option.error
-        return cost, error
+                error[i, j], tilt[i, j] = option.error, option.lean
+        return cost, error, tilt
 
     def allocate(
         self,
         target: float,
         sharpness: float = 2.0,
         weights: Mapping[str, float] | None = None,
+        impact: float = EVEN,
     ) -> dict[str, int]:
         """The keep-counts with the least sum of weighted errors at a cost of `target`.
 
@@ -157,13 +160,14 @@ class ChannelSpace:
             target: Cost of the network without the removed channels, in the objective's unit.
             sharpness: Exponent of the error.
             weights: Natural logarithm of the error weight of single groups, by name.
+            impact: Exponent of the impact in the damage, as in `space.Knobs`.
         """
         names = list(self.options)
         if not names or target >= self.count(self.full):
             return {}
-        cost, error = self._grid
-        tilt = np.exp([(weights or {}).get(name, 0.0) for name in names])
-        damage = (error * tilt[:, None]) ** sharpness
+        cost, error, tilt = self._grid
+        own = np.array([(weights or {}).get(name, 0.0) for name in names])
+        damage = (error * np.exp(own[:, None] + (impact - EVEN) * tilt)) ** sharpness
 
         def decide(strength: float) -> dict[str, int]:
             chosen = (damage + math.exp(strength) * cost).argmin(axis=1)
@@ -197,6 +201,7 @@ class ChannelSpace:
         target: float,
         rng: np.random.Generator,
         noise: float = 0.0,
+        impact: float = EVEN,
     ) -> dict[str, int]:
         """`kept` with one group after the other made narrower until the network costs `target`.
 
@@ -208,6 +213,7 @@ class ChannelSpace:
             target: Cost of the network without the removed channels to come down to.
             rng: Draws the noise.
             noise: Spread of a logarithm that is added to the groups' ratios.
+            impact: Exponent of the impact in the damage, as in `space.Knobs`.
         """
         moved = dict(kept)
         lots = {name: math.exp(noise * rng.normal()) for name in self.options}
@@ -222,7 +228,7 @@ class ChannelSpace:
                 option = max(below, key=lambda o: o.keep)
                 cost = self.count(self.cost({**moved, name: option.keep}))
                 saved = here - max(cost, target)
-                added = max(option.error**2 - now.error**2, 1e-9)
+                added = max(weighted(option, impact) ** 2 - weighted(now, impact) ** 2, 1e-9)
                 ratio = lots[name] * saved / added
                 if saved > 0 and (best is None or ratio > best[0]):
                     best = ratio, name, option.keep
