@@ -11,6 +11,7 @@ import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.damage import EVEN
+from autocompress.outlook import NEARLY, Outlook
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, PlanSampler, Proposal
 from autocompress.space import STAGES, Knobs, Option, SearchSpace, allocate
@@ -23,14 +24,19 @@ TILT_NOISE = 0.1
 """Spread of the logarithms of the error weights of a child that is sampled. At 0.5 children of a
 CIFAR ResNet-20 stood 7 to 14 points lower before fine-tuning than at 0."""
 
-NEARLY = 2.5
-"""A trial that lost at most this many times delta may come within it by more fine-tuning."""
-
 PARTS = (0.0, 0.5, 1.0)
 """Parts of a child's saving that removing channels may make, the rest being made by ranks."""
 
-PROMISE = 0.87
-"""What children are expected to lose after the winner's long fine-tuning, in times delta."""
+PROMISE = 0.9
+"""What children are to lose after the winner's long fine-tuning, in times delta."""
+
+STEEP = 2.0
+"""What children are expected to lose for each unit of the natural logarithm of what they save,
+times delta, before one is finished. Fashion-MNIST networks lost 0.5, a CIFAR ResNet-20 3."""
+LEAST_STEEP = 0.5
+"""No lucky children make us hope for less."""
+TRUST = 0.02
+"""Weight of `STEEP`: that of one child that saved 13 % of its cost."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,9 @@ class Parent:
     Attributes:
         label: "<stage>/<number>".
         text: Its plan, as JSON; of many parents few are chosen, so the others' is never read.
-        drop: The drop that it is judged by (`lost`), in points.
+        drop: Its accuracy drop, in points.
         cost: Its cost, in the objective's unit.
+        margin: By how much the bound of the drop is larger, in points.
         impact: Exponent of the impact in the damage that it was chosen by, as in `space.Knobs`.
     """
 
@@ -49,6 +56,7 @@ class Parent:
     text: str
     drop: float
     cost: float
+    margin: float = 0.0
     impact: float = EVEN
 
     @classmethod
@@ -57,10 +65,16 @@ class Parent:
         return cls(
             f"{stage}/{trial.number}",
             trial.user_attrs["plan"],
-            lost(trial, delta),
+            trial.values[0],
             trial.values[1],
+            lost(trial, delta) - trial.values[0],
             trial.system_attrs.get(KNOBS, {}).get("impact", EVEN),
         )
+
+    @property
+    def stage(self) -> str:
+        """The stage of the trial."""
+        return self.label.split("/")[0]
 
     @cached_property
     def plan(self) -> Plan:
@@ -71,25 +85,25 @@ class Parent:
 class AnnealingSampler(PlanSampler):
     """Annealing: children of the cheapest trials within the aim, ever nearer to them.
 
-    There are three kinds, in turn. Two of them cost what would bring their parent's drop to the
-    aim, on a line through the finished children: so many points for each halving of the cost.
+    Trials are compared by what they are expected to lose in the end (`outlook.Outlook`), and the
+    aim is a little less than delta. There are three kinds of children, in turn. Two of them cost
+    what would bring their parent to the aim, on a line through the finished children: so many
+    points for each halving of the cost.
 
     - sample: the allocator shares that cost out anew, with random tilts, in a narrow band around
       the parent.
     - greedy: of the parent's layers only those move, one after the other, that save most for the
       error they add; all the others keep the weights that the parent was fine-tuned with.
-    - ripen: a cheaper trial of the exploration that missed the aim narrowly keeps its plan, or
+    - ripen: a cheaper trial of the exploration that misses the aim narrowly keeps its plan, or
       nearly so, and is only fine-tuned further, for a trial of the annealing is longer than one of
-      the exploration.
+      the exploration. That also tells how much longer fine-tuning wins back.
 
     The band, and the noise of the step, halve from round to round.
 
     Args:
         space: The space around the exploration's best trials.
         seed: The study's seed.
-        delta: The tolerance, in points.
-        aim: The drop that children aim at, in points; `aim_for` tells it. It may be set anew as
-            more is known.
+        outlook: What is expected of trials. It may be set anew as more is known.
         parents: The exploration's trials that may be parents.
         rounds: Number of rounds.
         trials: Number of trials of the whole annealing.
@@ -100,18 +114,28 @@ class AnnealingSampler(PlanSampler):
         space: SearchSpace,
         seed: int,
         *,
-        delta: float,
+        outlook: Outlook,
         parents: Sequence[Parent],
-        aim: float | None = None,
         rounds: int = 3,
         trials: int = 15,
     ) -> None:
         super().__init__(space, seed)
-        self._delta = delta
-        self.aim = delta if aim is None else aim
+        self.outlook = outlook
         self._parents = list(parents)
         self._rounds = rounds
         self._trials = max(trials, 1)
+
+    @property
+    def _delta(self) -> float:
+        return self.outlook.delta
+
+    @property
+    def _aim(self) -> float:
+        return PROMISE * self._delta
+
+    def _expected(self, parent: Parent) -> float:
+        """What a trial is expected to lose in the end, in points."""
+        return self.outlook.bound(parent.stage, parent.drop, parent.margin)
 
     def propose(
         self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator
@@ -202,9 +226,11 @@ class AnnealingSampler(PlanSampler):
     def _choose(self, pool: Sequence[Parent], slope: float, rng: np.random.Generator) -> Parent:
         """The trial within the aim whose child promises to be the cheapest, at times the second or
         third where theirs promise nearly as much; where none is within the aim, the nearest."""
-        promise = {p: p.cost * self._share(p, slope) for p in pool if p.drop <= self.aim}
+        promise = {
+            p: p.cost * self._share(p, slope) for p in pool if self._expected(p) <= self._aim
+        }
         if not promise:
-            return min(pool, key=lambda p: p.drop)
+            return min(pool, key=self._expected)
         best = min(promise.values())
         chosen = sorted((p for p in promise if promise[p] <= 1.1 * best), key=promise.__getitem__)
         odds = np.array([0.6, 0.25, 0.15])[: len(chosen)]
@@ -219,51 +245,41 @@ class AnnealingSampler(PlanSampler):
         It is the nearest or the cheapest of them, in turn; none that was fine-tuned further before,
         or is now.
         """
-        least = min((p.cost for p in pool if p.drop <= self.aim), default=math.inf)
+        least = min((p.cost for p in pool if self._expected(p) <= self._aim), default=math.inf)
         ripened = {t.user_attrs.get(PARENT) for t in others if _is_ripened(t)}
         near = [
             p
             for p in self._parents
-            if self.aim < p.drop <= NEARLY * self._delta
+            if self._aim < self._expected(p) <= NEARLY * self._delta
             and p.cost < 0.97 * least
             and p.label not in ripened
         ]
         if number // 2 % 2 == 0:
-            return min(near, key=lambda p: p.drop, default=None)
-        return min(near, key=lambda p: (p.cost, p.drop), default=None)
+            return min(near, key=self._expected, default=None)
+        return min(near, key=lambda p: (p.cost, self._expected(p)), default=None)
 
     def _slope(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
         """Points that a child loses for each unit of the logarithm of what it saves.
 
-        Ridge regression through the origin on the finished children, towards four times delta.
+        Ridge regression through the origin on the finished children, towards `STEEP` times delta.
         """
         known = {p.label: p for p in pool}
-        least = self._delta or 1.0
-        squares = 0.05
-        products = 4.0 * least * squares
+        unit = self._delta or 1.0
+        squares = TRUST
+        products = STEEP * unit * squares
         for child in finished:
             elder = known.get(child.user_attrs.get(PARENT, ""))
             if child.state != TrialState.COMPLETE or elder is None or _is_ripened(child):
                 continue
             saving = math.log(elder.cost / child.values[1])
-            products += saving * (lost(child, self._delta) - elder.drop)
+            after = self.outlook.expected("annealing", child)
+            products += saving * (after - self._expected(elder))
             squares += saving**2
-        return max(products / squares, least)
+        return max(products / squares, LEAST_STEEP * unit)
 
     def _share(self, parent: Parent, slope: float) -> float:
         """Share of its parent's cost at which a child is expected to reach the aim."""
-        return math.exp(min(0.0, parent.drop - self.aim) / slope)
-
-
-def aim_for(delta: float, kept: float) -> float:
-    """The drop that children should aim at, in points.
-
-    Args:
-        delta: The tolerance, in points.
-        kept: Share of what a trial lost that it loses still after the winner's fine-tuning; 1 where
-            that is no longer than a trial's.
-    """
-    return delta * max(1.0, PROMISE / kept)
+        return math.exp(min(0.0, self._expected(parent) - self._aim) / slope)
 
 
 def _is_ripened(trial: FrozenTrial) -> bool:

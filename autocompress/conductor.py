@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress import __version__
-from autocompress.annealing import NEARLY, AnnealingSampler, Parent, aim_for
+from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, bound_settings, cache_folder
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
-from autocompress.finals import REHEARSAL, kept_share, rehearsal_of, rehearse
+from autocompress.finals import rehearsal_of, rehearse
 from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.layertimes import LayerTimes, with_times
 from autocompress.models import load_state
-from autocompress.objective import EPOCHS, Bench, best_so_far, find_trial, run_trial
+from autocompress.objective import Bench, best_so_far, find_trial, run_trial
 from autocompress.observation import observe_layers
+from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs
 from autocompress.plan import Plan, group_to_dict
 from autocompress.probe import settle
 from autocompress.profiler import Latency, profile_model
@@ -214,18 +215,19 @@ def _run(
             f"{reasons}."
         )
 
+    facts = _facts(config, bench, table, left_alone)
+    _describe(exploration, facts)
+    bench.studies["exploration"] = exploration
+    with timed(seconds, "probe"):
+        bench.finetune = settle(bench, space, config.finetune, exploration)
     exploration.sampler = make_sampler(
         config.search.sampler,
         space,
         config.seed,
         len(exploration.get_trials(deepcopy=False)),
         config.search.trials,
+        partial(bench.outlook.shortfall, "exploration"),
     )
-    facts = _facts(config, bench, table, left_alone)
-    _describe(exploration, facts)
-    bench.studies["exploration"] = exploration
-    with timed(seconds, "probe"):
-        bench.finetune = settle(bench, space, config.finetune, exploration)
     _bury(exploration, "exploration", display)
     if config.search.stage != "annealing":
         later = 0.0
@@ -236,7 +238,7 @@ def _run(
     annealing = load_study(storage, config.name, "annealing")
     if annealing is not None:
         bench.studies["annealing"] = annealing
-    if config.search.stage != "exploration" and config.search.annealing_trials > 0:
+    if bench.annealed:
         annealing = _anneal(bench, config, space, bound, facts, storage, folder, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
@@ -452,6 +454,7 @@ def _analyse(
         display=display,
         rejected_as_complete=reads_rejected_as_complete(config.search.sampler),
         meter=meter,
+        annealed=config.search.stage != "exploration" and config.search.annealing_trials > 0,
     )
     return bench, table, left_alone
 
@@ -548,7 +551,7 @@ def _anneal(
     sampler = annealing.sampler = AnnealingSampler(
         narrowed,
         config.seed,
-        delta=config.delta,
+        outlook=bench.outlook,
         parents=[Parent.of("exploration", trial, config.delta) for trial in parents],
         trials=config.search.annealing_trials,
     )
@@ -561,30 +564,19 @@ def _anneal(
 
     def rehearse_midway(spent: int) -> bool:
         due = longer and total >= REHEARSED_FROM and spent >= total // 2
-        found = None
+        done = False
         if due and rehearsal_of(bench) is None:
             start = time.perf_counter()
             found = rehearse(config, bench, folder, display)
             if found is not None:
-                label, kept = found
                 seconds = round(time.perf_counter() - start, 2)
-                annealing.set_user_attr(
-                    REHEARSAL, {"trial": label, "kept": kept, "seconds": seconds}
-                )
-        sampler.aim = aim_for(config.delta, kept_share(bench) if longer else 1.0)
-        return found is not None
+                annealing.set_user_attr(REHEARSAL, {**found, "seconds": seconds})
+                done = True
+        sampler.outlook = bench.outlook
+        return done
 
     _run_stage(bench, "annealing", narrowed, config, display, between=rehearse_midway)
     return annealing
-
-
-def annealing_epochs(finetune: Recipe) -> float:
-    """Passes over the training data in a trial of the annealing.
-
-    The geometric mean of an exploration trial's and the winner's, for a plan that misses delta in a
-    short trial may meet it at the end: few trials at a middle length tell better which.
-    """
-    return max(finetune.epochs, math.sqrt(finetune.epochs * finetune.final_epochs))
 
 
 def annealing_length(finetune: Recipe, trials: int) -> float:
@@ -595,15 +587,19 @@ def annealing_length(finetune: Recipe, trials: int) -> float:
 
 
 def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
-    """Where annealing starts: the cheapest Pareto trials within delta, and cheaper ones that
-    missed it narrowly; where nothing came near, the one that lost least."""
+    """Where annealing starts: the cheapest Pareto trials that promise to end within delta, cheaper
+    ones that miss it narrowly, and, should the promise not be kept, the cheapest within delta
+    already; where nothing comes near, the one that lost least."""
     usable = [t for t in study.get_trials(deepcopy=False) if has_weights(t)]
     front = [t for t in usable if not any(_dominates(other, t) for other in usable)]
     front.sort(key=lambda t: t.values[1])
+    missed = {t.number: bench.outlook.shortfall("exploration", t) for t in front}
+    promising = [t for t in front if missed[t.number] <= 0]
+    nearly = [t for t in front if 0 < missed[t.number] <= (NEARLY - 1) * bench.delta]
     within = [t for t in front if within_delta(t)]
-    nearly = [t for t in front if 0 < violation(t) <= (NEARLY - 1) * bench.delta]
-    chosen = within[:MAX_PARENTS] + nearly[-MAX_PARENTS // 2 :]
-    return chosen or sorted(usable, key=violation)[:1]
+    chosen = promising[:MAX_PARENTS] + nearly[-MAX_PARENTS // 2 :] + within[:1]
+    known = {t.number: t for t in chosen}
+    return list(known.values()) or sorted(usable, key=violation)[:1]
 
 
 def _dominates(one: FrozenTrial, other: FrozenTrial) -> bool:

@@ -13,24 +13,20 @@ from torch import nn
 
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
-from autocompress.evaluation import Evaluation, drop_bound, evaluate
+from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate
 from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
+from autocompress.outlook import REHEARSAL, Outlook
 from autocompress.plan import Plan
 from autocompress.progress import Display
 from autocompress.store import StudyFolder, portable_state, write_weights
 from autocompress.training import fit
-from autocompress.trials import has_weights, lost, within_delta
+from autocompress.trials import has_weights, within_delta
 
-REHEARSAL = "rehearsal"
-"""The annealing's attribute that holds the trial and the share of `rehearse`."""
+LOST = 100.0
+"""The drop of a network whose fine-tuning diverged, in points."""
 FINALS = 5
 """How many long fine-tunings there are at most, those with a second seed included."""
-KEPT = 2 / 3
-"""Share of what a trial lost that it loses still after a long fine-tuning, before that is known. On
-a CIFAR ResNet-20 it was 0.7, on small studies of Fashion-MNIST 0.3 to 0.7."""
-LEAST_KEPT = 0.4
-"""No single fine-tuning makes us hope for less."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,7 @@ class Finalist:
         model: The network with its final weights.
         plan: What was done to it.
         val: Its scores on the validation data.
+        drop: Its accuracy drop on them, in points.
         bound: Upper confidence bound of its drop on them, in points.
         epochs: Length of the final fine-tuning that its weights had.
         seeds: The bounds that the final fine-tuning reached, by its seed.
@@ -51,6 +48,7 @@ class Finalist:
     model: nn.Module
     plan: Plan
     val: Evaluation
+    drop: float
     bound: float
     epochs: float = 0.0
     seeds: Mapping[int, float] = field(default_factory=dict)
@@ -95,37 +93,31 @@ def choose_finalists(
 
 def rehearse(
     config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
-) -> tuple[str, float] | None:
+) -> dict[str, Any] | None:
     """Fine-tune at length, in the midst of the annealing, what would be the first finalist now.
 
     That tells what the long fine-tuning wins back, and so what the other trials may lose. The
     weights are kept, so that nothing is done twice if the trial is a finalist in the end, too.
 
     Returns:
-        The trial's label and what it lost still, as a share of what it had lost; 1 where the
+        The rehearsal: "trial", its label; "before" and "after", its drop, in points, 100 where the
         fine-tuning diverged. None where no trial promises to come within delta.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
     if label is None:
         return None
-    before = lost(labelled[label], config.delta)
     finalist = _final_fit(config, bench, folder, label, config.seed, display)
-    if finalist is None or before <= 0:
-        return label, 1.0
-    return label, finalist.bound / before
-
-
-def kept_share(bench: Bench) -> float:
-    """Share of what a trial lost that it is expected to lose still after a long fine-tuning."""
-    found = rehearsal_of(bench)
-    if found is None:
-        return KEPT
-    return min(1.0, max(LEAST_KEPT, (KEPT + 2 * float(found["kept"])) / 3))
+    before = labelled[label].values[0]
+    return {
+        "trial": label,
+        "before": before,
+        "after": max(before, LOST) if finalist is None else finalist.drop,
+    }
 
 
 def rehearsal_of(bench: Bench) -> Mapping[str, Any] | None:
-    """The rehearsal's "trial", "kept" and "seconds"; None if there was none."""
+    """The rehearsal's "trial", "before", "after" and "seconds"; None if there was none."""
     annealing = bench.studies.get("annealing")
     return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 
@@ -143,31 +135,28 @@ def candidates(bench: Bench) -> dict[str, FrozenTrial]:
 class Finals:
     """Fine-tunes at length the cheapest trials that promise to come within delta by that.
 
-    What the first ones kept of what they had lost tells what the next may have lost: after a
-    success a cheaper trial is tried, after a failure one that lost less. When there is no cheaper
-    one, the success is repeated with a second seed; if that spoils it, the search goes on.
+    What the first ones won back tells what the next may have lost: after a success a cheaper trial
+    is tried, after a failure one that lost less. When there is no cheaper one, the success is
+    repeated with a second seed; if that spoils it, the search goes on.
 
     Args:
         labelled: "<stage>/<number>" to each trial that has weights.
-        delta: The tolerance, in points.
+        outlook: What is expected of trials.
         seed: The first seed; the second is the next number.
         tune: `tune(label, seed)` gives a trial's network after a long fine-tuning; None where that
             diverged.
-        kept: Share of its loss that a trial is expected to keep, before one was fine-tuned.
     """
 
     def __init__(
         self,
         labelled: Mapping[str, FrozenTrial],
-        delta: float,
+        outlook: Outlook,
         seed: int,
         tune: Callable[[str, int], Finalist | None],
-        kept: float = KEPT,
     ) -> None:
-        self._labelled, self._delta, self._tune = labelled, delta, tune
+        self._labelled, self._outlook, self._tune = labelled, outlook, tune
         self._seeds = (seed, seed + 1)
         self._tuned: dict[str, list[Finalist | None]] = {}
-        self._kept = [kept]
 
     def first(self) -> str | None:
         """The trial that is fine-tuned first; None where none promises to come within delta."""
@@ -185,9 +174,9 @@ class Finals:
             done = self._tuned.setdefault(label, [])
             finalist = self._tune(label, self._seeds[len(done)])
             done.append(finalist)
-            before = lost(self._labelled[label], self._delta)
-            if finalist is not None and before > 0:
-                self._kept.append(finalist.bound / before)
+            if finalist is not None:
+                before = self._labelled[label].values[0]
+                self._outlook = self._outlook.having_seen(_stage(label), before, finalist.drop)
 
     def networks(self, label: str) -> list[Finalist]:
         """The networks of a trial that met delta, with both seeds or with the one that it had."""
@@ -201,7 +190,7 @@ class Finals:
     def _met(self, label: str) -> bool:
         done = self._tuned.get(label, [])
         bounds = [float("inf") if one is None else one.bound for one in done]
-        return bool(bounds) and statistics.mean(bounds) <= self._delta
+        return bool(bounds) and statistics.mean(bounds) <= self._outlook.delta
 
     def _cost(self, label: str) -> float:
         return float(self._labelled[label].values[1])
@@ -211,17 +200,22 @@ class Finals:
 
         Where `sure`, only those that were within it before.
         """
-        share = min(1.0, max(0.3, statistics.mean(self._kept)))
-        most = self._delta / (1.0 if sure else share)
         least = float("inf") if best is None else 0.97 * self._cost(best)
         promising = [
             label
             for label, trial in self._labelled.items()
             if label not in self._tuned
             and self._cost(label) < least
-            and lost(trial, self._delta) <= most
+            and (within_delta(trial) if sure else self._promises(label))
         ]
         return min(promising, key=self._cost, default=None)
+
+    def _promises(self, label: str) -> bool:
+        return self._outlook.shortfall(_stage(label), self._labelled[label]) <= 0
+
+
+def _stage(label: str) -> str:
+    return label.split("/")[0]
 
 
 def _finals(
@@ -234,14 +228,16 @@ def _finals(
     def tune(label: str, seed: int) -> Finalist | None:
         return _final_fit(config, bench, folder, label, seed, display)
 
-    return Finals(labelled, config.delta, config.seed, tune, kept_share(bench))
+    return Finals(labelled, bench.outlook, config.seed, tune)
 
 
 def _before(bench: Bench, label: str) -> Finalist:
     """A trial's network as the trial left it."""
     model, plan = load_trial_model(bench, label)
     val = evaluate(model, bench.task, bench.task.val)
-    return Finalist(label, model, plan, val, drop_bound(bench.baseline.val, val, bench.confidence))
+    drop = accuracy_drop(bench.baseline.val, val)
+    bound = drop_bound(bench.baseline.val, val, bench.confidence)
+    return Finalist(label, model, plan, val, drop, bound)
 
 
 def _final_fit(
@@ -294,4 +290,5 @@ def _final_fit(
         f"Fine-tuned {label} for {recipe.final_epochs:g} epochs, seed {seed}: {val.accuracy:.2f} % "
         f"on validation data, a drop of at most {bound:.2f} at confidence {config.confidence:g}."
     )
-    return Finalist(label, model, plan, val, bound, recipe.final_epochs, {seed: bound})
+    drop = accuracy_drop(bench.baseline.val, val)
+    return Finalist(label, model, plan, val, drop, bound, recipe.final_epochs, {seed: bound})

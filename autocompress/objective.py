@@ -17,7 +17,6 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
-from autocompress.annealing import NEARLY
 from autocompress.baseline import Baseline
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
@@ -26,6 +25,7 @@ from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
 from autocompress.observation import Observations
+from autocompress.outlook import EPOCHS, Outlook, outlook_of
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
@@ -61,8 +61,6 @@ EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
 LATENCY = "latency"
 """User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
-EPOCHS = "epochs"
-"""User attribute of a study: passes over the training data in each of its trials."""
 
 
 @dataclass
@@ -87,6 +85,7 @@ class Bench:
         studies: The Optuna studies by stage; a child finds its parent there.
         meter: Times networks on the runtime that the study names; None where the baseline doesn't
             run there, which only a study of latency can't do without.
+        annealed: Whether an annealing follows the exploration.
     """
 
     task: Task
@@ -105,6 +104,12 @@ class Bench:
     rejected_as_complete: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
     meter: LatencyMeter | None = None
+    annealed: bool = False
+
+    @property
+    def outlook(self) -> Outlook:
+        """What is expected of trials, by all that the study has seen by now."""
+        return outlook_of(self.studies, self.finetune, self.delta, self.annealed)
 
     def epochs(self, stage: str) -> float:
         """Passes over the training data in each trial of a stage."""
@@ -276,7 +281,7 @@ def _gate(bench: Bench, stage: str) -> Gate:
         bench.baseline.val,
         records,
         most=bench.finetune.gate,
-        useful=NEARLY * bench.delta,
+        useful=bench.outlook.useful(stage),
     )
 
 

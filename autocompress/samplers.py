@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -51,6 +51,8 @@ milliseconds when a study has a thousand trials."""
 
 ATTEMPTS = 16
 """How many plans are tried at most, to find one that the study hasn't."""
+
+Shortfall = Callable[[FrozenTrial], float]
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,12 @@ class PlanSampler(BaseSampler):
 class KnobSampler(PlanSampler):
     """Exploration: TPE over about a dozen knobs, after seeds along the budget line.
 
-    The seeds find the least budget within delta by bisection. Later trials have a budget just
-    under that, for a larger one can't win and a far smaller one is wasted, and other knobs within
-    reach of that trial's, where TPE chooses once it knows a few trials there. (Over the whole range
-    TPE went to the corners, of which it knew nothing, and lost trial after trial.) Eleven knobs
-    decoded through a cheap table of layer errors found in 30 trials what TPE over the parameters of
-    30 layers did not find in 300.
+    The seeds find by bisection the least budget that promises to end within delta. Later trials
+    have a budget just under that, for a larger one can't win and a far smaller one is wasted, and
+    other knobs within reach of that trial's, where TPE chooses once it knows a few trials there.
+    (Over the whole range TPE went to the corners, of which it knew nothing, and lost trial after
+    trial.) Eleven knobs decoded through a cheap table of layer errors found in 30 trials what TPE
+    over the parameters of 30 layers did not find in 300.
 
     Two things take a study beyond what eleven knobs can say. Each layer has a deviation of its own,
     that of the best trial and a random step, which is larger the more trials are finished: so
@@ -157,11 +159,20 @@ class KnobSampler(PlanSampler):
         space: The search space.
         seed: The study's seed.
         seed_count: How many trials along the budget line come first.
+        shortfall: By how many points a finished trial is expected to miss delta in the end; 0 or
+            less: it promises to be within. By default what it missed its constraint by.
     """
 
-    def __init__(self, space: SearchSpace, seed: int, seed_count: int = 8) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        seed: int,
+        seed_count: int = 8,
+        shortfall: Shortfall = violation,
+    ) -> None:
         super().__init__(space, seed)
         self._seed_count = seed_count
+        self._shortfall = shortfall
 
     def propose(
         self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator
@@ -171,10 +182,10 @@ class KnobSampler(PlanSampler):
         if seed is not None and attempt < 2:
             return self._decoded(seed[1], seed=seed[0])
         known = [t for t in others if t.state in FINISHED and t.constraints and _record(t)]
-        best = _best(known)
+        best = self._best(known)
         if seed is not None:  # its plan is known: the seed counts as tried
             return self._decoded(self._near(best, known, others, rng), seed=seed[0])
-        if best is not None and violation(best) <= 0 and number % SCATTERED == 0:
+        if best is not None and self._shortfall(best) <= 0 and number % SCATTERED == 0:
             return self._scattered(best, rng)
         return self._decoded(self._near(best, known, others, rng))
 
@@ -197,7 +208,7 @@ class KnobSampler(PlanSampler):
             return None
         seeds = [t for t in others if _is_plain_seed(t)]
         pending = [float(_record(t)["budget"]) for t in seeds if t.state == TrialState.RUNNING]
-        tried = _budgets(seeds)
+        tried = self._budgets(seeds)
         for index in free[:waiting]:
             pending.append(next_seed(self._space, index, self._seed_count, tried, pending).budget)
         index = free[waiting]
@@ -230,11 +241,11 @@ class KnobSampler(PlanSampler):
         centre: dict[str, Any] = {key: (one.low + one.high) / 2 for key, one in ranges.items()}
         if best is not None:
             centre = _record(best)
-            low, high = (0.82, 0.97) if violation(best) <= 0 else (1.0, 1.25)
+            low, high = (0.82, 0.97) if self._shortfall(best) <= 0 else (1.0, 1.25)
             low, high = low * centre["budget"], high * centre["budget"]
         near = {key: _around(centre[key], full) for key, full in ranges.items()}
         running = [t for t in others if t.state == TrialState.RUNNING and _record(t)]
-        params = _ask([*known, *running], near, rng)
+        params = _ask([*known, *running], near, rng, self._shortfall)
         params["budget"] = float(np.clip(rng.uniform(low, high), budget.low, budget.high))
         layers = list(self._space.options)
         if self._space.width is not None:
@@ -243,6 +254,22 @@ class KnobSampler(PlanSampler):
         old: Mapping[str, float] = centre.get("layers", {})
         params["layers"] = {n: old.get(n, 0.0) + rng.normal(0.0, spread) for n in layers}
         return Knobs.from_params(params)
+
+    def _best(self, known: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """The trial of the least budget that promises to be within delta; if there is none, the
+        nearest to it."""
+        met = [t for t in known if self._shortfall(t) <= 0]
+        if met:
+            return min(met, key=lambda t: float(_record(t)["budget"]))
+        return min(known, key=self._shortfall, default=None)
+
+    def _budgets(self, trials: Sequence[FrozenTrial]) -> list[tuple[float, bool]]:
+        """Budget of each finished trial and whether it promises to be within delta."""
+        return [
+            (_record(t)["budget"], self._shortfall(t) <= 0)
+            for t in trials
+            if t.state in FINISHED and t.constraints
+        ]
 
 
 def _moved(proposal: Proposal, far: bool, rng: np.random.Generator) -> Proposal:
@@ -262,6 +289,7 @@ def _ask(
     trials: Sequence[FrozenTrial],
     near: Mapping[str, FloatDistribution],
     rng: np.random.Generator,
+    shortfall: Shortfall,
 ) -> dict[str, Any]:
     """What TPE makes of the finished and running trials whose knobs lie in `near`."""
     sampler = TPESampler(n_startup_trials=5, seed=int(rng.integers(2**31)))
@@ -274,7 +302,7 @@ def _ask(
                 values=trial.values,
                 params={key: _record(trial)[key] for key in near},
                 distributions=dict(near),
-                constraints=trial.constraints,
+                constraints={name: shortfall(trial) for name in trial.constraints},
             )
         )
     return dict(inner.ask(dict(near)).params)
@@ -286,14 +314,6 @@ def _lies_in(near: Mapping[str, FloatDistribution], record: Mapping[str, Any]) -
     return all(key in record and one.low <= record[key] <= one.high for key, one in near.items())
 
 
-def _best(known: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The trial of the least budget within delta; if there is none, the nearest to it."""
-    met = [t for t in known if violation(t) <= 0]
-    if met:
-        return min(met, key=lambda t: float(_record(t)["budget"]))
-    return min(known, key=violation, default=None)
-
-
 def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [other for other in counted(study) if other.number != trial.number]
 
@@ -302,15 +322,6 @@ def _plans(trials: Sequence[FrozenTrial]) -> set[str | None]:
     """Digests of the plans that trials have claimed, or tried without this sampler."""
     claimed = {_record(trial).get("plan") for trial in trials}
     return claimed | {trial.user_attrs.get("plan_digest") for trial in trials}
-
-
-def _budgets(trials: Sequence[FrozenTrial]) -> list[tuple[float, bool]]:
-    """Budget of each finished trial and whether it stayed within delta."""
-    return [
-        (_record(t)["budget"], violation(t) <= 0)
-        for t in trials
-        if t.state in FINISHED and t.constraints
-    ]
 
 
 def _record(trial: FrozenTrial) -> dict[str, Any]:
@@ -332,7 +343,12 @@ def _is_plain_seed(trial: FrozenTrial) -> bool:
 
 
 def make_sampler(
-    name: str, space: SearchSpace, seed: int, existing: int, trials: int
+    name: str,
+    space: SearchSpace,
+    seed: int,
+    existing: int,
+    trials: int,
+    shortfall: Shortfall = violation,
 ) -> BaseSampler:
     """The exploration's sampler by its name in the study file.
 
@@ -343,9 +359,10 @@ def make_sampler(
         existing: Trials already there. Optuna's own samplers start anew with every process; one
             seed for all would make a resumed study repeat its first proposals.
         trials: Planned number of trials; half of them, at most 8, are seeds of "knobs".
+        shortfall: As `KnobSampler` has it; the other samplers go by the trials' constraints.
     """
     if name == "knobs":
-        return KnobSampler(space, seed, seed_count=max(1, min(8, trials // 2)))
+        return KnobSampler(space, seed, max(1, min(8, trials // 2)), shortfall)
     own = trial_seed(seed, existing, 0)
     if name == "tpe":
         # Independent TPE reads all trials again for every parameter: seconds for 60 of them.

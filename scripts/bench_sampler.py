@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.layers import Cost, LayerSpec
+from autocompress.outlook import Outlook
 from autocompress.samplers import KNOBS, make_sampler
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.space import Knobs, SearchSpace, allocate
@@ -136,7 +137,8 @@ def sampler(name: str, space: SearchSpace, count: int) -> BaseSampler:
         return make_sampler(name, space, 0, count, 16)
     plan = space.plan(picked := allocate(space, Knobs(0.4)))
     parent = Parent("exploration/0", plan.to_json(), 0.5 * DELTA, float(space.cost(picked)))
-    return AnnealingSampler(space, 0, delta=DELTA, parents=[parent], trials=count + 100)
+    outlook = Outlook(DELTA, {})
+    return AnnealingSampler(space, 0, outlook=outlook, parents=[parent], trials=count + 100)
 
 
 def measure(study: Study, space: SearchSpace, asks: int) -> tuple[float, float, float]:

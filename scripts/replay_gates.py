@@ -19,9 +19,9 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.annealing import NEARLY
 from autocompress.gates import RUNGS, Record, least_loss
 from autocompress.objective import EARLY
+from autocompress.outlook import LEAST_USEFUL
 from autocompress.store import STAGES, load_study, open_storage
 from autocompress.trials import PARENT, has_weights, lost
 
@@ -63,7 +63,7 @@ def line(name: str, stage: str, study: Study, delta: float, needed: set[str]) ->
         early = trial.user_attrs[EARLY]
         for place, drop in enumerate(early):
             least = least_loss(records, place, drop)
-            if least is not None and least > NEARLY * delta:
+            if least is not None and least > LEAST_USEFUL * delta:
                 stopped.append(trial)
                 saved += 1.0 - (RUNGS[place - 1] if place else 0.0)
                 break

@@ -289,7 +289,7 @@ def test_the_finals_are_rehearsed_midway_through_a_long_annealing(
     outcome = run_study(tiny_config(tmp_path, annealing_trials=7, **longer), task, display)
     found = outcome.summary["rehearsal"]
     stage, number = found["trial"].split("/")
-    assert number in map(str, range(5)) and found["kept"] == pytest.approx(found["kept"])
+    assert number in map(str, range(5)) and found["after"] <= 100.0
     study = studies_of(tmp_path / "tiny")["annealing"]
     assert study.user_attrs["rehearsal"] == found and outcome.summary["seconds"]["rehearsal"] > 0
     name = f"-{stage}-{number}-2-"

@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from test_channels import Residual, randomized
 from test_space import make_space
 from test_width import table_of
 
-from autocompress.annealing import AnnealingSampler, Parent, aim_for
+from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
 from autocompress.space import Knobs, SearchSpace, allocate, decode
@@ -265,7 +267,7 @@ def test_annealing_improves_on_its_parents() -> None:
     sampler = AnnealingSampler(
         narrowed,
         0,
-        delta=4.0,
+        outlook=Outlook(4.0, {}),
         parents=[Parent(f"exploration/{number}", plan.to_json(), *values[number])],
         trials=12,
     )
@@ -280,7 +282,11 @@ def test_annealing_improves_on_its_parents() -> None:
 def test_annealing_starts_from_the_nearest_where_nothing_is_within_delta() -> None:
     plan = SPACE.plan(SPACE.pick(Plan({})))
     sampler = AnnealingSampler(
-        SPACE, 0, delta=0.0, parents=[Parent("exploration/3", plan.to_json(), 5.0, 100.0)], trials=3
+        SPACE,
+        0,
+        outlook=Outlook(0.0, {}),
+        parents=[Parent("exploration/3", plan.to_json(), 5.0, 100.0)],
+        trials=3,
     )
     study = make_study(sampler)
     run(study, SPACE, 1, delta=0.0)
@@ -295,12 +301,12 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     sampler = AnnealingSampler(
         SPACE,
         0,
-        delta=1.0,
+        outlook=Outlook(1.0, {}),
         parents=[
             Parent("exploration/1", plan.to_json(), 0.5, 500.0),
-            Parent("exploration/2", narrow_miss.to_json(), 1.8, 200.0),
+            Parent("exploration/2", narrow_miss.to_json(), 0.8, 200.0, margin=0.4),
             Parent("exploration/3", plan.to_json(), 9.0, 100.0),
-            Parent("exploration/4", narrow_miss.to_json(), 2.4, 150.0),
+            Parent("exploration/4", narrow_miss.to_json(), 1.0, 150.0, margin=0.4),
         ],
         trials=8,
     )
@@ -316,12 +322,13 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     assert SPACE.plan(SPACE.nearest(ripe.params)) == narrow_miss
 
 
-def next_child(lost: float, aim: float = 1.0) -> float:
+def next_child(lost: float, longer: float = 1.0) -> float:
     """Cost of the third child of a parent whose first two lost so many points."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
     parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
-    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, aim=aim, parents=[parent]))
+    outlook = Outlook(1.0, {"annealing": Step(longer)})
+    study = make_study(AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent]))
     for _ in range(2):
         trial = study.ask()
         child = DEEP.suggest(trial)
@@ -336,14 +343,34 @@ def test_children_save_more_where_others_lost_little() -> None:
     assert 0.5 < next_child(0.1) < next_child(0.6) < next_child(5.0) < 1.0
 
 
-def test_children_save_more_where_more_may_be_lost() -> None:
-    assert next_child(0.6, aim=1.3) < next_child(0.6, aim=1.0)
+def test_children_save_more_where_the_end_wins_more_back() -> None:
+    assert next_child(0.6, longer=10.0) < next_child(0.6)
 
 
-def test_the_aim_is_what_the_long_fine_tuning_makes_good() -> None:
-    assert aim_for(1.0, 2 / 3) == pytest.approx(1.305)
-    assert aim_for(2.0, 0.435) == pytest.approx(4.0)
-    assert aim_for(2.0, 1.0) == 2.0
+def test_children_go_on_with_the_exponent_that_their_parent_was_chosen_by() -> None:
+    exploration = make_study(KnobSampler(DEEP, 0))
+    run(exploration, DEEP, 9, 4.0)
+    chosen = exploration.trials[-1]
+    impact = chosen.system_attrs[KNOBS]["impact"]
+    parent = Parent.of("exploration", chosen, 4.0)
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(4.0, {}), parents=[parent])
+    annealing = make_study(sampler)
+    run(annealing, DEEP, 4, 4.0)
+    assert {t.system_attrs[KNOBS]["impact"] for t in annealing.trials} == {impact} != {0.5}
+
+
+def test_seeds_go_by_what_trials_promise_and_not_by_what_they_lost() -> None:
+    """The first seed misses delta, which a long fine-tuning would make good."""
+    studies = []
+    for kept in (1.0, 0.3):
+        outlook = Outlook(0.5, {"exploration": Step(1.0 / kept**2.5)})
+        shortfall = partial(outlook.shortfall, "exploration")
+        study = make_study(KnobSampler(SPACE, 0, 4, shortfall))
+        run(study, SPACE, 2, delta=0.5)
+        studies.append(study)
+    strict, hopeful = ([t.system_attrs[KNOBS]["budget"] for t in s.trials] for s in studies)
+    assert 0.5 < studies[0].trials[0].values[0] < 1.5
+    assert strict[0] == hopeful[0] and hopeful[1] < hopeful[0] < strict[1]
 
 
 def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
@@ -353,10 +380,10 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
         Parent(
             "exploration/0", plans[0].to_json(), -2.0, costs[0]
         ),  # dearer, but with much left to lose
-        Parent("exploration/1", plans[1].to_json(), 0.99, costs[1]),
+        Parent("exploration/1", plans[1].to_json(), 0.89, costs[1]),
         Parent("exploration/2", plans[2].to_json(), 9.0, costs[2]),  # beyond delta
     ]
-    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=parents))
+    study = make_study(AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=parents))
     DEEP.suggest(study.ask())
     assert study.trials[0].user_attrs[PARENT] == "exploration/0"
 
@@ -364,7 +391,9 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
 def test_kinds_of_children_take_turns() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
-    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
+    study = make_study(
+        AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], trials=8)
+    )
     run(study, DEEP, 8, inherited=0.2)
     kinds = [trial.system_attrs[KNOBS]["kind"] for trial in study.trials]
     assert kinds == ["sample", "sample", "greedy", "greedy"] * 2
@@ -374,7 +403,9 @@ def test_annealing_judges_its_children_by_the_constraint() -> None:
     """A child whose drop is small but whose bound is beyond delta is no parent."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
-    study = make_study(AnnealingSampler(DEEP, 0, delta=1.0, parents=[parent], trials=8))
+    study = make_study(
+        AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], trials=8)
+    )
     for _ in range(4):
         trial = study.ask()
         child = DEEP.suggest(trial)
@@ -427,7 +458,7 @@ def test_children_lose_channels_and_ranks_and_cost_less(wide: SearchSpace) -> No
     here, picked, _ = decode(wide, Knobs(0.8, channels=0.5))
     plan, cost = here.plan(picked), here.cost(picked)
     parent = Parent("exploration/0", plan.to_json(), 0.2, float(cost))
-    sampler = AnnealingSampler(wide, 0, delta=1.0, parents=[parent], trials=8)
+    sampler = AnnealingSampler(wide, 0, outlook=Outlook(1.0, {}), parents=[parent], trials=8)
     found = run_wide(make_study(sampler), wide, 8)
     assert all(child_cost < cost for child_cost, _ in found)
     fewer = [

@@ -302,10 +302,31 @@ def test_seeds_of_several_workers_share_the_gap(space: SearchSpace) -> None:
 
 def test_the_last_seeds_share_the_least_budget_out_in_other_ways(space: SearchSpace) -> None:
     tried = [(0.25, False), (0.5, True)]
+    assert next_seed(space, 4, 8, tried).impact == 1.0
     last = [next_seed(space, index, 8, tried) for index in range(5, 8)]
     assert [knobs.rule for knobs in last] == ["knapsack", "knapsack", "minmax"]
     assert last[0].stages == last[1].stages[::-1] and last[0].stages != last[1].stages
     assert {knobs.budget for knobs in last} == {0.5}
+
+
+def test_the_exponent_of_the_impact_steers(space: SearchSpace) -> None:
+    """A layer whose impact is far less than its error suggests is cut the more, the more the impact
+    counts."""
+    table, full = make_table()
+    choices = {
+        name: tuple(replace(c, impact=c.impact * (1e-4 if name == "layer1" else 1.0)) for c in own)
+        for name, own in table.choices.items()
+    }
+    space = SearchSpace.from_table(replace(table, choices=choices), "params", full)
+    fractions, damages = [], []
+    for impact in (0.0, 0.5, 1.0):
+        picked = allocate(space, Knobs(0.4, impact=impact))
+        fractions.append(picked["layer1"].fraction)
+        plans = [allocate(space, Knobs(0.4, impact=other)) for other in (0.0, 0.5, 1.0)]
+        damages.append([space.damage(plan, impact) for plan in plans])
+    assert fractions[0] > fractions[1] > fractions[2]
+    # Each is the least damage by its own measure.
+    assert [row.index(min(row)) for row in damages] == [0, 1, 2]
 
 
 def test_plans_do_not_depend_on_the_scale_of_the_networks_outputs() -> None:
@@ -314,6 +335,9 @@ def test_plans_do_not_depend_on_the_scale_of_the_networks_outputs() -> None:
     for scale in (1e-6, 1.0, 1e9):
         space = make_space(tuple(scale**0.5 * factor for factor in (1.0, 4.0, 0.3)))
         plans.append(
-            [space.plan(allocate(space, Knobs(b, rule=r))) for b in (0.2, 0.5) for r in RULES]
+            [
+                space.plan(allocate(space, Knobs(b, rule=r, impact=i)))
+                for b, r, i in product((0.2, 0.5), RULES, (0.5, 1.0))
+            ]
         )
     assert plans[0] == plans[1] == plans[2]
