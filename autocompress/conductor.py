@@ -201,6 +201,9 @@ def _run(
         bench, table, left_alone = _analyse(
             config, task, baseline, example, meter, folder, identity, display
         )
+    if bench.int8:
+        with timed(seconds, "int8 of the baseline"):
+            _check_int8(bench, display)
     full = replace(baseline.profile.cost, ms=table.network_ms)
     space = SearchSpace.from_table(table, config.objective, full)
     if space.empty:
@@ -345,6 +348,22 @@ def _check_enough_images(config: StudyConfig, val: Evaluation) -> None:
         )
 
 
+def _check_int8(bench: Bench, display: Display) -> None:
+    """Say what int8 alone costs the baseline, whose trials are to be judged in int8.
+
+    Raises:
+        ConfigError: If it can't be quantized.
+    """
+    try:
+        drop, bound = bench.judge(bench.baseline.model, bench.baseline.val)
+    except AutocompressError as error:
+        raise ConfigError(
+            f"search.int8 = true judges every trial by its int8 file, and the baseline has none: "
+            f"{error} Leave search.int8 out."
+        ) from error
+    display.say(f"The baseline in int8 loses {drop:.2f} points, at most {bound:.2f}.")
+
+
 def _first_steps(task: Task) -> torch.dtype | None:
     """The precision to train in; the steps that tell it also show that training works at all.
 
@@ -454,6 +473,7 @@ def _analyse(
         display=display,
         rejected_as_complete=reads_rejected_as_complete(config.search.sampler),
         meter=meter,
+        int8=config.search.int8,
         annealed=config.search.stage != "exploration" and config.search.annealing_trials > 0,
     )
     return bench, table, left_alone

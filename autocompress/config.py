@@ -154,6 +154,11 @@ class SearchConfig(_Section):
         "of the largest weights, of the largest batch-norm scales, or with the largest derivatives "
         "of the loss.",
     )
+    int8: bool = Field(
+        default=False,
+        description="Whether every trial is judged by its int8 file (made as that of int8 = true, "
+        "without fine-tuning), so that plans which round badly lose. It needs int8 = true.",
+    )
     bounds: Annotated[tuple[BoundConfig, ...], _AsTuple] | None = Field(
         default=None,
         min_length=1,
@@ -381,6 +386,11 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError(
             "search.transforms = [] and search.channels = false leave nothing to search: name a "
             "transform, or set search.channels = true."
+        )
+    if config.search.int8 and not config.int8:
+        raise ConfigError(
+            "search.int8 = true judges trials by their int8 files, while int8 = false hands none "
+            "out: set int8 = true, or leave search.int8 out."
         )
     for index, bound in enumerate(config.search.bounds or ()):
         if bound.compression is None and bound.error is None:

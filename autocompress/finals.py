@@ -13,7 +13,7 @@ from torch import nn
 
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
-from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate
+from autocompress.evaluation import Evaluation, evaluate
 from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
 from autocompress.outlook import REHEARSAL, Outlook
@@ -38,8 +38,8 @@ class Finalist:
         model: The network with its final weights.
         plan: What was done to it.
         val: Its scores on the validation data.
-        drop: Its accuracy drop on them, in points.
-        bound: Upper confidence bound of its drop on them, in points.
+        drop: The accuracy drop on them that it is judged by, in points.
+        bound: Upper confidence bound of that drop, in points.
         epochs: Length of the final fine-tuning that its weights had.
         seeds: The bounds that the final fine-tuning reached, by its seed.
     """
@@ -235,9 +235,7 @@ def _before(bench: Bench, label: str) -> Finalist:
     """A trial's network as the trial left it."""
     model, plan = load_trial_model(bench, label)
     val = evaluate(model, bench.task, bench.task.val)
-    drop = accuracy_drop(bench.baseline.val, val)
-    bound = drop_bound(bench.baseline.val, val, bench.confidence)
-    return Finalist(label, model, plan, val, drop, bound)
+    return Finalist(label, model, plan, val, *bench.judge(model, val))
 
 
 def _final_fit(
@@ -285,10 +283,10 @@ def _final_fit(
             return None
         write_weights(path, portable_state(model))
     val = evaluate(model, task, task.val)
-    bound = drop_bound(bench.baseline.val, val, bench.confidence)
+    drop, bound = bench.judge(model, val)
     display.say(
         f"Fine-tuned {label} for {recipe.final_epochs:g} epochs, seed {seed}: {val.accuracy:.2f} % "
-        f"on validation data, a drop of at most {bound:.2f} at confidence {config.confidence:g}."
+        f"on validation data, a drop of at most {bound:.2f} at confidence {config.confidence:g}"
+        f"{' (in int8)' if bench.int8 else ''}."
     )
-    drop = accuracy_drop(bench.baseline.val, val)
     return Finalist(label, model, plan, val, drop, bound, recipe.final_epochs, {seed: bound})

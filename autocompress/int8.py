@@ -61,7 +61,7 @@ def make_int8(
         finalists: The winner, then the second.
         display: Told about the progress.
     """
-    quantizer = _quantizer(bench)
+    quantizer = bench.quantizer
     path = folder.finals / f"{bench.identity}-int8.onnx"
     attempts: list[dict[str, Any]] = []
     reasons: list[str] = []
@@ -90,10 +90,6 @@ def make_int8(
     return Int8({"met": False, "reason": reason, "attempts": attempts})
 
 
-def _quantizer(bench: Bench) -> Quantizer:
-    return Quantizer(bench.task, bench.baseline.val, bench.example, bench.delta, bench.confidence)
-
-
 def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -> dict[str, Any]:
     """The int8 file's accuracy on test data and its drop; empty where there is no file.
 
@@ -106,7 +102,7 @@ def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -
     if int8.path is None:
         return {}
     try:
-        after = evaluate(_quantizer(bench).network(int8.path), bench.task, bench.task.test)
+        after = evaluate(bench.quantizer.network(int8.path), bench.task, bench.task.test)
     except Exception as error:
         display.say(f"The int8 file was not tested: {type(error).__name__}: {error}")
         return {}

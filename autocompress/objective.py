@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from autocompress.baseline import Baseline
 from autocompress.errors import AutocompressError
-from autocompress.evaluation import accuracy_drop, drop_bound, evaluate, recalibrate
+from autocompress.evaluation import (
+    Evaluation,
+    accuracy_drop,
+    drop_bound,
+    evaluate,
+    recalibrate,
+)
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
@@ -29,6 +35,7 @@ from autocompress.outlook import EPOCHS, Outlook, outlook_of
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
+from autocompress.quantization import Quantizer
 from autocompress.samplers import trial_seed
 from autocompress.space import SearchSpace
 from autocompress.store import (
@@ -86,6 +93,7 @@ class Bench:
         meter: Times networks on the runtime that the study names; None where the baseline doesn't
             run there, which only a study of latency can't do without.
         annealed: Whether an annealing follows the exploration.
+        int8: Whether networks are judged by their int8 files.
     """
 
     task: Task
@@ -105,6 +113,25 @@ class Bench:
     studies: dict[str, Study] = field(default_factory=dict)
     meter: LatencyMeter | None = None
     annealed: bool = False
+    int8: bool = False
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Makes int8 files, and measures them against the baseline."""
+        return Quantizer(self.task, self.baseline.val, self.example, self.delta, self.confidence)
+
+    def judge(self, model: nn.Module, val: Evaluation) -> tuple[float, float]:
+        """The accuracy drop that a network is judged by, in points, and its upper bound.
+
+        Args:
+            model: The network.
+            val: Its own scores on the validation data; those of its int8 file count instead where
+                the study asks for that.
+        """
+        if self.int8:
+            val = self.quantizer.score(model)
+        drop = accuracy_drop(self.baseline.val, val)
+        return drop, drop_bound(self.baseline.val, val, self.confidence)
 
     @property
     def outlook(self) -> Outlook:
@@ -232,9 +259,8 @@ def _carry_out(
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
     after = evaluate(model, task, task.val)
-    drop = accuracy_drop(bench.baseline.val, after)
+    drop, bound = bench.judge(model, after)
     watch.lap("evaluate")
-    bound = drop_bound(bench.baseline.val, after, bench.confidence)
     set_constraint(trial, bound - bench.delta)
     trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)

@@ -263,6 +263,14 @@ class Quantizer:
         target.write_bytes(contents[chosen])
         return made[chosen], made
 
+    def score(self, model: nn.Module) -> Evaluation:
+        """The scores on the validation data of the network's int8 file, by min-max ranges."""
+        with TemporaryDirectory() as place:
+            source, target = Path(place) / "float32.onnx", Path(place) / INT8_FILE
+            export_onnx(model, self.example, source)
+            quantize_onnx(source, target, calibration_batches(self.task), CALIBRATIONS[0])
+            return evaluate(self.network(target), self.task, self.task.val)
+
     def network(self, path: Path) -> OnnxNetwork:
         """A file in the network's place."""
         return OnnxNetwork(path, self.task.model, self.example)

@@ -278,3 +278,10 @@ def test_int8_may_be_asked_for_later() -> None:
     )
     with pytest.raises(ConfigError, match="int8: expected true or false, got 'yes'"):
         parse_config({**MINIMAL, "int8": "yes"})
+
+
+def test_trials_are_judged_in_int8_only_where_int8_is_handed_out() -> None:
+    fields = {**MINIMAL, "search.int8": True}
+    with pytest.raises(ConfigError, match="set int8 = true, or leave search.int8 out"):
+        parse_config(fields)
+    assert parse_config({**fields, "int8": True}).search.int8

@@ -17,7 +17,7 @@ import autocompress
 from autocompress import int8, selection
 from autocompress.baseline import Baseline
 from autocompress.conductor import run_study
-from autocompress.errors import AutocompressError, TrainingDiverged
+from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
 from autocompress.evaluation import Evaluation
 from autocompress.export import save_model
 from autocompress.finals import Finalist
@@ -26,11 +26,12 @@ from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.quantization import Attempt, Quantizer
-from autocompress.store import StudyFolder
+from autocompress.store import StudyFolder, load_study, open_storage
 from autocompress.task import Task
 from autocompress.training import Recipe
 
 DELTA = 5.0
+EXPLORED = "exploration"
 EMPTY = Evaluation(torch.ones(8))
 
 
@@ -76,15 +77,12 @@ def step(
     monkeypatch.setattr(Quantizer, "best", lambda self, *args: rounds(self, *args))
     monkeypatch.setattr(int8, "_fit_rounded", lambda bench, folder, one, *_: one.model)
     finalists = [
-        Finalist(f"annealing/{number}", Named(number), Plan({}), EMPTY, 4.0)
+        Finalist(f"annealing/{number}", Named(number), Plan({}), EMPTY, 4.0, 4.0)
         for number in range(count)
     ]
     bench = SimpleNamespace(
-        task=None,
-        baseline=SimpleNamespace(val=EMPTY),
-        example=(),
+        quantizer=Quantizer(cast(Any, None), EMPTY, (), DELTA, 0.95),
         delta=DELTA,
-        confidence=0.95,
         identity="x",
         finetune=Recipe(1.0, 8.0, 0.1, 0.1, 0.5, 50.0),
     )
@@ -144,7 +142,7 @@ def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
     task: Task, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0)
+    finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0, 4.0)
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     bench = SimpleNamespace(
         task=task,
@@ -199,6 +197,47 @@ def test_a_study_hands_out_an_int8_winner(task: Task, tmp_path: Path) -> None:
     assert best["val_accuracy"] == plain.summary["best"]["val_accuracy"]
     again = run_study(config, task, NullDisplay())
     assert len(reads) == 3 and again.summary["int8"] == json.loads(json.dumps(found))
+
+
+@pytest.mark.usefixtures("quick")
+def test_trials_can_be_judged_by_their_int8_files(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[nn.Module] = []
+
+    def score(quantizer: Quantizer, model: nn.Module) -> Evaluation:
+        judged.append(model)
+        scores = quantizer.before.scores.clone()
+        scores[torch.nonzero(scores)[:5]] = 0.0  # rounding costs five answers, whatever the network
+        return Evaluation(scores)
+
+    monkeypatch.setattr(Quantizer, "score", score)
+    settings: dict[str, Any] = {"search.int8": True, "delta": 5.0, "confidence": 0.5}
+    config = tiny_config(tmp_path, annealing_trials=0, trials=3, int8=True, **settings)
+    display = Recorder()
+    outcome = run_study(config, task, display)
+    lost = pytest.approx(100 * 5 / 256)
+    assert judged[0] is task.model
+    assert any("The baseline in int8 loses 1.95 points" in line for line in display.lines)
+    study = load_study(open_storage(f"sqlite:///{outcome.folder / 'study.db'}"), "tiny", EXPLORED)
+    assert study is not None and [trial.values[0] for trial in study.trials] == [lost] * 3
+    best = outcome.summary["best"]
+    assert best["val_drop_bound"] == lost != pytest.approx(best["val_drop"])
+    assert len(judged) > 4  # the finalist, too
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_network_that_cannot_be_quantized_is_refused_before_the_search(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AutocompressError("no such kernel")
+
+    monkeypatch.setattr("autocompress.quantization.quantize_onnx", refuse)
+    settings: dict[str, Any] = {"search.int8": True}
+    config = tiny_config(tmp_path, annealing_trials=0, trials=2, int8=True, **settings)
+    with pytest.raises(ConfigError, match="no such kernel.*Leave search.int8 out"):
+        run_study(config, task, NullDisplay())
 
 
 @pytest.mark.usefixtures("quick")

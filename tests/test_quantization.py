@@ -246,6 +246,12 @@ def spoiled(task: Task) -> nn.Module:
     return model.eval()
 
 
+def test_a_score_is_that_of_the_file(task: Task, tmp_path: Path) -> None:
+    own = quantizer(task)
+    first = next(iter(own.attempts(task.model, tmp_path / "int8.onnx")))
+    assert torch.equal(own.score(task.model).scores, first.val.scores)
+
+
 def test_every_way_is_tried_and_the_best_is_kept(task: Task, tmp_path: Path) -> None:
     lines: list[str] = []
     own = quantizer(task, delta=0.5)
