@@ -10,11 +10,12 @@ from functools import cached_property
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.allocator import STAGES, Knobs, allocate
 from autocompress.damage import EVEN
 from autocompress.outlook import NEARLY, Outlook
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, PlanSampler, Proposal
-from autocompress.space import STAGES, Knobs, Option, SearchSpace, allocate
+from autocompress.space import Option, SearchSpace
 from autocompress.trials import FINISHED, PARENT, has_weights, lost
 
 KINDS = ("ripen", "sample", "ripen", "greedy")
@@ -167,7 +168,7 @@ class AnnealingSampler(PlanSampler):
         picked = old.pick(parent.plan)
         cost = step * old.cost(picked)
         impact = parent.impact
-        here, picked, part = self._narrower(old, picked, step, cost, rng, noise, impact)
+        here, picked, part = self._narrower(old, picked, step, cost, rng, noise, impact, band)
         near = here.around([picked], band)
         if kind == "greedy":
             picked = near.lighten(picked, cost, rng, noise, impact)
@@ -185,10 +186,12 @@ class AnnealingSampler(PlanSampler):
         rng: np.random.Generator,
         noise: float,
         impact: float,
+        band: float,
     ) -> tuple[SearchSpace, dict[str, Option], float]:
         """A plan with fewer channels, which make a part of the saving, at the same rank fractions.
 
-        Without noise the part is what the layer table predicts to break least; else it is drawn.
+        Of the parts with which ranks near these can save the rest, without noise the one that the
+        layer table predicts to break least; else it is drawn.
 
         Returns:
             The space at the channels that remain, its options, and the part, 0 to 1.
@@ -197,20 +200,22 @@ class AnnealingSampler(PlanSampler):
         if width is None:
             return old, picked, 0.0
         dense = width.count(width.cost(old.kept))
-        best: tuple[float, SearchSpace, dict[str, Option], float] | None = None
-        parts = PARTS if old.options else (1.0,)
-        for part in parts if noise == 0.0 else (float(rng.choice(parts)),):
+        found: list[tuple[bool, float, SearchSpace, dict[str, Option], float]] = []
+        for part in PARTS if old.options else (1.0,):
             kept = old.kept
             if part:
                 kept = width.lighten(kept, step**part * dense, rng, noise, impact)
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
-            lighter = here.lighten(start, cost, rng, impact=impact)
-            damage = here.damage(lighter, impact)
-            if best is None or damage < best[0]:
-                best = damage, here, start, part
-        assert best is not None
-        return best[1:]
+            lighter = here.around([start], band).lighten(start, cost, rng, impact=impact)
+            missed = here.cost(lighter) > 1.02 * cost
+            found.append((missed, here.damage(lighter, impact), here, start, part))
+        useful = [one for one in found if not one[0]] or found
+        if noise:
+            chosen = useful[int(rng.integers(len(useful)))]
+        else:
+            chosen = min(useful, key=lambda one: one[1])
+        return chosen[2:]
 
     def _tilted(
         self, near: SearchSpace, cost: float, rng: np.random.Generator, impact: float

@@ -20,12 +20,13 @@ import torch
 from optuna.study import Study
 from torch import nn
 
+from autocompress.allocator import Knobs, budget_range, decode
 from autocompress.config import FinetuneConfig
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, recalibrate
 from autocompress.gates import gate_batches
 from autocompress.objective import RECALIBRATION_BATCHES, Bench
-from autocompress.space import Knobs, SearchSpace, budget_range, decode
+from autocompress.space import SearchSpace
 from autocompress.surgery import apply_plan
 from autocompress.task import Task, batches, checked_scores, samples_in, scores_of
 from autocompress.training import OnStep, Recipe, fit
@@ -145,7 +146,7 @@ def _damaged(bench: Bench, space: SearchSpace) -> nn.Module:
     best: tuple[float, nn.Module] | None = None
     for _ in range(LOOKS):
         budget = math.sqrt(low * high)
-        here, picked, _ = decode(space, Knobs(budget))
+        here, picked = decode(space, Knobs(budget))
         plan = here.plan(picked)
         model = apply_plan(bench.baseline.model, plan, bench.cache).to(task.device)
         recalibrate(model, task, RECALIBRATION_BATCHES)

@@ -21,14 +21,8 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.space import (
-    STAGES,
-    Knobs,
-    Option,
-    SearchSpace,
-    decode,
-    next_seed,
-)
+from autocompress.allocator import STAGES, Knobs, decode, next_seed
+from autocompress.space import Option, SearchSpace
 from autocompress.trials import FINISHED, PARENT, counted, violation
 
 KNOBS = "autocompress:knobs"
@@ -190,7 +184,7 @@ class KnobSampler(PlanSampler):
         return self._decoded(self._near(best, known, others, rng))
 
     def _decoded(self, knobs: Knobs, **more: Any) -> Proposal:
-        here, picked, knobs = decode(self._space, knobs)
+        here, picked = decode(self._space, knobs)
         return Proposal(here, picked, knobs.to_params(self._space) | more)
 
     def _next_seed(self, others: Sequence[FrozenTrial], number: int) -> tuple[int, Knobs] | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from autocompress.channels import KeptChannels
 from autocompress.damage import EVEN, Yardstick, weighted
@@ -22,8 +21,6 @@ from autocompress.layers import Cost, LayerSpec, without_channels
 
 Kept = Mapping[str, int]
 """Channel group to how many of its channels remain; a group that keeps all is absent."""
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -72,27 +69,56 @@ class ChannelSpace:
         """Keep-counts as a plan has them: the most important channels remain."""
         return {name: self.ladders[name].kept(keep) for name, keep in sorted(kept.items())}
 
+    @cached_property
+    def reach(self) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """Group to the layers that it runs through: how many input and output channels each of them
+        loses with every channel of the group."""
+        found: dict[str, dict[str, tuple[int, int]]] = {}
+        for name, ladder in self.ladders.items():
+            own = found.setdefault(name, {})
+            for member in ladder.group.members:
+                if member.layer in self.layers:
+                    inputs, outputs = own.get(member.layer, (0, 0))
+                    inputs += member.repeat if member.side != "out" else 0
+                    outputs += member.repeat if member.side != "in" else 0
+                    own[member.layer] = inputs, outputs
+        return found
+
+    def removed(self, group: str, place: int) -> int:
+        """How many channels an option of a group removes."""
+        own = self.options[group]
+        return own[0].keep - own[place].keep
+
+    def spared(self, group: str, place: int) -> int:
+        """What an option of a group saves in layers that only pass its channels."""
+        count = self.removed(group, place) * self.ladders[group].params_each
+        less = Cost(self.full.params - count, self.full.macs, self.full.ms)
+        return self.count(self.full) - self.count(less)
+
+    def narrowed(self, layer: str, gone_in: int, gone_out: int) -> LayerSpec:
+        """A layer that lacks so many input and output channels."""
+        key = layer, gone_in, gone_out
+        if key not in self._narrowed:
+            whole = self.layers[layer]
+            self._narrowed[key] = (
+                without_channels(whole, whole.in_channels - gone_in, whole.out_channels - gone_out)
+                if gone_in or gone_out
+                else whole
+            )
+        return self._narrowed[key]
+
+    @cached_property
+    def _narrowed(self) -> dict[tuple[str, int, int], LayerSpec]:
+        return {}
+
     def remaining(self, kept: Kept) -> dict[str, LayerSpec]:
         """All layers without the removed channels."""
-        gone_in: dict[str, int] = {}
-        gone_out: dict[str, int] = {}
+        gone = {name: (0, 0) for name in self.layers}
         for name, keep in kept.items():
-            group = self.ladders[name].group
-            for member in group.members:
-                removed = (group.channels - keep) * member.repeat
-                if member.side != "out":
-                    gone_in[member.layer] = gone_in.get(member.layer, 0) + removed
-                if member.side != "in":
-                    gone_out[member.layer] = gone_out.get(member.layer, 0) + removed
-        found = {}
-        for name, layer in self.layers.items():
-            fewer_in, fewer_out = gone_in.get(name, 0), gone_out.get(name, 0)
-            if fewer_in or fewer_out:
-                layer = without_channels(
-                    layer, layer.in_channels - fewer_in, layer.out_channels - fewer_out
-                )
-            found[name] = layer
-        return found
+            count = self.ladders[name].group.channels - keep
+            for layer, each in self.reach[name].items():
+                gone[layer] = gone[layer][0] + count * each[0], gone[layer][1] + count * each[1]
+        return {name: self.narrowed(name, *fewer) for name, fewer in gone.items()}
 
     def cost(self, kept: Kept) -> Cost:
         """Cost of the network without the removed channels."""
@@ -130,61 +156,6 @@ class ChannelSpace:
     def _option(self, name: str, keep: int) -> ChannelOption:
         own = self.options[name]
         return next((option for option in own if option.keep == keep), own[0])
-
-    @cached_property
-    def _grid(self) -> tuple[Floats, Floats, Floats]:
-        """Cost, error and lean of each group's options, where all other groups keep all."""
-        shape = len(self.options), max(map(len, self.options.values()), default=0)
-        cost, error, tilt = np.full(shape, np.inf), np.full(shape, np.inf), np.zeros(shape)
-        for i, (name, own) in enumerate(self.options.items()):
-            for j, option in enumerate(own):
-                kept = {name: option.keep} if j else {}
-                cost[i, j] = self.count(self.cost(kept))
-                error[i, j], tilt[i, j] = option.error, option.lean
-        return cost, error, tilt
-
-    def allocate(
-        self,
-        target: float,
-        sharpness: float = 2.0,
-        weights: Mapping[str, float] | None = None,
-        impact: float = EVEN,
-    ) -> dict[str, int]:
-        """The keep-counts with the least sum of weighted errors at a cost of `target`.
-
-        One price of cost decides for all groups. Their savings are those in the whole network,
-        while together they save less, as a layer's cost is a product of two widths: the price is
-        bisected for the true cost.
-
-        Args:
-            target: Cost of the network without the removed channels, in the objective's unit.
-            sharpness: Exponent of the error.
-            weights: Natural logarithm of the error weight of single groups, by name.
-            impact: Exponent of the impact in the damage, as in `space.Knobs`.
-        """
-        names = list(self.options)
-        if not names or target >= self.count(self.full):
-            return {}
-        cost, error, tilt = self._grid
-        own = np.array([(weights or {}).get(name, 0.0) for name in names])
-        damage = (error * np.exp(own[:, None] + (impact - EVEN) * tilt)) ** sharpness
-
-        def decide(strength: float) -> dict[str, int]:
-            chosen = (damage + math.exp(strength) * cost).argmin(axis=1)
-            return {
-                name: self.options[name][place].keep
-                for name, place in zip(names, chosen, strict=True)
-                if place
-            }
-
-        low, high = -40.0, 10.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            if self.count(self.cost(decide(middle))) > target:
-                low = middle
-            else:
-                high = middle
-        return decide(high)
 
     def scatter(self, kept: Kept, rng: np.random.Generator) -> dict[str, int]:
         """`kept` with one group moved anywhere on its ladder."""

@@ -29,6 +29,7 @@ from arena import table
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
+from autocompress.allocator import ALONE, Knobs, allocate, decode
 from autocompress.channels import find_groups, removable
 from autocompress.config import LatencyConfig, cache_folder
 from autocompress.importance import build_ladders
@@ -39,7 +40,7 @@ from autocompress.models import build_model
 from autocompress.observation import observe_layers
 from autocompress.profiler import Profile, profile_model
 from autocompress.sensitivity import LayerTable, build_table
-from autocompress.space import Knobs, Option, SearchSpace, allocate, decode
+from autocompress.space import Option, SearchSpace
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 
@@ -85,16 +86,16 @@ class Candidate:
     damage: float
 
 
-def plan_of(subject: Subject, aim: str, budget: float, channels: float | None) -> Candidate:
-    """The allocator's plan within a budget, of which channels save a given part."""
-    here, picked, _ = decode(subject.spaces[aim], Knobs(budget, channels=channels))
+def plan_of(subject: Subject, aim: str, budget: float, channels: float) -> Candidate:
+    """The allocator's plan within a budget, at an error weight of channels (`Knobs.channels`)."""
+    here, picked = decode(subject.spaces[aim], Knobs(budget, channels=channels))
     return _candidate(subject, here, picked)
 
 
 KINDS: dict[str, Callable[[Subject, str, float], Candidate]] = {
-    "ranks": partial(plan_of, channels=0.0),
-    "channels": partial(plan_of, channels=1.0),
-    "both": partial(plan_of, channels=None),
+    "ranks": partial(plan_of, channels=ALONE),
+    "channels": partial(plan_of, channels=-ALONE),
+    "both": partial(plan_of, channels=0.0),
 }
 """Kinds of plan: a function of the network, what to aim at, and the budget as a share."""
 

@@ -22,12 +22,13 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from autocompress.allocator import Knobs, allocate
 from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.layers import Cost, LayerSpec
 from autocompress.outlook import Outlook
 from autocompress.samplers import KNOBS, make_sampler
 from autocompress.sensitivity import Choice, LayerTable
-from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.space import SearchSpace
 from autocompress.store import open_storage, write_proposal
 from autocompress.transforms import SVD, SpatialSVD
 

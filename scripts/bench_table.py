@@ -33,20 +33,21 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.allocator import ALONE, Knobs, allocate, decode
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.importance import ChannelChoice
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice
-from autocompress.space import Knobs, Option, SearchSpace, allocate, decode
+from autocompress.space import Option, SearchSpace
 from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 from autocompress.task import first_samples
 
 RULES = ("weights", "activations", "impact", "damage", "evaluations")
 OF_CHANNELS = ("activations", "impact", "damage")
-SHARES = {"ranks": 0.0, "channels": 1.0, "both": 0.5}
-"""Kinds of plan: the share of the saving that channels make."""
+KINDS = {"ranks": ALONE, "channels": -ALONE, "both": 0.0}
+"""Kinds of plan: the error weight of channels (`Knobs.channels`)."""
 
 
 class Predictor:
@@ -108,7 +109,7 @@ def _predictions(choice: Choice | ChannelChoice) -> dict[str, float]:
 def main() -> None:
     """Measure what the command line names."""
     parser = parser_of(__doc__)
-    parser.add_argument("--kinds", nargs="+", choices=[*SHARES], default=["ranks"])
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=["ranks"])
     parser.add_argument("--plans", type=int, default=30, help="plans for each seed")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.4, 0.2, 0.12])
     options = parser.parse_args()
@@ -123,7 +124,7 @@ def main() -> None:
         for index in range(options.plans):
             budget = options.budgets[index % len(options.budgets)]
             kind = options.kinds[index // len(options.budgets) % len(options.kinds)]
-            here, picked = random_plan(space, budget, SHARES[kind], rng)
+            here, picked = random_plan(space, budget, KINDS[kind], rng)
             began = time.perf_counter()
             model = apply_plan(arena.baseline.model, here.plan(picked), cache)
             before, after = losses(arena, model, 1000 * seed + index)
@@ -135,7 +136,7 @@ def main() -> None:
 
 
 def random_plan(
-    space: SearchSpace, budget: float, share: float, rng: np.random.Generator
+    space: SearchSpace, budget: float, channels: float, rng: np.random.Generator
 ) -> tuple[SearchSpace, dict[str, Option]]:
     """The knapsack's plan under errors that are weighted at random.
 
@@ -144,7 +145,7 @@ def random_plan(
     if space.width is not None:
         tilts = {name: float(rng.normal(0, 1.2)) for name in space.options}
         tilts |= {f"{name}.channels": float(rng.normal(0, 1.5)) for name in space.width.options}
-        here, picked, _ = decode(space, Knobs(budget, layers=tilts, channels=share))
+        here, picked = decode(space, Knobs(budget, layers=tilts, channels=channels))
         return here, picked
     methods = {method: float(rng.normal(0, 0.5)) for method in space.methods}
     tilted = {}

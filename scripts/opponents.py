@@ -20,6 +20,7 @@ from arena import Arena, Make
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from autocompress.allocator import Knobs, allocate
 from autocompress.channels import find_groups, removable
 from autocompress.config import TransformName
 from autocompress.importance import build_ladders
@@ -27,7 +28,7 @@ from autocompress.layers import LayerSpec
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
 from autocompress.sensitivity import build_table
-from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.space import SearchSpace
 from autocompress.surgery import FactorCache, apply_plan, replace_module
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform, balance, finish, like, need_conv, pair

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autocompress.allocator import Knobs, allocate
 from autocompress.errors import AutocompressError
 from autocompress.export import check_onnx, export_onnx, load, save_model
 from autocompress.layers import Cost, LayerSpec, inspect_layers
@@ -40,7 +41,7 @@ from autocompress.observation import observe_layers
 from autocompress.profiler import profile_model
 from autocompress.scope import why_refused
 from autocompress.sensitivity import build_table
-from autocompress.space import Knobs, SearchSpace, allocate
+from autocompress.space import SearchSpace
 from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task, tensors_in

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from autocompress.allocator import ALONE, Knobs, decode
 from autocompress.channels import find_groups, removable
 from autocompress.export import check_onnx, export_onnx
 from autocompress.importance import build_ladders
@@ -15,7 +16,7 @@ from autocompress.models import build_model
 from autocompress.observation import observe_layers
 from autocompress.profiler import profile_model
 from autocompress.sensitivity import build_table
-from autocompress.space import Knobs, SearchSpace, decode
+from autocompress.space import SearchSpace
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task
 from autocompress.training import fit
@@ -72,18 +73,18 @@ def test_it_is_compressed_by_half(
     assert groups or source in WITHOUT_GROUPS, refused
     table = replace(table, ladders=build_ladders(model, task, groups, seen, "outputs"))
     before = profile_model(model, example, latency=False)
-    for objective, budget, share in (
-        ("params", 0.5, 0.0),
-        ("macs", 0.7, 0.5),
-        ("params", 0.6, 1.0),
+    for objective, budget, weight in (
+        ("params", 0.5, ALONE),
+        ("macs", 0.7, 0.0),
+        ("params", 0.6, -ALONE),
     ):
         space = SearchSpace.from_table(table, objective, before.cost)
-        here, picked, _ = decode(space, Knobs(budget, channels=share if groups else 0.0))
+        here, picked = decode(space, Knobs(budget, channels=weight))
         small = apply_plan(model, here.plan(picked), cache)
         after = profile_model(small, example, latency=False)
         assert getattr(after, objective) == here.cost(picked)
-        assert here.plan(picked).channels or share == 0 or not groups
-        if share < 1:
+        assert here.plan(picked).channels or weight == ALONE or not groups
+        if weight > -ALONE:
             assert getattr(after, objective) <= budget * getattr(before, objective)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     export_onnx(small, example, path)

@@ -5,19 +5,11 @@ from itertools import product
 import numpy as np
 import pytest
 
+from autocompress.allocator import RULES, Knobs, allocate, budget_range, next_seed
 from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice, LayerTable
-from autocompress.space import (
-    KEEP,
-    RULES,
-    Knobs,
-    Option,
-    SearchSpace,
-    allocate,
-    budget_range,
-    next_seed,
-)
+from autocompress.space import KEEP, Option, SearchSpace
 from autocompress.transforms import SVD, SpatialSVD
 
 
