@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import arena as ground  # noqa: E402
 import bench_finetune  # noqa: E402
+import bench_importance  # noqa: E402
 import bench_peers  # noqa: E402
 import bench_quantization  # noqa: E402
 import bench_sampler  # noqa: E402
@@ -311,3 +312,16 @@ def test_ways_to_int8_get_one_network_and_a_missing_one_is_named(
     assert ours[1:3] == theirs[1:3] and ours[4] == theirs[4] == ours[3] != theirs[3]
     assert missing[:2] == ["NNCF", "not installed: nncf"]
     assert len({len(row) for row in (exact, ours, theirs, missing)}) == 1
+
+
+def test_orders_of_channels_are_compared_at_one_cost(arena: ground.Arena) -> None:
+    rows = [
+        row
+        for order in ("norm", "taylor")
+        for row in bench_importance.measure(arena, order, [0.6, 0.3], seeds=[0, 1])
+    ]
+    assert [row["budget"] for row in rows] == 2 * [0.6, 0.6, 0.3, 0.3]
+    assert all(0 < row["share"] <= row["budget"] for row in rows)
+    # A plan is recalibrated alike for each seed, and then fine-tuned with it.
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one["before"] == pytest.approx(other["before"], abs=2.0)
