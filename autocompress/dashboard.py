@@ -22,6 +22,7 @@ from autocompress.report import (
     OBJECTIVES,
     latency_label,
     pareto_trials,
+    plan_channels,
     plan_layers,
     quantity,
     transform_text,
@@ -184,7 +185,8 @@ def _study_note(study: optuna.Study) -> str:
         f"## {_cell(study.study_name)}",
         "",
         f"Goal: the lowest {objective} with an accuracy drop of at most "
-        f"{attributes.get('delta', 0.0):g} points on validation data.",
+        f"{attributes.get('delta', 0.0):g} points on validation data"
+        f"{', of the int8 file' if _in_int8(attributes) else ''}.",
         "",
         "### Baseline",
         "",
@@ -194,6 +196,11 @@ def _study_note(study: optuna.Study) -> str:
         rows = [(f"`{_cell(name)}`", _cell(reason)) for name, reason in left_alone.items()]
         lines += ["", "### Layers left alone", "", *_table(("layer", "reason"), rows)]
     return "\n".join(lines) + "\n"
+
+
+def _in_int8(attributes: Mapping[str, Any]) -> bool:
+    """Whether the study's trials are judged by their int8 files."""
+    return bool((attributes.get("config") or {}).get("search.int8"))
 
 
 def _trial_note(
@@ -225,6 +232,10 @@ def _trial_note(
     ]
     lines += ["", "### Plan", ""]
     lines += _table(("layer", "transform", "error"), plan_rows) if plan_rows else ["No layer."]
+    groups = plan_channels(attributes.get("plan"))
+    if groups:
+        kept = [(f"`{_cell(name)}`", str(left), str(of)) for name, (left, of) in groups.items()]
+        lines += ["", "### Channels", "", *_table(("group", "left", "of"), kept)]
     if files:
         lines += ["", "Artifacts: " + ", ".join(f"`{_cell(name)}`" for name in files)]
     return "\n".join(lines) + "\n"

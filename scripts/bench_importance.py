@@ -1,6 +1,6 @@
 """Compare the orders in which channels can be removed (`search.importance`).
 
-    python scripts/bench_importance.py fashion-mnist-small --images FOLDER --epochs 0.3 --seeds 0 1 2
+    python scripts/bench_importance.py fashion-mnist-small --images FOLDER --seeds 0 1 2
 
 For each order the channel ladders are built anew, and plans that only remove channels are allocated
 within each budget, recalibrated and fine-tuned (`--epochs`) with each seed. Printed are the points

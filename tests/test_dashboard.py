@@ -148,6 +148,21 @@ def test_study_note_escapes_what_the_study_says() -> None:
     assert "3 input channels &lt;b>" in dashboard._study_note(study)
 
 
+def test_notes_tell_of_channels_and_int8() -> None:
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    fill(study)
+    assert "### Channels" not in dashboard._trial_note(study.trials[0], {}, DELTA, [])
+    assert "int8" not in dashboard._study_note(study)
+    group = {"kept": "0-4,8", "of": 16, "chunks": 1, "members": []}
+    trial = study.ask()
+    trial.set_user_attr("plan", json.dumps({"version": 2, "layers": {}, "channels": {"a": group}}))
+    study._storage.set_trial_system_attr(trial._trial_id, "constraints", [-1.0])
+    note = dashboard._trial_note(study.tell(trial, [0.0, 1.0]), {}, DELTA, [])
+    assert "No layer." in note and "| `a` | 6 | 16 |" in note
+    study.set_user_attr("config", {"search.int8": True})
+    assert "on validation data, of the int8 file." in dashboard._study_note(study)
+
+
 def test_serve_reports_its_address_and_ends_on_ctrl_c(
     run: tuple[str, Path, optuna.Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:
