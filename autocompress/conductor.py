@@ -85,7 +85,7 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
-TABLE_FORMAT = 3
+TABLE_FORMAT = 4
 """Grows with every change of what the layer table holds: an older one is made anew."""
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""

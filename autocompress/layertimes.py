@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.latency import Deployment, Runner, lower_quartile, prepare, threads_of
-from autocompress.layers import LayerSpec
+from autocompress.layers import LayerSpec, is_depthwise, without_channels
 from autocompress.plan import transform_to_dict
 from autocompress.profiler import time_in_turns
 from autocompress.sensitivity import Choice, LayerTable
@@ -39,6 +39,8 @@ LEAST = 1e-6
 SECONDS = 0.02
 """Time for each choice, the warm-up not counted."""
 MIN_RUNS = 5
+WIDTHS = (0.25, 0.5)
+"""Shares of a layer's channels at which it is timed, too, where channels may be removed."""
 MOST_SECONDS = 90.0
 """Beyond this only some ranks of each ladder are run, and the others lie between them."""
 
@@ -161,7 +163,9 @@ def with_times(
             times of the ranks left out are read off a line through their neighbours.
     """
     specs = {layer.name: layer for layer in (*table.layers, *table.others)}
-    times.measure({layer: () for layer in specs.values()}, network, seconds)
+    narrower = {name: _narrower(specs[name], sides) for name, sides in _sides(table).items()}
+    widths = [spec for sides in narrower.values() for own in sides.values() for _, spec in own]
+    times.measure({layer: () for layer in (*specs.values(), *widths)}, network, seconds)
     distinct = {_key(specs[name], None): name for name in table.choices}
     expected = sum(
         len(table.choices[name]) * max(seconds, MIN_RUNS * (times.get(specs[name]) or 0.0) / 1e3)
@@ -184,7 +188,53 @@ def with_times(
         choices=choices,
         layer_ms={name: scale * ms for name, ms in alone.items()},
         network_ms=network_ms,
+        slowdown={
+            name: {
+                side: tuple((share, _slowdown(times, specs[name], spec)) for share, spec in own)
+                for side, own in sides.items()
+            }
+            for name, sides in narrower.items()
+        },
     )
+
+
+def _sides(table: LayerTable) -> dict[str, set[str]]:
+    """Layer name to the sides on which channels may be removed."""
+    known = {layer.name for layer in (*table.layers, *table.others)}
+    found: dict[str, set[str]] = {}
+    for ladder in table.ladders.values():
+        for member in ladder.group.members:
+            if member.layer in known:
+                sides = {"in", "out"} if member.side == "both" else {member.side}
+                found.setdefault(member.layer, set()).update(sides)
+    return found
+
+
+def _narrower(layer: LayerSpec, sides: set[str]) -> dict[str, list[tuple[float, LayerSpec]]]:
+    """The layer with fewer channels on one side, and which share of them; a depthwise one on both,
+    which counts as its outputs. Other grouped ones are not timed."""
+    if layer.groups > 1:
+        if not is_depthwise(layer):
+            return {}
+        sides = {"out"}
+    found: dict[str, list[tuple[float, LayerSpec]]] = {}
+    for side in sorted(sides):
+        inputs, outputs = layer.in_channels, layer.out_channels
+        width = inputs if side == "in" else outputs
+        for count in sorted({max(1, round(share * width)) for share in WIDTHS} - {width}):
+            spec = without_channels(
+                layer,
+                count if side == "in" or layer.groups > 1 else inputs,
+                count if side == "out" else outputs,
+            )
+            found.setdefault(side, []).append((count / width, spec))
+    return found
+
+
+def _slowdown(times: LayerTimes, whole: LayerSpec, layer: LayerSpec) -> float:
+    """How many times as long a multiply-add takes in a layer that lost channels."""
+    share = layer.cost.macs / whole.cost.macs
+    return _known(times.get(layer)) / _known(times.get(whole)) / share
 
 
 def _thin(choices: Sequence[Choice], step: int) -> list[Choice]:

@@ -15,11 +15,13 @@ wins back more than of a layer's own error, for all that follows adapts. So choi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from autocompress.damage import damage
@@ -85,6 +87,9 @@ class LayerTable:
         refused_groups: Channel group to why its channels all stay.
         layer_ms: Layer name to the milliseconds of the layer as it is; empty if not measured.
         network_ms: Milliseconds of the whole network in the same run; None if not measured.
+        slowdown: Layer name to side ("in" or "out") to pairs, ascending: a share of the channels on
+            that side, and how many times as long a multiply-add takes with it; without an entry as
+            long as in the whole layer.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -95,20 +100,32 @@ class LayerTable:
     refused_groups: Mapping[str, str] = field(default_factory=dict)
     layer_ms: Mapping[str, float] = field(default_factory=dict)
     network_ms: float | None = None
+    slowdown: Mapping[str, Mapping[str, tuple[tuple[float, float], ...]]] = field(
+        default_factory=dict
+    )
 
     def cost(self, layer: LayerSpec) -> Cost:
         """What a layer costs, with its milliseconds as far as they are known.
 
-        One that lost channels takes time in proportion to its multiply-adds.
+        One that lost channels takes time in proportion to its multiply-adds and to the slowdown of
+        either side, between the shares that were measured on a line over the share's logarithm.
         """
         ms = self.layer_ms.get(layer.name)
         if ms is not None:
-            ms *= layer.cost.macs / self._macs[layer.name]
+            whole = self._whole[layer.name]
+            ms *= layer.cost.macs / whole.cost.macs
+            shares = {
+                "in": layer.in_channels / whole.in_channels,
+                "out": layer.out_channels / whole.out_channels,
+            }
+            for side, points in self.slowdown.get(layer.name, {}).items():
+                known, factors = zip(*points, (1.0, 1.0), strict=True)
+                ms *= float(np.interp(math.log(shares[side]), np.log(known), factors))
         return replace(layer.cost, ms=ms)
 
     @cached_property
-    def _macs(self) -> dict[str, int]:
-        return {layer.name: layer.cost.macs for layer in (*self.layers, *self.others)}
+    def _whole(self) -> dict[str, LayerSpec]:
+        return {layer.name: layer for layer in (*self.layers, *self.others)}
 
     def to_json(self) -> str:
         """The table as JSON, for the study's folder."""
@@ -137,6 +154,7 @@ class LayerTable:
             "refused_groups": self.refused_groups,
             "layer_ms": dict(self.layer_ms),
             "network_ms": self.network_ms,
+            "slowdown": self.slowdown,
         }
         return json.dumps(table, indent=1)
 
@@ -162,7 +180,11 @@ class LayerTable:
             for name, row in data["ladders"].items()
         }
         kept = {key: data[key] for key in ("refused", "refused_groups", "layer_ms", "network_ms")}
-        return cls(layers, choices, ladders=ladders, others=others, **kept)
+        slowdown = {
+            name: {side: tuple((a, b) for a, b in points) for side, points in sides.items()}
+            for name, sides in data["slowdown"].items()
+        }
+        return cls(layers, choices, ladders=ladders, others=others, slowdown=slowdown, **kept)
 
 
 def _spec_from_dict(row: Mapping[str, Any]) -> LayerSpec:

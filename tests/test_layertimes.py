@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TinyNet
+from test_channels import Residual, randomized
+from test_width import table_of as channels_table
 from torch import nn
 
 from autocompress import layertimes
 from autocompress.latency import Deployment, Runner, prepare
-from autocompress.layers import LayerSpec, inspect_layers
+from autocompress.layers import LayerSpec, inspect_layers, spec_of, without_channels
 from autocompress.layertimes import LayerTimes, with_times
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.transforms import TRANSFORMS
@@ -175,3 +177,58 @@ def test_layers_that_sum_up_to_more_than_the_network_are_scaled_down(
     )
     for choices in timed.choices.values():
         assert [c.ms for c in choices] == pytest.approx([c.macs / 2 for c in choices])
+
+
+def test_narrower_layers_are_timed_on_the_sides_where_channels_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a runtime that fills widths up to eight, half of a narrow layer saves no time."""
+
+    def padded(layer: LayerSpec) -> float:
+        inputs, outputs = (-(-n // 8) * 8 for n in (layer.in_channels, layer.out_channels))
+        return layer.cost.macs * inputs * outputs / (layer.in_channels * layer.out_channels)
+
+    cost: dict[int, float] = {}
+    alive: list[Runner] = []
+
+    def runner(self: LayerTimes, layer: LayerSpec, transform: object) -> Runner:
+        run = lambda: None  # noqa: E731
+        cost[id(run)] = 10.0 + padded(layer)
+        alive.append(run)
+        return run
+
+    monkeypatch.setattr(LayerTimes, "_runner", runner)
+    monkeypatch.setattr(LayerTimes, "_call", lambda _: call)
+    cost[id(call)] = 10.0
+    monkeypatch.setattr(
+        layertimes, "_times", lambda runners, *_: [cost.get(id(run), NETWORK) for run in runners]
+    )
+    table, _ = channels_table(randomized(Residual()))
+    timed = with_times(table, LayerTimes(DEPLOYMENT, None), network)
+    assert timed.cost(timed.layers[0]) == replace(
+        timed.layers[0].cost, ms=timed.layer_ms[timed.layers[0].name]
+    )
+    inner = next(layer for layer in timed.layers if layer.name == "inner")  # 12 outputs
+    assert set(timed.slowdown["inner"]) == {"in", "out"}
+    shares = [share for share, _ in timed.slowdown["inner"]["out"]]
+    assert shares == [3 / 12, 6 / 12]
+    for count in (3, 6):
+        fewer = without_channels(inner, inner.in_channels, count)
+        assert timed.cost(fewer).ms == pytest.approx(padded(fewer))
+    between = timed.cost(without_channels(inner, inner.in_channels, 4)).ms
+    assert between is not None and between > 4 / 12 * padded(inner)
+    assert "fc" not in timed.slowdown or set(timed.slowdown["fc"]) == {"in"}
+    assert LayerTable.from_json(timed.to_json()) == timed
+
+
+@pytest.mark.parametrize(("groups", "sides"), [(12, {"out": [0.25, 0.5]}), (2, {})])
+def test_depthwise_layers_lose_both_sides_at_once_and_other_grouped_ones_are_not_timed(
+    groups: int, sides: dict[str, list[float]]
+) -> None:
+    module = nn.Conv2d(12, 12, 3, groups=groups)
+    layer = spec_of("x", module, (1, 12, 8, 8), (1, 12, 6, 6))
+    found = layertimes._narrower(layer, {"in", "out"})
+    assert {side: [share for share, _ in own] for side, own in found.items()} == sides
+    for own in found.values():
+        for share, spec in own:
+            assert spec.in_channels == spec.out_channels == spec.groups == 12 * share

@@ -93,6 +93,7 @@ def test_it_round_trips_through_json(table: LayerTable) -> None:
         choices={**table.choices, name: tuple(replace(c, ms=0.5) for c in choices)},
         layer_ms={layer.name: 1.5 for layer in table.layers},
         network_ms=7.0,
+        slowdown={table.layers[0].name: {"out": ((0.25, 3.0), (0.5, 2.0))}},
     )
     assert LayerTable.from_json(timed.to_json()) == timed
     assert timed.cost(table.layers[0]).ms == 1.5 and table.cost(table.layers[0]).ms is None
