@@ -4,9 +4,9 @@
     python scripts/sweep_models.py --models 'torchvision:resnet*' 'timm:ghostnet_100'
     OMP_NUM_THREADS=1 python scripts/sweep_models.py --jobs 16
 
-Each network has random weights and goes through all steps of a user's network: its layers are
-analysed; the layer table is made from random images; the allocator plans half of the MACs; the plan
-is applied, runs forward and backward in training mode, is saved, is built again from plan and
+Each network has random weights and goes through all steps of a user's network: its layers and
+channel groups are analysed; the layer table is made from random images; the allocator plans half of
+the MACs, by ranks and channels (--no-channels: by ranks alone); the plan is applied, runs forward and backward in training mode, is saved, is built again from plan and
 weights with identical outputs, and is exported to ONNX with outputs that match. A network that
 can't be halved is refused with a reason. Each one runs in a process of its own, within a time and
 the memory that is there, and is kept in --out: the same command goes on where it stopped. With
@@ -24,6 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,14 +33,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autocompress.allocator import Knobs, allocate
+from autocompress.allocator import Knobs, decode
+from autocompress.config import SearchConfig
 from autocompress.errors import AutocompressError
 from autocompress.export import check_onnx, export_onnx, load, save_model
+from autocompress.importance import build_ladders
 from autocompress.layers import Cost, LayerSpec, inspect_layers
 from autocompress.models import build_model, list_models
 from autocompress.observation import observe_layers
 from autocompress.profiler import profile_model
-from autocompress.scope import why_refused
+from autocompress.scope import channel_groups, why_refused
 from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
 from autocompress.store import write_text
@@ -87,22 +90,25 @@ def main() -> None:
     parser.add_argument("--out", default="runs/sweep", help="folder of what is finished")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="transforms")
+    parser.add_argument("--no-channels", action="store_true", help="plan by ranks alone")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--again", action="store_true", help="try failed networks once more")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(attempt(options.one, options.methods)))
+        print(json.dumps(attempt(options.one, options.methods, not options.no_channels)))
         return
     sources = [s for s in known_sources() if any(fnmatchcase(s, p) for p in options.models)]
-    print("| network | pixels | layers | params | MACs | largest ONNX difference | s | outcome |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| network | pixels | layers | groups | params | MACs | largest ONNX difference | s | outcome |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
     def work(source: str) -> dict[str, Any]:
         path = Path(options.out) / f"{source.replace(':', '-')}.json"
         row = kept(path, options.again)
         if row is None:
-            row = in_a_process(source, options.limit, options.methods)
+            row = in_a_process(source, options.limit, options.methods, not options.no_channels)
             write_text(path, json.dumps(row, indent=1))
         return row
 
@@ -129,9 +135,12 @@ def kept(path: Path, again: bool) -> dict[str, Any] | None:
     return None if again and row["outcome"] == "failed" else row
 
 
-def in_a_process(source: str, limit: float, methods: Sequence[str]) -> dict[str, Any]:
+def in_a_process(
+    source: str, limit: float, methods: Sequence[str], channels: bool = True
+) -> dict[str, Any]:
     """One network's row, from a process that may run out of time or memory."""
     command = [sys.executable, __file__, "--one", source, "--methods", *methods]
+    command += [] if channels else ["--no-channels"]
     start = time.perf_counter()
     fault = ""
     try:
@@ -148,7 +157,7 @@ def in_a_process(source: str, limit: float, methods: Sequence[str]) -> dict[str,
     return {"source": source, "outcome": "failed", "reason": fault, "seconds": seconds}
 
 
-def attempt(source: str, methods: Sequence[str]) -> dict[str, Any]:
+def attempt(source: str, methods: Sequence[str], channels: bool = True) -> dict[str, Any]:
     """Take one network through all steps; a failure is a row, too."""
     began: dict[str, float] = {}
     row: dict[str, Any] = {"source": source}
@@ -159,7 +168,7 @@ def attempt(source: str, methods: Sequence[str]) -> dict[str, Any]:
         print(f"step: {name}", file=sys.stderr, flush=True)
 
     try:
-        outcome, reason = compress(source, methods, row, note)
+        outcome, reason = compress(source, methods, channels, row, note)
     except Exception as error:
         first = next((text for text in str(error).splitlines() if text.strip()), "")
         outcome, reason = "failed", f"{list(began)[-1]}: {type(error).__name__}: {first}"
@@ -171,7 +180,11 @@ def attempt(source: str, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def compress(
-    source: str, methods: Sequence[str], row: dict[str, Any], note: Callable[[str], None]
+    source: str,
+    methods: Sequence[str],
+    channels: bool,
+    row: dict[str, Any],
+    note: Callable[[str], None],
 ) -> tuple[str, str]:
     """All steps of one network; what is learned goes into `row`.
 
@@ -194,12 +207,18 @@ def compress(
     layers, left_alone = inspect_layers(model, example, include=None)
     row |= {"layers": len(layers), "left_alone": left_alone}
     macs = {layer.name: layer.macs for layer in before.layers}
-    if not layers:
+    note("channel groups")
+    search = SearchConfig(channels=channels)
+    groups, others, unfit = channel_groups(model, example, layers, left_alone, search)
+    row |= {"groups": len(groups), "refused_groups": unfit}
+    if not (layers or groups):
         return "refused", "no layer may change: " + main_reasons(left_alone, macs)
     note("layer table")
-    seen = observe_layers(model, task, layers, patches=64)
+    seen = observe_layers(model, task, (*layers, *others), patches=64)
     cache = FactorCache(model, seen.patches)
     table = build_table(model, layers, cache, seen, methods)
+    ladders = build_ladders(model, task, groups, seen, search.importance)
+    table = replace(table, others=others, ladders=ladders)
     note("plan")
     space = SearchSpace.from_table(table, "macs", before.cost)
     least = space.least_cost / space.baseline_cost
@@ -210,11 +229,13 @@ def compress(
             f"the smallest network of the space still has {100 * least:.0f} % of the MACs: "
             + main_reasons(left_alone, macs, layers)
         )
-    plan = space.plan(allocate(space, Knobs(max(BUDGET, least))))
+    here, picked = decode(space, Knobs(max(BUDGET, least)))
+    plan = here.plan(picked)
     note("apply")
     small = apply_plan(model, plan, cache)
     after = profile_model(small, example, latency=False)
-    row |= ratios(before.cost, after.cost) | {"changed": len(plan.layers)}
+    row |= ratios(before.cost, after.cost)
+    row |= {"changed": len(plan.layers), "narrowed": len(plan.channels)}
     note("forward and backward")
     fit(small, task, epochs=1, learning_rate=1e-4, seed=0, teacher=model, distillation=0.5)
     with TemporaryDirectory() as place:
@@ -312,6 +333,7 @@ def line(row: dict[str, Any]) -> str:
         row["source"],
         shown("pixels", "d"),
         f"{shown('changed', 'd')} of {shown('layers', 'd')}",
+        f"{shown('narrowed', 'd')} of {shown('groups', 'd')}",
         shown("params", ".2f", "x"),
         shown("macs", ".2f", "x"),
         shown("difference", ".1e"),
