@@ -100,8 +100,8 @@ def rehearse(
     weights are kept, so that nothing is done twice if the trial is a finalist in the end, too.
 
     Returns:
-        The rehearsal: "trial", its label; "before" and "after", its drop, in points, 100 where the
-        fine-tuning diverged. None where no trial promises to come within delta.
+        The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
+        drop after, in points; 100 where the fine-tuning diverged. None where no trial promises to come within delta.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
@@ -112,12 +112,13 @@ def rehearse(
     return {
         "trial": label,
         "before": before,
-        "after": max(before, LOST) if finalist is None else finalist.drop,
+        "after": LOST if finalist is None else finalist.drop,
+        "bound": LOST if finalist is None else finalist.bound,
     }
 
 
 def rehearsal_of(bench: Bench) -> Mapping[str, Any] | None:
-    """The rehearsal's "trial", "before", "after" and "seconds"; None if there was none."""
+    """The rehearsal's "trial", "before", "after", "bound" and "seconds"; None if there was none."""
     annealing = bench.studies.get("annealing")
     return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 

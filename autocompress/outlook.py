@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -76,10 +76,13 @@ class Outlook:
     Attributes:
         delta: The tolerance, in points.
         steps: Stage to the step that follows its trials, in order; no entry where none does.
+        ends: Trials that were fine-tuned as long as the winner, "<stage>/<number>", and the bounds
+            of the drop that they came to.
     """
 
     delta: float
     steps: Mapping[str, Step]
+    ends: Mapping[str, float] = field(default_factory=dict)
 
     def kept(self, stage: str) -> float:
         """Share of a trial's drop that is left in the end, 0 to 1."""
@@ -98,8 +101,11 @@ class Outlook:
         return margin + (self.kept(stage) * drop if drop > 0 else drop)
 
     def expected(self, stage: str, trial: FrozenTrial) -> float:
-        """The bound that is expected of a finished trial; that of the trial itself if it stopped
-        early, for then its drop is no measure."""
+        """The bound that is expected of a finished trial, or that it came to; that of the trial
+        itself if it stopped early, for then its drop is no measure."""
+        label = f"{stage}/{trial.number}"
+        if label in self.ends:
+            return self.ends[label]
         after = lost(trial, self.delta)
         if trial.state != TrialState.COMPLETE or not math.isfinite(after):
             return after
@@ -168,6 +174,7 @@ def outlook_of(
     if rehearsal is not None:
         stage = rehearsal["trial"].split("/")[0]
         found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
+        found = replace(found, ends={rehearsal["trial"]: rehearsal["bound"]})
     return found
 
 

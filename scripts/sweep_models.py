@@ -6,11 +6,12 @@
 
 Each network has random weights and goes through all steps of a user's network: its layers and
 channel groups are analysed; the layer table is made from random images; the allocator plans half of
-the MACs, by ranks and channels (--no-channels: by ranks alone); the plan is applied, runs forward and backward in training mode, is saved, is built again from plan and
-weights with identical outputs, and is exported to ONNX with outputs that match. A network that
-can't be halved is refused with a reason. Each one runs in a process of its own, within a time and
-the memory that is there, and is kept in --out: the same command goes on where it stopped. With
---again, networks that failed are tried once more.
+the MACs, by ranks and channels (--no-channels: by ranks alone); the plan is applied, runs forward
+and backward in training mode, is saved, is built again from plan and weights with identical
+outputs, and is exported to ONNX with outputs that match. A network that can't be halved is refused
+with a reason. Each one runs in a process of its own, within a time and the memory that is there,
+and is kept in --out: the same command goes on where it stopped. With --again, networks that failed
+are tried once more.
 """
 
 from __future__ import annotations
@@ -99,10 +100,9 @@ def main() -> None:
         print(json.dumps(attempt(options.one, options.methods, not options.no_channels)))
         return
     sources = [s for s in known_sources() if any(fnmatchcase(s, p) for p in options.models)]
-    print(
-        "| network | pixels | layers | groups | params | MACs | largest ONNX difference | s | outcome |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    heads = ("network", "pixels", "layers", "groups", "params", "MACs", "ONNX difference", "s")
+    print("| " + " | ".join((*heads, "outcome")) + " |")
+    print("|---" * (len(heads) + 1) + "|", flush=True)
 
     def work(source: str) -> dict[str, Any]:
         path = Path(options.out) / f"{source.replace(':', '-')}.json"

@@ -161,7 +161,7 @@ def test_a_rehearsal_tells_what_the_end_wins_back(
     monkeypatch.setattr(finals, "_final_fit", fits)
     config = tiny_config(tmp_path, delta=DELTA)
     done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay())
-    assert done == {"trial": "annealing/1", "before": 6.0, "after": after}
+    assert done == {"trial": "annealing/1", "before": 6.0, "after": after, "bound": after}
     assert fits.calls == [("annealing/1", 0)]
 
 

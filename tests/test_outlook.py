@@ -103,11 +103,14 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
 
 
 def test_the_rehearsal_tells_the_second_step() -> None:
-    rehearsal = {"trial": "annealing/0", "before": 2.0, "after": 0.1, "seconds": 1.0}
+    rehearsal = {"trial": "annealing/0", "before": 2.0, "after": 0.1, "bound": 0.7}
     annealing = study_with(trial(2.0), **{EPOCHS: 4.0, REHEARSAL: rehearsal})
     found = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
     assert found.steps["annealing"].pairs == ((2.0, 0.1),)
     assert found.kept("annealing") < Step(4.0).kept(DELTA)
+    # What that trial came to is known.
+    assert found.expected("annealing", annealing.trials[0]) == 0.7
+    assert found.expected("exploration", annealing.trials[0]) != 0.7
     # An exploration trial would first have lost less by the annealing's length.
     seen = found.having_seen("exploration", 4.0, 1.0)
     assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * Step(4.0).kept(DELTA)), 1.0)

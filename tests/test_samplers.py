@@ -348,6 +348,17 @@ def test_children_save_more_where_the_end_wins_more_back() -> None:
     assert next_child(0.6, longer=10.0) < next_child(0.6)
 
 
+def test_a_parent_whose_end_is_known_is_judged_by_that() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    cost = DEEP.cost(DEEP.pick(plan))
+    parent = Parent("annealing/7", plan.to_json(), 0.8, cost)
+    costs = []
+    for ends in ({}, {"annealing/7": 0.1}):
+        sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}, ends), parents=[parent])
+        costs.append(DEEP.cost(DEEP.pick(DEEP.suggest(make_study(sampler).ask()))))
+    assert costs[1] < 0.8 * costs[0] < costs[0] < cost
+
+
 def test_children_go_on_with_the_exponent_that_their_parent_was_chosen_by() -> None:
     exploration = make_study(KnobSampler(DEEP, 0))
     run(exploration, DEEP, 9, 4.0)
