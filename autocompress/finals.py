@@ -101,7 +101,8 @@ def rehearse(
 
     Returns:
         The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
-        drop after, in points; 100 where the fine-tuning diverged. None where no trial promises to come within delta.
+        drop after, in points; 100 where the fine-tuning diverged. None where no trial promises to
+        come within delta.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
