@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -411,23 +411,30 @@ def _narrower(layer: LayerSpec, choices: Sequence[Choice]) -> Iterator[Choice]:
         macs = [choice.macs for _, choice in known]
         times = [choice.ms for _, choice in known if choice.ms is not None]
         ladder = kind.ladder(layer)
-        for place, transform in enumerate(ladder):
-            cost = transform.cost(layer)
-            rank = _rank(transform)
-            error = float(np.interp(rank, ranks, errors))
-            impact = math.exp(np.interp(rank, ranks, impacts))
-            fraction = (place + 1) / len(ladder)
+        own = [_rank(transform) for transform in ladder]
+        costs = [transform.cost(layer) for transform in ladder]
+        own_errors = np.interp(own, ranks, errors).tolist()
+        own_impacts = np.exp(np.interp(own, ranks, impacts)).tolist()
+        own_times: list[float | None] = [None] * len(ladder)
+        if times:
+            wanted = np.array([cost.macs for cost in costs])
             # Beyond the ladder's lower end in proportion, as there is nothing nearer.
-            part = min(1.0, cost.macs / min(macs))
-            ms = part * float(np.interp(cost.macs, macs, times)) if times else None
-            yield Choice(transform, fraction, cost.params, cost.macs, error, impact, ms)
+            parts = np.minimum(1.0, wanted / min(macs))
+            own_times = (parts * np.interp(wanted, macs, times)).tolist()
+        for place, (transform, cost) in enumerate(zip(ladder, costs, strict=True)):
+            fraction = (place + 1) / len(ladder)
+            predicted = own_errors[place], own_impacts[place], own_times[place]
+            yield Choice(transform, fraction, cost.params, cost.macs, *predicted)
 
 
 def _rank(transform: Transform) -> float:
     """The geometric mean of a transform's ranks."""
     assert is_dataclass(transform) and not isinstance(transform, type)
-    ranks = np.concatenate([np.atleast_1d(rank) for rank in astuple(transform)])
-    return float(np.exp(np.log(ranks).mean()))
+    logs: list[float] = []
+    for field_ in fields(transform):
+        rank = getattr(transform, field_.name)
+        logs += map(math.log, rank if isinstance(rank, tuple) else (rank,))
+    return math.exp(math.fsum(logs) / len(logs))
 
 
 def _around(own: Sequence[Option], parent: Option, band: float) -> set[int]:

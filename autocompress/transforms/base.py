@@ -88,11 +88,12 @@ def climb(
         least: The smallest share.
     """
     shares = [least ** (1 - step / 63) for step in range(64)]
+    whole = layer.cost
     rungs: dict[int, T] = {}
-    for share in shares:
-        choice = make(share)
+    # Ranks are rounded, so most shares of a narrow layer mean the same choice.
+    for choice in dict.fromkeys(make(share) for share in shares):
         cost = choice.cost(layer)
-        if cost.params < layer.cost.params and cost.macs < layer.cost.macs:
+        if cost.params < whole.params and cost.macs < whole.macs:
             rungs.setdefault(cost.params, choice)
     ordered = [rungs[params] for params in sorted(rungs)]
     if len(ordered) <= points:
