@@ -299,7 +299,8 @@ def find_groups(
     try:
         traced = _trace(work, inputs)
     except Exception as error:  # the graph's own code may stumble over any network
-        return (), {"*": f"its channels could not be traced: {type(error).__name__}: {error}"}
+        reason = f"{type(error).__name__}: {error}"
+        return (), {"*": f"Torch-Pruning's graph can't follow its channels ({reason})"}
     groups: list[ChannelGroup] = []
     refused: dict[str, str] = {}
     order = {name: place for place, name in enumerate(dict(work.named_modules()))}

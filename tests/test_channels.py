@@ -353,4 +353,4 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
 
     groups, refused = find_groups(Fails(), (torch.randn(1, 3, SIZE, SIZE),))
     assert groups == ()
-    assert "could not be traced: RuntimeError: only without derivatives" in refused["*"]
+    assert "follow its channels (RuntimeError: only without derivatives" in refused["*"]
