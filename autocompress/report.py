@@ -189,6 +189,7 @@ def write_report(
         comparison=_comparison(view),
         second=_second(view),
         int8=_int8(view),
+        judged_in_int8=_judged_in_int8(view),
         plot=markupsafe.Markup(plot),
         outside=_outside(view.trials, view.delta),
         counts=Counter(trial.outcome for trial in view.trials),
@@ -518,7 +519,7 @@ def _headline(view: _View) -> dict[str, Any]:
     if bound is not None and confidence is not None and confidence > 0.5:
         verdict += (
             f" With a confidence of {100 * confidence:g} % the drop on new images is at most "
-            f"{bound:.2f} points."
+            f"{bound:.2f} points{', in int8' if _judged_in_int8(view) else ''}."
         )
     title = f"{_ratio(ratio)} {words}" if ratio else "Compressed model"
     if view.result.get("val_seen"):
@@ -621,6 +622,11 @@ def _second(view: _View) -> str:
         f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
         f"drop {quantity(_drop(second), 'drop')} points on validation data."
     )
+
+
+def _judged_in_int8(view: _View) -> bool:
+    """Whether trials and finalists were judged by their int8 files."""
+    return bool(((view.result.get("config") or {}).get("search") or {}).get("int8"))
 
 
 def _int8(view: _View) -> dict[str, Any] | None:

@@ -460,6 +460,16 @@ def test_the_int8_file_is_shown_beside_the_float32_files(tmp_path: Path) -> None
     assert "model.int8.onnx holds" in path.read_text()
 
 
+def test_drops_that_are_those_of_int8_files_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    found = result() | {"confidence": 0.95}
+    write_report(found, *studies(), path)
+    assert "in int8" not in path.read_text()
+    write_report(found | {"config": {"search": {"int8": True}}}, *studies(), path)
+    text = path.read_text()
+    assert "points, in int8." in text and "measured on validation data, in int8." in text
+
+
 def test_one_stage_and_nothing_finished(tmp_path: Path) -> None:
     """A study of exploration alone, and one in which no trial has ended."""
     bare = {"study": "new", "delta": 0.5, "objective": "latency", "met": False, "baseline": {}}
