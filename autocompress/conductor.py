@@ -31,7 +31,7 @@ from autocompress.config import StudyConfig, bound_settings, cache_folder
 from autocompress.dashboard import annotate
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
-from autocompress.finals import rehearsal_of, rehearse
+from autocompress.finals import rehearse
 from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
@@ -39,7 +39,7 @@ from autocompress.layertimes import LayerTimes, with_times
 from autocompress.models import load_state
 from autocompress.objective import Bench, best_so_far, find_trial, run_trial
 from autocompress.observation import observe_layers
-from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs
+from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
 from autocompress.plan import Plan, group_to_dict
 from autocompress.probe import settle
 from autocompress.profiler import Latency, profile_model
@@ -92,6 +92,8 @@ MAX_PARENTS = 4
 REHEARSED_FROM = 6
 """Trials of an annealing from which on it is worth a long fine-tuning to learn what these may lose.
 With fewer, too few come after it."""
+REHEARSED_AFTER = 4
+"""It is done after one in so many of its trials."""
 MAX_FAILURES = 5
 """A study in which this many trials in a row fail has a fault that no further trial will cure."""
 
@@ -245,7 +247,7 @@ def _run(
         annealing = _anneal(bench, config, space, bound, facts, storage, folder, display)
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
-    rehearsal = rehearsal_of(bench)
+    rehearsal = rehearsal_of(bench.studies)
     if rehearsal is not None:
         seconds["rehearsal"] = rehearsal["seconds"]
     summary = conclude(config, bench, folder, display, seconds, command)
@@ -582,10 +584,10 @@ def _anneal(
     longer = bench.finetune.final_epochs > annealing.user_attrs[EPOCHS]
     total = config.search.annealing_trials
 
-    def rehearse_midway(spent: int) -> bool:
-        due = longer and total >= REHEARSED_FROM and spent >= total // 2
+    def rehearse_early(spent: int) -> bool:
+        due = longer and total >= REHEARSED_FROM and spent >= total // REHEARSED_AFTER
         done = False
-        if due and rehearsal_of(bench) is None:
+        if due and rehearsal_of(bench.studies) is None:
             start = time.perf_counter()
             found = rehearse(config, bench, folder, display)
             if found is not None:
@@ -595,7 +597,7 @@ def _anneal(
         sampler.outlook = bench.outlook
         return done
 
-    _run_stage(bench, "annealing", narrowed, config, display, between=rehearse_midway)
+    _run_stage(bench, "annealing", narrowed, config, display, between=rehearse_early)
     return annealing
 
 

@@ -16,10 +16,10 @@ from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
 from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
-from autocompress.outlook import REHEARSAL, Outlook
+from autocompress.outlook import Outlook
 from autocompress.plan import Plan
 from autocompress.progress import Display
-from autocompress.store import StudyFolder, portable_state, write_weights
+from autocompress.store import StudyFolder, portable_state, save_weights, write_weights
 from autocompress.training import fit
 from autocompress.trials import has_weights, within_delta
 
@@ -94,15 +94,16 @@ def choose_finalists(
 def rehearse(
     config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
 ) -> dict[str, Any] | None:
-    """Fine-tune at length, in the midst of the annealing, what would be the first finalist now.
+    """Fine-tune at length, early in the annealing, what would be the first finalist now.
 
     That tells what the long fine-tuning wins back, and so what the other trials may lose. The
     weights are kept, so that nothing is done twice if the trial is a finalist in the end, too.
 
     Returns:
         The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
-        drop after, in points; 100 where the fine-tuning diverged. None where no trial promises to
-        come within delta.
+        drop after, in points, 100 where the fine-tuning diverged; "weights", the artifact of the
+        weights if they are better than the trial's, from which its children may begin. None where
+        no trial promises to come within delta.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
@@ -110,18 +111,13 @@ def rehearse(
         return None
     finalist = _final_fit(config, bench, folder, label, config.seed, display)
     before = labelled[label].values[0]
-    return {
-        "trial": label,
-        "before": before,
-        "after": LOST if finalist is None else finalist.drop,
-        "bound": LOST if finalist is None else finalist.bound,
-    }
-
-
-def rehearsal_of(bench: Bench) -> Mapping[str, Any] | None:
-    """The rehearsal's "trial", "before", "after", "bound" and "seconds"; None if there was none."""
-    annealing = bench.studies.get("annealing")
-    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
+    found = {"trial": label, "before": before, "after": LOST, "bound": LOST, "weights": None}
+    if finalist is not None:
+        found |= {"after": finalist.drop, "bound": finalist.bound}
+        if finalist.drop < before:
+            study = bench.studies["annealing"]
+            found["weights"] = save_weights(finalist.model, study, bench.store)
+    return found
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:

@@ -31,7 +31,7 @@ from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
 from autocompress.observation import Observations
-from autocompress.outlook import EPOCHS, Outlook, outlook_of
+from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsal_of
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
@@ -318,6 +318,10 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
     if label is None:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     parent, parent_plan = load_trial_model(bench, label)
+    rehearsal = rehearsal_of(bench.studies)
+    if rehearsal is not None and rehearsal["trial"] == label and rehearsal["weights"]:
+        # It was fine-tuned at length, which its children may have the good of.
+        load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
     return inherit(parent, parent_plan, plan, bench.baseline.model, bench.observations)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
@@ -170,12 +171,18 @@ def outlook_of(
             "annealing": Step(_times(recipe.final_epochs, middle)),
         },
     )
-    rehearsal = None if annealing is None else annealing.user_attrs.get(REHEARSAL)
+    rehearsal = rehearsal_of(studies)
     if rehearsal is not None:
         stage = rehearsal["trial"].split("/")[0]
         found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
         found = replace(found, ends={rehearsal["trial"]: rehearsal["bound"]})
     return found
+
+
+def rehearsal_of(studies: Mapping[str, Study]) -> Mapping[str, Any] | None:
+    """What `finals.rehearse` found, and its "seconds"; None if there was none."""
+    annealing = studies.get("annealing")
+    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
 
 
 def _times(longer: float, shorter: float) -> float:

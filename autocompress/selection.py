@@ -19,10 +19,11 @@ from optuna.trial import FrozenTrial
 from autocompress.config import StudyConfig
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
-from autocompress.finals import Finalist, candidates, choose_finalists, rehearsal_of
+from autocompress.finals import Finalist, candidates, choose_finalists
 from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
 from autocompress.objective import Bench, pace
+from autocompress.outlook import rehearsal_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.report import layer_rows
@@ -154,7 +155,7 @@ def _facts(
         "int8": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
-        "rehearsal": rehearsal_of(bench),
+        "rehearsal": rehearsal_of(bench.studies),
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,

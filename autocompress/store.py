@@ -297,12 +297,12 @@ def mark_interrupted(study: Study, trial_id: int, number: int) -> None:
     study.tell(number, state=TrialState.FAIL)
 
 
-def save_weights(model: nn.Module, trial: Trial, store: FileSystemArtifactStore) -> str:
+def save_weights(model: nn.Module, owner: Trial | Study, store: FileSystemArtifactStore) -> str:
     """Upload a network's weights as safetensors; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
         save_file(portable_state(model), path)
-        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
+        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
 
 
 def save_text(text: str, name: str, trial: Trial, store: FileSystemArtifactStore) -> str:

@@ -278,9 +278,7 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_finals_are_rehearsed_midway_through_a_long_annealing(
-    task: Task, tmp_path: Path
-) -> None:
+def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path: Path) -> None:
     longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
     short = run_study(tiny_config(tmp_path, annealing_trials=5, **longer), task, NullDisplay())
     assert short.summary["rehearsal"] is None

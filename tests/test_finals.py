@@ -149,19 +149,27 @@ def test_a_plan_that_one_seed_favoured_gives_way_to_the_next(
     assert second.label == "annealing/0" and second.seeds == {}
 
 
-@pytest.mark.parametrize(("bound", "after"), [(3.0, 3.0), (-1.0, -1.0), (None, 100.0)])
+@pytest.mark.parametrize(("bound", "after"), [(3.0, 3.0), (-1.0, -1.0), (6.5, 6.5), (None, 100.0)])
 def test_a_rehearsal_tells_what_the_end_wins_back(
     bound: float | None, after: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 7.5 is the most that promises to come within 5 by what is assumed before.
     found = trials((100, 4.0), (60, 6.0), (40, 8.0))
     study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
-    bench = cast(Bench, SimpleNamespace(studies={"annealing": study}, outlook=OUTLOOK))
+    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "store": None}
+    bench = cast(Bench, SimpleNamespace(**parts))
     fits = Fits(lambda label, seed: bound)
+    monkeypatch.setattr(finals, "save_weights", lambda model, owner, store: "annealing's")
     monkeypatch.setattr(finals, "_final_fit", fits)
     config = tiny_config(tmp_path, delta=DELTA)
     done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay())
-    assert done == {"trial": "annealing/1", "before": 6.0, "after": after, "bound": after}
+    assert done == {
+        "trial": "annealing/1",
+        "before": 6.0,
+        "after": after,
+        "bound": after,
+        "weights": "annealing's" if after < 6.0 else None,
+    }
     assert fits.calls == [("annealing/1", 0)]
 
 

@@ -13,6 +13,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
 from torch import nn
 
+from autocompress import objective
 from autocompress.baseline import Baseline
 from autocompress.evaluation import evaluate
 from autocompress.latency import Deployment, LatencyMeter
@@ -28,15 +29,16 @@ from autocompress.objective import (
     run_trial,
 )
 from autocompress.observation import observe_layers
+from autocompress.outlook import REHEARSAL
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
-from autocompress.store import StudyFolder, bury_interrupted
+from autocompress.store import StudyFolder, bury_interrupted, save_weights
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
-from autocompress.trials import INTERRUPTED
+from autocompress.trials import INTERRUPTED, PARENT
 
 
 class Ends(NullDisplay):
@@ -102,6 +104,34 @@ def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
     assert plan.digest == frozen.user_attrs["plan_digest"]
     drop = bench.baseline.val.accuracy - found.accuracy
     assert frozen.values == [pytest.approx(drop), sum(p.numel() for p in model.parameters())]
+
+
+def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_trial(bench, "exploration", space_of(bench))
+    model, plan = load_trial_model(bench, "exploration/0")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    annealing = optuna.create_study(directions=["minimize", "minimize"])
+    bench.studies["annealing"] = annealing
+    kept = save_weights(model, annealing, bench.store)
+    began: list[nn.Module] = []
+
+    def inherit(parent: nn.Module, *_: Any) -> nn.Module:
+        began.append(parent)
+        return parent
+
+    monkeypatch.setattr(objective, "inherit", inherit)
+    for label, weights in (("exploration/0", kept), ("exploration/0", None), ("other/1", kept)):
+        annealing.set_user_attr(REHEARSAL, {"trial": label, "weights": weights})
+        trial = annealing.ask()
+        trial.set_user_attr(PARENT, "exploration/0")
+        objective._build(bench, plan, trial)
+    first, *others = [next(one.parameters()) for one in began]
+    assert torch.allclose(first, next(model.parameters()))
+    assert all(torch.allclose(2.0 * other, first) for other in others)
 
 
 def test_the_same_seed_gives_the_same_trial(task: Task, tmp_path: Path) -> None:
