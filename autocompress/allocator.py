@@ -34,9 +34,11 @@ negative on channels alone are removed, as far as these can save so much."""
 
 CLOSE = 0.985
 """A network that costs this share of its budget is near enough: ranks fill the rest."""
-STEP, FAR, NARROW = 4.0, 100.0, 0.02
-"""How the price is sought, as a natural logarithm: in steps until there is one too low and one too
-high, never beyond, and then by halves until they are as near as that."""
+STEP, FAR, NARROW = 0.7, 150.0, 0.02
+"""How the price is sought, as a natural logarithm: in steps, ever longer, until one is too low
+and one too high, never beyond, and then between them until they are as near as that."""
+GUESS = 20.0
+"""The logarithm of one over the price to begin with, where no layer has ranks to be cut."""
 SWEEPS = 2
 """How often all groups are gone through at one price; the next one begins where this one ended."""
 
@@ -218,28 +220,34 @@ class _Market:
     def kept(self) -> dict[str, int]:
         """The keep-counts; none where the whole network is within the budget."""
         target = self._knobs.budget * self._space.baseline_cost
-        unit = self._space.baseline_cost if self._knobs.rule == "knapsack" else 1
         found = self._cheapest()
-        strength, low, high = 0.0, -math.inf, math.inf
+        # The price at which ranks alone would come to the budget is not far off.
+        strength = _price(self._space, self._knobs)[0] if self._space.options else -GUESS
+        low, dear, high, cheap = -math.inf, 0.0, math.inf, 0.0
+        step = STEP
         for _ in range(40):
-            cost = self._settle(math.exp(strength) / unit)
+            cost = self._settle(math.exp(strength))
             if cost > target:
-                low = strength
+                low, dear = strength, cost
                 self._move_to(found if math.isfinite(high) else self._chosen)
             else:
-                high, found = strength, dict(self._chosen)
+                high, cheap, found = strength, cost, dict(self._chosen)
                 if cost >= CLOSE * target:
                     break
-            if not math.isfinite(high):
-                strength += STEP
-            elif not math.isfinite(low):
-                strength -= STEP
+            if math.isfinite(low) and math.isfinite(high):
+                # Where a line through both ends comes to the budget, but well between them.
+                share = (dear - 0.5 * (1 + CLOSE) * target) / (dear - cheap)
+                strength = low + min(max(share, 0.15), 0.85) * (high - low)
             else:
-                strength = (low + high) / 2
+                strength += step if math.isfinite(low) else -step
+                step *= 2
             if abs(strength) > FAR or high - low < NARROW:
                 break
+        self._move_to(found)
+        if math.isfinite(high):
+            self._fill(math.exp(high), target)
         own = self._width.options
-        return {name: own[name][place].keep for name, place in found.items() if place}
+        return {name: own[name][place].keep for name, place in self._chosen.items() if place}
 
     def _cheapest(self) -> dict[str, int]:
         """Each group's fewest channels."""
@@ -255,6 +263,39 @@ class _Market:
                 self._choose(name, price)
             if self._chosen == before:
                 break
+        return self._cost(price)
+
+    def _fill(self, price: float, target: float) -> None:
+        """Widen single groups while the network still costs at most `target`: where few keep-counts
+        save much each, no price comes near the budget."""
+        if self._knobs.rule != "knapsack":
+            return
+        self._best.clear()
+        room = target - self._cost(price)
+        while True:
+            best: tuple[float, float, str, int] | None = None
+            for group, own in self._width.options.items():
+                now = self._chosen[group]
+                wider = [place for place, o in enumerate(own) if o.keep > own[now].keep]
+                if not wider:
+                    continue
+                place = min(wider, key=lambda index: own[index].keep)
+                after = self._after(group, place)
+                saved = self._damages[group][now] - self._damages[group][place]
+                more = float(self._width.spared(group, now) - self._width.spared(group, place))
+                for name, gone in after.items():
+                    old, new = (self._offer(name, g, price) for g in (self._gone[name], gone))
+                    more += new[1] - old[1]
+                    saved += (old[0] - price * old[1]) - (new[0] - price * new[1])
+                if more <= room and saved > 0 and (best is None or saved > best[0]):
+                    best = saved, more, group, place
+            if best is None:
+                return
+            room -= best[1]
+            self._move_to({best[2]: best[3]})
+
+    def _cost(self, price: float) -> float:
+        """What the network costs with the best ranks at a price."""
         layers = sum(self._offer(name, gone, price)[1] for name, gone in self._gone.items())
         return (
             self._fixed
@@ -353,9 +394,12 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
     The rule's single multiplier (price of cost or bound of error) is found by bisection, so that
     the network costs as much of the budget as the ladders allow.
     """
+    return _price(space, knobs)[1] if space.options else {}
+
+
+def _price(space: SearchSpace, knobs: Knobs) -> tuple[float, dict[str, Option]]:
+    """The logarithm of the rule's multiplier, and the options that it makes of the layers."""
     names = list(space.options)
-    if not names:
-        return {}
     tilts = _Tilts(knobs, names)
     shape = len(names), max(len(own) for own in space.options.values())
     cost, damage = np.full(shape, np.inf), np.full(shape, np.inf)
@@ -378,4 +422,5 @@ def allocate(space: SearchSpace, knobs: Knobs) -> dict[str, Option]:
             low = middle
         else:
             high = middle
-    return {name: space.options[name][i] for name, i in zip(names, decide(high), strict=True)}
+    picked = zip(names, decide(high), strict=True)
+    return high, {name: space.options[name][place] for name, place in picked}
