@@ -476,16 +476,17 @@ def _checked(
     refused: dict[str, str],
 ) -> list[ChannelGroup]:
     """The groups that can be removed; all at once where that goes, else one by one."""
-    if _fault(work, inputs, groups) is None:
+    trained = _trains_more(work, inputs)
+    if _fault(work, inputs, groups, trained) is None:
         return list(groups)
     good = []
     for group in groups:
-        reason = _fault(work, inputs, [group])
+        reason = _fault(work, inputs, [group], trained)
         if reason is None:
             good.append(group)
         else:
             refused[group.name] = reason
-    reason = _fault(work, inputs, good)
+    reason = _fault(work, inputs, good, trained)
     if reason is not None:
         for group in good:
             refused[group.name] = f"together with others {reason}"
@@ -493,10 +494,40 @@ def _checked(
     return good
 
 
+def _trains_more(work: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether layers run in training that don't run otherwise, as auxiliary classifiers do.
+
+    The graph is traced as the network is used, and knows nothing of them.
+    """
+
+    def ran(training: bool) -> set[str]:
+        net = deepcopy(work).train(training)
+        seen: set[str] = set()
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda *_, name=name: seen.add(name))
+        with torch.no_grad():
+            net(*_twice(inputs))
+        return seen
+
+    try:
+        return bool(ran(True) - ran(False))
+    except Exception:  # it does not train on such inputs, whatever its channels
+        return False
+
+
+def _twice(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A batch of two, which batch norms need in training."""
+    return tuple(torch.cat([value, value]) for value in inputs)
+
+
 def _fault(
-    work: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[ChannelGroup]
+    work: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[ChannelGroup], trained: bool
 ) -> str | None:
-    """What goes wrong when half of the channels of some groups are removed; None if nothing."""
+    """What goes wrong when half of the channels of some groups are removed; None if nothing.
+
+    Where layers run in training alone (`trained`), the network must run in training, too.
+    """
     if not groups:
         return None
     kept = [KeptChannels(group, _later_half(group)) for group in groups]
@@ -507,6 +538,16 @@ def _fault(
     except Exception as error:  # whatever the network's own code raises at other shapes
         first = str(error).split("\n")[0]
         return f"without some of its channels the network fails: {type(error).__name__}: {first}"
+    if trained:
+        try:
+            with torch.no_grad():
+                remove_channels(work, kept).train()(*_twice(inputs))
+        except Exception as error:
+            first = str(error).split("\n")[0]
+            return (
+                "layers that run in training alone read its channels "
+                f"({type(error).__name__}: {first})"
+            )
     for one, other in zip(small, whole, strict=True):
         if one.shape != other.shape:
             return "its channels are outputs of the network"

@@ -354,3 +354,23 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
     groups, refused = find_groups(Fails(), (torch.randn(1, 3, SIZE, SIZE),))
     assert groups == ()
     assert "follow its channels (RuntimeError: only without derivatives" in refused["*"]
+
+
+def test_channels_that_an_auxiliary_classifier_reads_stay() -> None:
+    class Auxiliary(nn.Module):
+        """Its second head runs in training alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = conv(3, 8), conv(8, 8), conv(8, 8)
+            self.extra, self.head = conv(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.two(self.one(x))
+            if self.training:
+                return self.head(self.three(x).mean((2, 3))) + self.extra(x).mean((2, 3))
+            return self.head(self.three(x).mean((2, 3)))
+
+    groups, refused = find_groups(Auxiliary(), (torch.randn(1, 3, SIZE, SIZE),))
+    assert {group.name for group in groups} == {"one", "three"}
+    assert "layers that run in training alone read its channels" in refused["two"]
