@@ -229,7 +229,8 @@ class _Market:
             cost = self._settle(math.exp(strength))
             if cost > target:
                 low, dear = strength, cost
-                self._move_to(found if math.isfinite(high) else self._chosen)
+                if math.isfinite(high):
+                    self._move_to(found)
             else:
                 high, cheap, found = strength, cost, dict(self._chosen)
                 if cost >= CLOSE * target:

@@ -16,7 +16,7 @@ from autocompress.outlook import NEARLY, Outlook
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, PlanSampler, Proposal
 from autocompress.space import Option, SearchSpace
-from autocompress.trials import FINISHED, PARENT, has_weights, lost
+from autocompress.trials import FINISHED, PARENT, has_weights, lost, stage_of
 
 KINDS = ("ripen", "sample", "ripen", "greedy")
 """The kinds of children, taken in turn; where nothing can ripen, the next kind's turn comes."""
@@ -56,7 +56,7 @@ class Parent:
         drop: Its accuracy drop, in points.
         cost: Its cost, in the objective's unit.
         margin: By how much the bound of the drop is larger, in points.
-        impact: Exponent of the impact in the damage that it was chosen by, as in `space.Knobs`.
+        impact: Exponent of the impact in the damage that it was chosen by, as in `allocator.Knobs`.
     """
 
     label: str
@@ -77,11 +77,6 @@ class Parent:
             lost(trial, delta) - trial.values[0],
             trial.system_attrs.get(KNOBS, {}).get("impact", EVEN),
         )
-
-    @property
-    def stage(self) -> str:
-        """The stage of the trial."""
-        return self.label.split("/")[0]
 
     @cached_property
     def plan(self) -> Plan:
@@ -145,7 +140,7 @@ class AnnealingSampler(PlanSampler):
         known = self.outlook.ends.get(parent.label)
         if known is not None:
             return known
-        return self.outlook.bound(parent.stage, parent.drop, parent.margin)
+        return self.outlook.bound(stage_of(parent.label), parent.drop, parent.margin)
 
     def propose(
         self, others: Sequence[FrozenTrial], number: int, attempt: int, rng: np.random.Generator

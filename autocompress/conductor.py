@@ -615,7 +615,8 @@ def _parents(study: Study, bench: Bench) -> list[FrozenTrial]:
     usable = [t for t in study.get_trials(deepcopy=False) if has_weights(t)]
     front = [t for t in usable if not any(_dominates(other, t) for other in usable)]
     front.sort(key=lambda t: t.values[1])
-    missed = {t.number: bench.outlook.shortfall("exploration", t) for t in front}
+    outlook = bench.outlook
+    missed = {t.number: outlook.shortfall("exploration", t) for t in front}
     promising = [t for t in front if missed[t.number] <= 0]
     nearly = [t for t in front if 0 < missed[t.number] <= (NEARLY - 1) * bench.delta]
     within = [t for t in front if within_delta(t)]

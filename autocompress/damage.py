@@ -2,7 +2,7 @@
 
 Two predictions are at hand: the squared relative error of what the choice computes, and its impact
 on the network's outputs. Either alone ranks plans worse than their geometric mean in most networks
-(README, "How it decides"), and which of them deserves the larger exponent differs from network to
+(README, "The layer table"), and which of them deserves the larger exponent differs from network to
 network. So the exponent is a knob: a choice carries its damage at even exponents, and a lean by
 which it moves with the knob.
 """

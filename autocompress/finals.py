@@ -21,7 +21,7 @@ from autocompress.plan import Plan
 from autocompress.progress import Display
 from autocompress.store import StudyFolder, portable_state, save_weights, write_weights
 from autocompress.training import fit
-from autocompress.trials import has_weights, within_delta
+from autocompress.trials import has_weights, stage_of, within_delta
 
 LOST = 100.0
 """The drop of a network whose fine-tuning diverged, in points."""
@@ -174,7 +174,7 @@ class Finals:
             done.append(finalist)
             if finalist is not None:
                 before = self._labelled[label].values[0]
-                self._outlook = self._outlook.having_seen(_stage(label), before, finalist.drop)
+                self._outlook = self._outlook.having_seen(stage_of(label), before, finalist.drop)
 
     def networks(self, label: str) -> list[Finalist]:
         """The networks of a trial that met delta, with both seeds or with the one that it had."""
@@ -209,11 +209,7 @@ class Finals:
         return min(promising, key=self._cost, default=None)
 
     def _promises(self, label: str) -> bool:
-        return self._outlook.shortfall(_stage(label), self._labelled[label]) <= 0
-
-
-def _stage(label: str) -> str:
-    return label.split("/")[0]
+        return self._outlook.shortfall(stage_of(label), self._labelled[label]) <= 0
 
 
 def _finals(

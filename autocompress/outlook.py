@@ -23,7 +23,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.training import Recipe
-from autocompress.trials import PARENT, lost
+from autocompress.trials import PARENT, lost, stage_of
 
 REHEARSAL = "rehearsal"
 """The annealing's attribute that holds the trial of `finals.rehearse`, and what it came to."""
@@ -173,7 +173,7 @@ def outlook_of(
     )
     rehearsal = rehearsal_of(studies)
     if rehearsal is not None:
-        stage = rehearsal["trial"].split("/")[0]
+        stage = stage_of(rehearsal["trial"])
         found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
         found = replace(found, ends={rehearsal["trial"]: rehearsal["bound"]})
     return found

@@ -301,7 +301,7 @@ class SearchSpace:
             rng: Draws the noise.
             noise: Spread of a logarithm that is added to the layers' ratios, so that other moves
                 than the best are made.
-            impact: Exponent of the impact in the damage, as in `Knobs`.
+            impact: Exponent of the impact in the damage, as in `allocator.Knobs`.
         """
         moved = dict(picked)
         lots = {name: math.exp(noise * rng.normal()) for name in self.options}
@@ -333,7 +333,7 @@ class SearchSpace:
 
         Args:
             picked: An option for every layer.
-            impact: As in `Knobs`.
+            impact: As in `allocator.Knobs`.
         """
         ranks = sum(weighted(option, impact) ** 2 for option in picked.values())
         return ranks + (self.width.damage(self.kept, impact) if self.width is not None else 0.0)

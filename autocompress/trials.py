@@ -33,6 +33,11 @@ def counted(study: Study) -> list[FrozenTrial]:
     ]
 
 
+def stage_of(label: str) -> str:
+    """The stage in a trial's label, "<stage>/<number>"."""
+    return label.partition("/")[0]
+
+
 def has_weights(trial: FrozenTrial) -> bool:
     """Whether a trial was carried out to its end, so that its network can be had."""
     return trial.state == TrialState.COMPLETE and WEIGHTS in trial.user_attrs

@@ -150,7 +150,7 @@ class ChannelSpace:
         return {name: len(part.kept) for name, part in channels.items() if name in self.options}
 
     def damage(self, kept: Kept, impact: float = EVEN) -> float:
-        """Sum of the squared errors of keep-counts; `impact` as in `space.Knobs`."""
+        """Sum of the squared errors of keep-counts; `impact` as in `allocator.Knobs`."""
         return sum(weighted(self._option(n, keep), impact) ** 2 for n, keep in kept.items())
 
     def _option(self, name: str, keep: int) -> ChannelOption:
@@ -184,7 +184,7 @@ class ChannelSpace:
             target: Cost of the network without the removed channels to come down to.
             rng: Draws the noise.
             noise: Spread of a logarithm that is added to the groups' ratios.
-            impact: Exponent of the impact in the damage, as in `space.Knobs`.
+            impact: Exponent of the impact in the damage, as in `allocator.Knobs`.
         """
         moved = dict(kept)
         lots = {name: math.exp(noise * rng.normal()) for name in self.options}

@@ -296,6 +296,14 @@ def tune(
     return accuracy_drop(base, after), drop_bound(base, after, arena.config.confidence)
 
 
+def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
+    """Accuracy drop after recalibration and after fine-tuning, in points of validation data."""
+    task, recipe = arena.task, arena.recipe
+    recalibrate(model.to(task.device), task)
+    before = accuracy_drop(arena.baseline.val, evaluate(model, task, task.val))
+    return before, tune(model, arena, recipe.epochs, recipe.learning_rate, seed)[0]
+
+
 def finish(
     attempts: Sequence[Attempt], arena: Arena, *, epochs: float, seed: int, anyway: bool = False
 ) -> Attempt | None:

@@ -14,12 +14,11 @@ import json
 from dataclasses import replace
 from typing import get_args
 
-from arena import Arena, parser_of, spread, start, table, tune
+from arena import Arena, losses, parser_of, spread, start, table
 from opponents import table_space
 
 from autocompress.allocator import ALONE, Knobs, decode
 from autocompress.errors import AutocompressError
-from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.importance import Importance
 from autocompress.store import write_text
 from autocompress.surgery import apply_plan
@@ -62,11 +61,7 @@ def measure(
         here, picked = decode(space, Knobs(budget, channels=-ALONE))
         for seed in seeds:
             model = apply_plan(arena.baseline.model, here.plan(picked), cache)
-            recalibrate(model.to(arena.task.device), arena.task)
-            scored = evaluate(model, arena.task, arena.task.val)
-            before = accuracy_drop(arena.baseline.val, scored)
-            recipe = arena.recipe
-            after, _ = tune(model, arena, recipe.epochs, recipe.learning_rate, seed)
+            before, after = losses(arena, model, seed)
             share = here.cost(picked) / space.baseline_cost
             found.append({"budget": budget, "share": share, "before": before, "after": after})
     return found

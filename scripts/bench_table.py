@@ -27,7 +27,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from arena import Arena, parser_of, start, table, tune
+from arena import Arena, losses, parser_of, start, table
 from opponents import table_space
 from scipy.stats import spearmanr
 from torch import nn
@@ -35,7 +35,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
 from autocompress.errors import AutocompressError
-from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.importance import ChannelChoice
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice
@@ -156,14 +155,6 @@ def random_plan(
         )
     picked = allocate(SearchSpace(tilted, space.fixed_cost), Knobs(budget, methods=methods))
     return space, {name: space.options[name][tilted[name].index(o)] for name, o in picked.items()}
-
-
-def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
-    """Accuracy drop after recalibration and after fine-tuning, in points of validation data."""
-    task, recipe = arena.task, arena.recipe
-    recalibrate(model.to(task.device), task)
-    before = accuracy_drop(arena.baseline.val, evaluate(model, task, task.val))
-    return before, tune(model, arena, recipe.epochs, recipe.learning_rate, seed)[0]
 
 
 def report(rows: list[dict[str, object]], rules: Sequence[str]) -> str:

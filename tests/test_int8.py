@@ -226,28 +226,28 @@ def test_trials_can_be_judged_by_their_int8_files(
     assert len(judged) > 4  # the finalist, too
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_network_that_cannot_be_quantized_is_refused_before_the_search(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unquantizable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network has an int8 file."""
+
     def refuse(*_: Any) -> None:
         raise AutocompressError("no such kernel")
 
     monkeypatch.setattr("autocompress.quantization.quantize_onnx", refuse)
+
+
+@pytest.mark.usefixtures("quick", "unquantizable")
+def test_a_network_that_cannot_be_quantized_is_refused_before_the_search(
+    task: Task, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {"search.int8": True}
     config = tiny_config(tmp_path, annealing_trials=0, trials=2, int8=True, **settings)
     with pytest.raises(ConfigError, match="no such kernel.*Leave search.int8 out"):
         run_study(config, task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_failure_costs_no_result(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise AutocompressError("no such kernel")
-
-    monkeypatch.setattr("autocompress.quantization.quantize_onnx", refuse)
+@pytest.mark.usefixtures("quick", "unquantizable")
+def test_a_failure_costs_no_result(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, annealing_trials=0, trials=2, int8=True)
     display = Recorder()
     outcome = run_study(config, task, display)

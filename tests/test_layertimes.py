@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,20 +56,21 @@ def table_of(model: nn.Module, shape: Sequence[int]) -> LayerTable:
     return LayerTable(layers, choices, {})
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Every run takes as long as it has multiply-adds; the list's number says how slow all is."""
-    slowness = [1.0]
+def tell_times(
+    monkeypatch: pytest.MonkeyPatch,
+    ms: Callable[[LayerSpec, Any], float],
+    slowness: list[float],
+) -> None:
+    """Every run takes `ms(layer, transform)`, and the call, times the list's number."""
     cost: dict[int, float] = {}
+    alive: list[Runner] = []
 
     def runner(self: LayerTimes, layer: LayerSpec, transform: object) -> Runner:
-        macs = layer.cost.macs if transform is None else transform.cost(layer).macs  # type: ignore[attr-defined]
         run = lambda: None  # noqa: E731
-        cost[id(run)] = 10.0 + macs
+        cost[id(run)] = 10.0 + ms(layer, transform)
         alive.append(run)
         return run
 
-    alive: list[Runner] = []
     monkeypatch.setattr(LayerTimes, "_runner", runner)
     monkeypatch.setattr(LayerTimes, "_call", lambda _: call)
     cost[id(call)] = 10.0
@@ -77,6 +79,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         "_times",
         lambda runners, *_: [slowness[0] * cost.get(id(run), NETWORK) for run in runners],
     )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every run takes as long as it has multiply-adds; the list's number says how slow all is."""
+    slowness = [1.0]
+
+    def macs(layer: LayerSpec, transform: Any) -> float:
+        cost = layer.cost if transform is None else transform.cost(layer)
+        return float(cost.macs)
+
+    tell_times(monkeypatch, macs, slowness)
     return slowness
 
 
@@ -188,21 +202,7 @@ def test_narrower_layers_are_timed_on_the_sides_where_channels_go(
         inputs, outputs = (-(-n // 8) * 8 for n in (layer.in_channels, layer.out_channels))
         return layer.cost.macs * inputs * outputs / (layer.in_channels * layer.out_channels)
 
-    cost: dict[int, float] = {}
-    alive: list[Runner] = []
-
-    def runner(self: LayerTimes, layer: LayerSpec, transform: object) -> Runner:
-        run = lambda: None  # noqa: E731
-        cost[id(run)] = 10.0 + padded(layer)
-        alive.append(run)
-        return run
-
-    monkeypatch.setattr(LayerTimes, "_runner", runner)
-    monkeypatch.setattr(LayerTimes, "_call", lambda _: call)
-    cost[id(call)] = 10.0
-    monkeypatch.setattr(
-        layertimes, "_times", lambda runners, *_: [cost.get(id(run), NETWORK) for run in runners]
-    )
+    tell_times(monkeypatch, lambda layer, transform: padded(layer), [1.0])
     table, _ = channels_table(randomized(Residual()))
     timed = with_times(table, LayerTimes(DEPLOYMENT, None), network)
     assert timed.cost(timed.layers[0]) == replace(
