@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.artifacts import portable_state, state_digest, write_weights
 from autocompress.config import BaselineConfig, cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
@@ -17,7 +18,6 @@ from autocompress.loaders import loader_labels
 from autocompress.models import load_state
 from autocompress.profiler import Profile
 from autocompress.progress import Display
-from autocompress.store import portable_state, state_digest, write_weights
 from autocompress.task import Task, correct
 from autocompress.training import fit
 

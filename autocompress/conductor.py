@@ -25,10 +25,12 @@ from torch import nn
 
 from autocompress import __version__
 from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.artifacts import portable_state, state_digest, write_text, write_weights
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, bound_settings, cache_folder
 from autocompress.dashboard import annotate
+from autocompress.database import hide_password, open_storage
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.finals import rehearse
@@ -61,15 +63,9 @@ from autocompress.store import (
     bury_interrupted,
     check_same,
     excuse,
-    hide_password,
     load_study,
-    open_storage,
     open_study,
-    portable_state,
-    state_digest,
     trials_spent,
-    write_text,
-    write_weights,
 )
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs

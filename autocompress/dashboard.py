@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from autocompress.database import hide_password, open_storage
 from autocompress.errors import ConfigError
 from autocompress.report import (
     OBJECTIVES,
@@ -27,7 +28,6 @@ from autocompress.report import (
     quantity,
     transform_text,
 )
-from autocompress.store import hide_password, open_storage
 from autocompress.trials import lost, violation, within_delta
 
 _METRICS = {

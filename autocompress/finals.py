@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.artifacts import portable_state, save_weights, write_weights
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
@@ -19,7 +20,7 @@ from autocompress.objective import Bench, load_trial_model
 from autocompress.outlook import Outlook
 from autocompress.plan import Plan
 from autocompress.progress import Display
-from autocompress.store import StudyFolder, portable_state, save_weights, write_weights
+from autocompress.store import StudyFolder
 from autocompress.training import fit
 from autocompress.trials import has_weights, stage_of, within_delta
 

@@ -12,6 +12,7 @@ import torch
 from optuna.study import Study
 from safetensors.torch import load_file
 
+from autocompress.artifacts import fetch_weights
 from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
@@ -21,7 +22,7 @@ from autocompress.objective import LATENCY, find_trial
 from autocompress.plan import Plan
 from autocompress.profiler import Latency, profile_model
 from autocompress.quantization import Quantizer
-from autocompress.store import StudyFolder, fetch_weights
+from autocompress.store import StudyFolder
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 from autocompress.trials import WEIGHTS

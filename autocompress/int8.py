@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.artifacts import portable_state, write_weights
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
 from autocompress.export import INT8_FILE, export_onnx
 from autocompress.finals import Finalist
@@ -28,7 +29,7 @@ from autocompress.quantization import (
     fit_rounded,
     time_files,
 )
-from autocompress.store import StudyFolder, portable_state, write_weights
+from autocompress.store import StudyFolder
 from autocompress.training import Recipe
 
 

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autocompress.artifacts import write_text
 from autocompress.latency import Deployment, Runner, lower_quartile, prepare, threads_of
 from autocompress.layers import LayerSpec, is_depthwise, without_channels
 from autocompress.plan import transform_to_dict
 from autocompress.profiler import time_in_turns
 from autocompress.sensitivity import Choice, LayerTable
-from autocompress.store import write_text
 from autocompress.transforms.base import Transform
 
 TOGETHER = 16

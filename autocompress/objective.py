@@ -17,7 +17,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
+from autocompress.artifacts import fetch_weights, save_text, save_weights
 from autocompress.baseline import Baseline
+from autocompress.database import write_proposal
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import (
     Evaluation,
@@ -38,14 +40,7 @@ from autocompress.progress import Display
 from autocompress.quantization import Quantizer
 from autocompress.samplers import trial_seed
 from autocompress.space import SearchSpace
-from autocompress.store import (
-    STAGES,
-    fetch_weights,
-    mark_interrupted,
-    save_text,
-    save_weights,
-    write_proposal,
-)
+from autocompress.store import STAGES, mark_interrupted
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
 from autocompress.training import Recipe, fit

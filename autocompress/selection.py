@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial
 
+from autocompress.artifacts import write_text
 from autocompress.config import StudyConfig
 from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
 from autocompress.export import save_model
@@ -27,7 +28,7 @@ from autocompress.outlook import rehearsal_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.report import layer_rows
-from autocompress.store import StudyFolder, trials_spent, write_text
+from autocompress.store import StudyFolder, trials_spent
 from autocompress.trials import lost, violation, within_delta
 
 TIMING_SECONDS = 2.0

@@ -1,12 +1,8 @@
-"""What outlives the process: the study's folder, its database and its artifacts."""
+"""What a study is on disk and in its database: the folder, the Optuna studies, their trials."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import sqlite3
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,20 +11,13 @@ from typing import Any
 from uuid import uuid4
 
 import optuna
-import torch
 from filelock import FileLock, Timeout
-from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
-from optuna.distributions import distribution_to_json
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialParamModel
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
-from safetensors.torch import load_file, save_file
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
-from torch import Tensor, nn
+from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.artifacts import write_text
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.trials import EXCUSED, INTERRUPTED, counted
@@ -114,96 +103,6 @@ class StudyFolder:
         """Optuna's artifact store in the folder."""
         self.artifacts.mkdir(parents=True, exist_ok=True)
         return FileSystemArtifactStore(self.artifacts)
-
-
-class _Connection(sqlite3.Connection):
-    """One that does not wait for the disk at each of the hundreds of commits of a trial.
-
-    With write-ahead logging a process that is killed loses nothing by that; a machine that loses
-    its power may lose the last commits, and the database stays whole.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA synchronous=NORMAL")
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Connect to a study database.
-
-    SQLite is switched to write-ahead logging, so that the dashboard reads while a study writes.
-
-    Raises:
-        ConfigError: If the URL is wrong or the database can't be reached; without its password.
-    """
-    try:
-        parsed = make_url(url)
-        if parsed.drivername == "postgresql":
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        arguments: dict[str, Any] = {"pool_pre_ping": True}
-        if parsed.get_backend_name() == "sqlite":
-            arguments = {"connect_args": {"timeout": 60, "factory": _Connection}}
-            if parsed.database and parsed.database != ":memory:":
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-                with sqlite3.connect(parsed.database, timeout=60) as connection:
-                    connection.execute("PRAGMA journal_mode=WAL")
-                connection.close()
-        return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=arguments)
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(
-            f"run.storage = {hide_password(url)!r} is no database URL; give one such as "
-            "sqlite:///study.db or postgresql://user@host/database."
-        ) from error
-    except RuntimeError as error:
-        # Optuna's words: the database has the tables of another version.
-        raise ConfigError(
-            f"run.storage = {hide_password(url)!r}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    except (SQLAlchemyError, ImportError, sqlite3.Error, OSError) as error:
-        cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        raise ConfigError(
-            f"run.storage = {hide_password(url)!r} can't be opened: {cause}. Check that the "
-            "database runs and its driver is installed (pip install 'autocompress[postgres]')."
-        ) from error
-
-
-def write_proposal(trial: Trial) -> None:
-    """Write the parameters that the trial's sampler proposes, all in one transaction.
-
-    `suggest` finds them written then, and else would commit each by itself: 0.2 s for 120 of them
-    on SQLite, and 120 times the way to a PostgreSQL server. What it can't do, other storages and
-    parameters that are queued or not proposed, is left to `suggest`.
-    """
-    storage = trial.study._storage
-    backend = getattr(storage, "_backend", storage)
-    kept = trial._cached_frozen_trial
-    if not isinstance(backend, RDBStorage) or "fixed_params" in kept.system_attrs:
-        return
-    params, space = trial.relative_params, trial.relative_search_space or {}
-    rows = []
-    for name, value in params.items():
-        distribution = space[name]
-        if name in kept.distributions or distribution.single():
-            continue
-        rows.append(
-            TrialParamModel(
-                trial_id=trial._trial_id,
-                param_name=name,
-                param_value=distribution.to_internal_repr(value),
-                distribution_json=distribution_to_json(distribution),
-            )
-        )
-        kept.distributions[name], kept.params[name] = distribution, value
-    with _create_scoped_session(backend.scoped_session) as session:
-        session.add_all(rows)
-
-
-def hide_password(url: str) -> str:
-    """`url` with its password masked."""
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return "***" if "@" in url else url
 
 
 def study_name(name: str, stage: str) -> str:
@@ -295,61 +194,3 @@ def mark_interrupted(study: Study, trial_id: int, number: int) -> None:
     study._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
     study._storage.set_trial_user_attr(trial_id, "reason", "interrupted")
     study.tell(number, state=TrialState.FAIL)
-
-
-def save_weights(model: nn.Module, owner: Trial | Study, store: FileSystemArtifactStore) -> str:
-    """Upload a network's weights as safetensors; returns the artifact's id."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_file(portable_state(model), path)
-        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
-
-
-def save_text(text: str, name: str, trial: Trial, store: FileSystemArtifactStore) -> str:
-    """Upload a text as a file of that name; returns the artifact's id."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_text(text, encoding="utf-8")
-        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
-
-
-def fetch_weights(artifact_id: str, store: FileSystemArtifactStore) -> dict[str, Tensor]:
-    """Download weights that `save_weights` uploaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
-        return load_file(path)
-
-
-def portable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, every tensor contiguous and in memory of its own."""
-    return {
-        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
-    }
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """12 hex digits that identify weights."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)
-
-
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors, beside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(state), beside)
-    os.replace(beside, path)

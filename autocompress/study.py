@@ -463,7 +463,8 @@ def _folder(config: StudyConfig) -> StudyFolder:
 
 def _studies(config: StudyConfig) -> dict[str, Study]:
     """The stages of a study that has begun, for reading."""
-    from autocompress.store import STAGES, load_study, open_storage
+    from autocompress.database import open_storage
+    from autocompress.store import STAGES, load_study
 
     folder = _folder(config)
     if config.run.storage is None and not folder.database.exists():

@@ -24,6 +24,7 @@ from measure import places, speedup
 from torch import nn
 
 from autocompress.api import task_from_config
+from autocompress.artifacts import state_digest, write_text
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
@@ -41,7 +42,6 @@ from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.space import spend
-from autocompress.store import state_digest, write_text
 from autocompress.task import Batch, Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
 

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from autocompress.artifacts import write_text
 from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
 from autocompress.loaders import unaugmented
-from autocompress.store import write_text
 from autocompress.task import Batch, Task, logit_distillation
 from autocompress.training import LAST_BATCHES, fit
 

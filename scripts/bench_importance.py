@@ -18,9 +18,9 @@ from arena import Arena, losses, parser_of, spread, start, table
 from opponents import table_space
 
 from autocompress.allocator import ALONE, Knobs, decode
+from autocompress.artifacts import write_text
 from autocompress.errors import AutocompressError
 from autocompress.importance import Importance
-from autocompress.store import write_text
 from autocompress.surgery import apply_plan
 
 

@@ -38,8 +38,8 @@ from arena import (
 )
 from opponents import alds, pruning, tucker_vbmf, uniform
 
+from autocompress.artifacts import write_text
 from autocompress.errors import AutocompressError
-from autocompress.store import write_text
 
 VBMF_AS_FOUND = "tucker2-vbmf-1"
 FAMILIES: dict[str, tuple[str, Callable[[Arena], Make]]] = {

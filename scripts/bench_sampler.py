@@ -24,12 +24,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.allocator import Knobs, allocate
 from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.database import open_storage, write_proposal
 from autocompress.layers import Cost, LayerSpec
 from autocompress.outlook import Outlook
 from autocompress.samplers import KNOBS, make_sampler
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.space import SearchSpace
-from autocompress.store import open_storage, write_proposal
 from autocompress.transforms import SVD, SpatialSVD
 
 DELTA = 1.0

@@ -38,10 +38,10 @@ from arena import (
 )
 from opponents import allocator, uniform
 
+from autocompress.artifacts import write_text
 from autocompress.conductor import annealing_length
 from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError
-from autocompress.store import write_text
 from autocompress.training import Recipe
 
 METHODS = {

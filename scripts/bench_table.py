@@ -34,12 +34,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
+from autocompress.artifacts import write_text
 from autocompress.errors import AutocompressError
 from autocompress.importance import ChannelChoice
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice
 from autocompress.space import Option, SearchSpace
-from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
 from autocompress.task import first_samples
 

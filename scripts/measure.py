@@ -28,6 +28,7 @@ import torch
 from autocompress.api import task_from_config
 from autocompress.conductor import run_study
 from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
+from autocompress.database import open_storage
 from autocompress.latency import describe
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
@@ -36,7 +37,7 @@ from autocompress.observation import observe_layers
 from autocompress.profiler import Latency, Profile
 from autocompress.progress import make_display
 from autocompress.sensitivity import build_table
-from autocompress.store import load_study, open_storage
+from autocompress.store import load_study
 from autocompress.task import Task
 from autocompress.trials import within_delta
 

@@ -19,10 +19,11 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.database import open_storage
 from autocompress.gates import RUNGS, Record, least_loss
 from autocompress.objective import EARLY
 from autocompress.outlook import LEAST_USEFUL
-from autocompress.store import STAGES, load_study, open_storage
+from autocompress.store import STAGES, load_study
 from autocompress.trials import PARENT, has_weights, lost
 
 

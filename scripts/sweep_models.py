@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from autocompress.allocator import Knobs, decode
+from autocompress.artifacts import write_text
 from autocompress.config import SearchConfig
 from autocompress.errors import AutocompressError
 from autocompress.export import check_onnx, export_onnx, load, save_model
@@ -46,7 +47,6 @@ from autocompress.profiler import profile_model
 from autocompress.scope import channel_groups, why_refused
 from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
-from autocompress.store import write_text
 from autocompress.surgery import FactorCache, apply_plan
 from autocompress.task import Task, tensors_in
 from autocompress.training import fit

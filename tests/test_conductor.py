@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 import autocompress
 from autocompress import conductor, finals, latency, objective, selection
 from autocompress.conductor import Outcome, check_places, run_study
+from autocompress.database import open_storage
 from autocompress.errors import (
     AutocompressError,
     ConfigError,
@@ -29,7 +30,7 @@ from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.sensitivity import LayerTable
 from autocompress.space import SearchSpace
-from autocompress.store import load_study, open_storage, trials_spent
+from autocompress.store import load_study, trials_spent
 from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
 from autocompress.trials import INTERRUPTED, PARENT

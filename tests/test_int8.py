@@ -17,6 +17,7 @@ import autocompress
 from autocompress import int8, selection
 from autocompress.baseline import Baseline
 from autocompress.conductor import run_study
+from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
 from autocompress.evaluation import Evaluation
 from autocompress.export import save_model
@@ -26,7 +27,7 @@ from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.quantization import Attempt, Quantizer
-from autocompress.store import StudyFolder, load_study, open_storage
+from autocompress.store import StudyFolder, load_study
 from autocompress.task import Task
 from autocompress.training import Recipe
 

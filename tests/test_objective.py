@@ -14,6 +14,7 @@ from optuna.trial import TrialState, create_trial
 from torch import nn
 
 from autocompress import objective
+from autocompress.artifacts import save_weights
 from autocompress.baseline import Baseline
 from autocompress.evaluation import evaluate
 from autocompress.latency import Deployment, LatencyMeter
@@ -35,7 +36,7 @@ from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
-from autocompress.store import StudyFolder, bury_interrupted, save_weights
+from autocompress.store import StudyFolder, bury_interrupted
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED, PARENT

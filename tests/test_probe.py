@@ -15,12 +15,13 @@ from torch import nn
 
 from autocompress import finals, latency, objective, probe, selection
 from autocompress.conductor import run_study
+from autocompress.database import open_storage
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import accuracy_drop, evaluate
 from autocompress.export import save_model
 from autocompress.probe import Probe, ProbeRun, _best_rate, _gains
 from autocompress.progress import NullDisplay
-from autocompress.store import load_study, open_storage
+from autocompress.store import load_study
 from autocompress.task import Task
 
 

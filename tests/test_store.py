@@ -20,25 +20,25 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.artifacts import (
+    fetch_weights,
+    portable_state,
+    save_weights,
+    state_digest,
+    write_text,
+    write_weights,
+)
+from autocompress.database import hide_password, open_storage, write_proposal
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.store import (
     StudyFolder,
     bury_interrupted,
     check_same,
     excuse,
-    fetch_weights,
-    hide_password,
     load_study,
     mark_interrupted,
-    open_storage,
     open_study,
-    portable_state,
-    save_weights,
-    state_digest,
     trials_spent,
-    write_proposal,
-    write_text,
-    write_weights,
 )
 from autocompress.trials import INTERRUPTED, set_constraint
 
