@@ -4,19 +4,115 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
 
 import torch
-from optuna.artifacts import FileSystemArtifactStore, download_artifact, upload_artifact
+from optuna.artifacts import (
+    Boto3ArtifactStore,
+    FileSystemArtifactStore,
+    download_artifact,
+    upload_artifact,
+)
+from optuna.artifacts._protocol import ArtifactStore
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.study import Study
 from optuna.trial import Trial
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autocompress.errors import ConfigError, DamagedArtifact
 
-def save_weights(model: nn.Module, owner: Trial | Study, store: FileSystemArtifactStore) -> str:
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_S3 = "s3://"
+
+
+class FolderStore(FileSystemArtifactStore):
+    """Optuna's folder of artifacts, in which none is ever half there.
+
+    Args:
+        folder: Where they are; it is made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(folder)
+        self._folder = folder
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Write beside, then rename; an error leaves nothing behind."""
+        path = self._get_filepath(artifact_id)
+        handle, beside = tempfile.mkstemp(dir=self._folder, prefix=f".{artifact_id}")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                shutil.copyfileobj(content_body, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            with suppress(OSError):
+                os.remove(beside)
+            raise
+
+
+def open_artifacts(place: str) -> ArtifactStore:
+    """The artifact store at a place, after a look whether it can be written and read.
+
+    Args:
+        place: A folder, or "s3://bucket". boto3 finds credentials and an endpoint of one's own in
+            its usual files and variables (`AWS_ENDPOINT_URL`).
+
+    Raises:
+        ConfigError: If it can't.
+    """
+    try:
+        store = _s3(place) if place.startswith(_S3) else FolderStore(Path(place).expanduser())
+        with tempfile.TemporaryFile() as probe:
+            probe.write(b"autocompress")
+            probe.seek(0)
+            artifact_id = str(uuid4())
+            store.write(artifact_id, probe)
+        with store.open_reader(artifact_id) as reader:
+            reader.read()
+        store.remove(artifact_id)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # botocore's errors have no common base that could be named without boto3.
+        raise ConfigError(
+            f"run.artifacts = '{place}' can't be written: {type(error).__name__}: {error}. Give a "
+            "folder, or a bucket that there is and may be written: s3://BUCKET."
+        ) from error
+    return store
+
+
+def _s3(place: str) -> ArtifactStore:
+    bucket, _, prefix = place.removeprefix(_S3).strip("/").partition("/")
+    if not bucket or prefix:
+        raise ConfigError(
+            f"run.artifacts = '{place}': give a bucket and nothing else, s3://BUCKET; the names in "
+            "it are unique already."
+        )
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise ConfigError(
+            f"run.artifacts = '{place}' needs boto3: pip install 'autocompress[s3]'."
+        ) from error
+    retries: Any = {"mode": "standard", "max_attempts": 8}
+    client = boto3.client("s3", config=Config(retries=retries))
+    return Boto3ArtifactStore(bucket, client)
+
+
+def save_weights(model: nn.Module, owner: Trial | Study, store: ArtifactStore) -> str:
     """Upload a network's weights as safetensors; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
@@ -24,20 +120,82 @@ def save_weights(model: nn.Module, owner: Trial | Study, store: FileSystemArtifa
         return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
 
 
-def save_text(text: str, name: str, trial: Trial, store: FileSystemArtifactStore) -> str:
+def save_text(text: str, name: str, owner: Trial | Study, store: ArtifactStore) -> str:
     """Upload a text as a file of that name; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_text(text, encoding="utf-8")
-        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=trial)
+        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
 
 
-def fetch_weights(artifact_id: str, store: FileSystemArtifactStore) -> dict[str, Tensor]:
-    """Download weights that `save_weights` uploaded."""
+def put_file(path: Path, store: ArtifactStore) -> str:
+    """Store a file that no study or trial lists; returns its id."""
+    artifact_id = str(uuid4())
+    with path.open("rb") as file:
+        store.write(artifact_id, file)
+    return artifact_id
+
+
+def fetch_weights(artifact_id: str, store: ArtifactStore) -> dict[str, Tensor]:
+    """Download weights that `save_weights` uploaded.
+
+    Raises:
+        DamagedArtifact: If they are not there or can't be read.
+    """
+    with _fetched(artifact_id, store) as path:
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise DamagedArtifact(
+                f"The weights in artifact {artifact_id} can't be read ({error})."
+            ) from error
+
+
+def fetch_text(artifact_id: str, store: ArtifactStore) -> str:
+    """Download a text that `save_text` uploaded.
+
+    Raises:
+        DamagedArtifact: If it is not there or can't be read.
+    """
+    with _fetched(artifact_id, store) as path:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DamagedArtifact(f"Artifact {artifact_id} is no text ({error}).") from error
+
+
+def fetch_file(artifact_id: str, path: Path, store: ArtifactStore) -> None:
+    """Download a file that `put_file` stored.
+
+    Raises:
+        DamagedArtifact: If it is not there.
+    """
+    with _fetched(artifact_id, store) as found:
+        shutil.move(found, path)
+
+
+def remove_artifact(artifact_id: str | None, store: ArtifactStore) -> None:
+    """Remove an artifact; what is gone already, or None, is fine."""
+    if artifact_id is not None and _ID.fullmatch(artifact_id):
+        with suppress(ArtifactNotFound, OSError):
+            store.remove(artifact_id)
+
+
+@contextmanager
+def _fetched(artifact_id: str, store: ArtifactStore) -> Iterator[Path]:
+    """A temporary file with what the artifact holds."""
+    if not _ID.fullmatch(artifact_id):
+        # It comes from a database, and becomes a part of a path.
+        raise DamagedArtifact(f"{artifact_id!r} is no artifact's id.")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
-        return load_file(path)
+        path = Path(folder) / "artifact"
+        try:
+            download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
+        except ArtifactNotFound as error:
+            raise DamagedArtifact(
+                f"Artifact {artifact_id} is not there any more; was it removed by hand?"
+            ) from error
+        yield path
 
 
 def portable_state(model: nn.Module) -> dict[str, Tensor]:

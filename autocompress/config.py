@@ -39,6 +39,9 @@ _MODEL_SOURCE = r"^[^:\s]+:\S.*$"
 _DATA_SOURCE = r"^(digits|[^:\s]+:\S.*)$"
 
 
+_LIBRARIES = ("zoo", "torchvision", "timm", "digits", "folder", "array")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -232,6 +235,24 @@ class RunConfig(_Section):
         default=None, description="Database URL (SQLAlchemy); None: SQLite in the study's folder."
     )
     out: str = Field(default="runs", min_length=1, description="Folder of the studies' folders.")
+    artifacts: str | None = Field(
+        default=None,
+        description="Where weights are kept: a folder that all workers share, or s3://BUCKET; "
+        "None: in the study's folder.",
+    )
+    workers: Annotated[int | None, _AutoIsNone] = Field(
+        default=None,
+        ge=0,
+        description="Processes that run trials on this machine, or 'auto': one for each GPU, or "
+        "for four CPU cores each; 0: trials run in the study's own process, for a debugger.",
+    )
+    trial_limit: Positive | None = Field(
+        default=None, description="Minutes that a trial may take; None: any."
+    )
+    stall_limit: Positive = Field(
+        default=30.0,
+        description="Minutes without a step after which a trial hangs; not where workers = 0.",
+    )
 
 
 class StudyConfig(_Section):
@@ -433,6 +454,16 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
     if kind in ("folder", "array"):
         fields["data.source"] = kind
     return {k: v for k, v in fields.items() if k not in _UNBOUND and not k.startswith("run.")}
+
+
+def own_code(config: StudyConfig) -> list[str]:
+    """The settings of a study that name functions of the user's own, which it will run."""
+    named = {"model.source": config.model.source, "data.source": config.data.source}
+    return [
+        f"{key} = '{source}'"
+        for key, source in named.items()
+        if source.partition(":")[0] not in _LIBRARIES
+    ]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

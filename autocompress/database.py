@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import random
 import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import datetime
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from optuna.distributions import distribution_to_json
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.storages._rdb.models import TrialParamModel
+from optuna.storages._rdb.models import (
+    TrialHeartbeatModel,
+    TrialModel,
+    TrialParamModel,
+    TrialUserAttributeModel,
+)
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.trial import Trial
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import text
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    SQLAlchemyError,
+)
 
-from autocompress.errors import ConfigError
+from autocompress.errors import ConfigError, DatabaseLost
+
+logger = logging.getLogger("autocompress")
+
+T = TypeVar("T")
+
+PATIENCE = 300.0
+"""Seconds for which a database may be away."""
+TOLD_AFTER = 1.0
+"""Seconds after which it is told that a database is away."""
+LONGEST_PAUSE = 5.0
+"""Seconds between two attempts to reach it, at most."""
+OPENINGS = 6
+"""How often a new database is opened anew, where several processes make its tables at once."""
+RACES = ("already exists", "duplicate key", "UNIQUE constraint", "database is locked")
+"""What that looks like."""
 
 
 class _Connection(sqlite3.Connection):
@@ -29,19 +68,166 @@ class _Connection(sqlite3.Connection):
         self.execute("PRAGMA synchronous=NORMAL")
 
 
-def open_storage(url: str) -> RDBStorage:
+class PatientStorage(RDBStorage):
+    """Optuna's storage, which waits while the database is away and then goes on.
+
+    A call is repeated when the connection was lost, the server is being restarted, or an SQLite
+    file is locked or its disk is full; for all but making studies and trials it makes no difference
+    whether the lost call was carried out. Who makes trials has to count them again.
+
+    Args:
+        url: The database's URL.
+        patience: Seconds for which it waits.
+        **more: As `RDBStorage` has it.
+
+    Attributes:
+        say: Told when it begins to wait and when the database is back.
+    """
+
+    def __init__(self, url: str, patience: float = PATIENCE, **more: Any) -> None:
+        self.say: Callable[[str], None] = logger.warning
+        self._patience = patience
+        super().__init__(url, **more)
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """The call's result, as soon as the database is there.
+
+        Raises:
+            DatabaseLost: If it was away for too long.
+        """
+        begun: float | None = None
+        pause, told = 0.1, False
+        while True:
+            try:
+                found = call()
+            except (StorageInternalError, SQLAlchemyError) as error:
+                cause = _transient(error)
+                if cause is None:
+                    raise
+                self.remove_session()
+                now = time.monotonic()
+                if begun is None:
+                    begun = now
+                if now - begun > TOLD_AFTER and not told:
+                    told = True
+                    self.say(f"The database is away ({cause}); waiting for it.")
+                if now - begun > self._patience:
+                    raise DatabaseLost(
+                        f"The database was away for {self._patience:g} s ({cause}). Nothing that "
+                        "was finished is lost: run the same command again when it is back."
+                    ) from None
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, LONGEST_PAUSE)
+                continue
+            if begun is not None and told:
+                self.say(f"The database is back after {time.monotonic() - begun:.0f} s.")
+            return found
+
+    def set_trial_state_values(
+        self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
+    ) -> bool:
+        """As Optuna's; that the trial has just this state and these values already is fine if a
+        connection was lost on the way."""
+        calls = 0
+
+        def call() -> bool:
+            nonlocal calls
+            calls += 1
+            try:
+                return RDBStorage.set_trial_state_values(self, trial_id, state, values)
+            except UpdateFinishedTrialError:
+                if calls > 1 and _has(RDBStorage.get_trial(self, trial_id), state, values):
+                    return True
+                raise
+
+        return self.patiently(call)
+
+
+def _has(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
+    given = None if values is None else list(values)
+    return trial.state == state and (given is None or trial.values == given)
+
+
+def _repeated(name: str) -> Callable[..., Any]:
+    """A method of Optuna's storage that waits for the database."""
+    method = getattr(RDBStorage, name)
+
+    @wraps(method)
+    def patient(self: PatientStorage, *args: Any, **kwargs: Any) -> Any:
+        return self.patiently(lambda: method(self, *args, **kwargs))
+
+    return patient
+
+
+for _name in (
+    "set_study_user_attr",
+    "set_study_system_attr",
+    "get_study_id_from_name",
+    "get_study_name_from_id",
+    "get_study_directions",
+    "get_study_user_attrs",
+    "get_study_system_attrs",
+    "get_trial_user_attrs",
+    "get_trial_system_attrs",
+    "get_all_studies",
+    "set_trial_param",
+    "get_trial_param",
+    "set_trial_user_attr",
+    "set_trial_system_attr",
+    "get_trial_id_from_study_id_trial_number",
+    "get_trial",
+    "get_all_trials",
+    "_get_trials",
+    "record_heartbeat",
+):
+    setattr(PatientStorage, _name, _repeated(_name))
+
+
+def _transient(error: Exception) -> str | None:
+    """What is wrong with the database for a while, in a line; None if it is something else."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if not isinstance(cause, DBAPIError):
+        return None
+    words = str(cause.orig).strip().splitlines() or [type(cause.orig).__name__]
+    if isinstance(cause.orig, sqlite3.Error):
+        brief = any(word in words[0] for word in ("locked", "busy", "full", "disk I/O"))
+        return words[0] if brief else None
+    lost = isinstance(cause, (OperationalError, InterfaceError)) or cause.connection_invalidated
+    return words[0] if lost else None
+
+
+def open_storage(url: str, patience: float = PATIENCE) -> PatientStorage:
     """Connect to a study database.
 
     SQLite is switched to write-ahead logging, so that the dashboard reads while a study writes.
 
+    Args:
+        url: Its URL.
+        patience: Seconds for which later calls wait if it is away; this one doesn't.
+
     Raises:
         ConfigError: If the URL is wrong or the database can't be reached; without its password.
     """
+    for attempt in range(OPENINGS):
+        try:
+            return _open(url, patience)
+        except _Raced:
+            # Several processes were about to make the same tables.
+            time.sleep(random.uniform(0.05, 0.2) * 2**attempt)
+    return _open(url, patience, last=True)
+
+
+class _Raced(Exception):
+    """Another process has made the tables in the same moment."""
+
+
+def _open(url: str, patience: float, last: bool = False) -> PatientStorage:
     try:
+        arguments: dict[str, Any] = {
+            "pool_pre_ping": True,
+            "connect_args": {"application_name": "autocompress", "keepalives_idle": 30},
+        }
         parsed = make_url(url)
-        if parsed.drivername == "postgresql":
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        arguments: dict[str, Any] = {"pool_pre_ping": True}
         if parsed.get_backend_name() == "sqlite":
             arguments = {"connect_args": {"timeout": 60, "factory": _Connection}}
             if parsed.database and parsed.database != ":memory:":
@@ -49,7 +235,9 @@ def open_storage(url: str) -> RDBStorage:
                 with sqlite3.connect(parsed.database, timeout=60) as connection:
                     connection.execute("PRAGMA journal_mode=WAL")
                 connection.close()
-        return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=arguments)
+        elif parsed.get_backend_name() != "postgresql":
+            arguments = {"pool_pre_ping": True}
+        return PatientStorage(_full_url(url), patience, engine_kwargs=arguments)
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(
             f"run.storage = {hide_password(url)!r} is no database URL; give one such as "
@@ -58,10 +246,13 @@ def open_storage(url: str) -> RDBStorage:
     except RuntimeError as error:
         # Optuna's words: the database has the tables of another version.
         raise ConfigError(
-            f"run.storage = {hide_password(url)!r}: {str(error).strip().splitlines()[0]}"
+            f"run.storage = {hide_password(url)!r}: {str(error).strip().splitlines()[0]} "
+            "python -m autocompress.study upgrade brings an older one to the version here."
         ) from error
     except (SQLAlchemyError, ImportError, sqlite3.Error, OSError) as error:
         cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        if not last and any(word in cause for word in RACES):
+            raise _Raced from error
         raise ConfigError(
             f"run.storage = {hide_password(url)!r} can't be opened: {cause}. Check that the "
             "database runs and its driver is installed (pip install 'autocompress[postgres]')."
@@ -81,22 +272,34 @@ def write_proposal(trial: Trial) -> None:
     if not isinstance(backend, RDBStorage) or "fixed_params" in kept.system_attrs:
         return
     params, space = trial.relative_params, trial.relative_search_space or {}
-    rows = []
-    for name, value in params.items():
-        distribution = space[name]
-        if name in kept.distributions or distribution.single():
-            continue
-        rows.append(
-            TrialParamModel(
-                trial_id=trial._trial_id,
-                param_name=name,
-                param_value=distribution.to_internal_repr(value),
-                distribution_json=distribution_to_json(distribution),
+    fresh = {
+        name: value
+        for name, value in params.items()
+        if name not in kept.distributions and not space[name].single()
+    }
+
+    def write() -> None:
+        with _create_scoped_session(backend.scoped_session) as session:
+            rows = session.query(TrialParamModel.param_name)
+            known = {name for (name,) in rows.filter(TrialParamModel.trial_id == trial._trial_id)}
+            session.add_all(
+                TrialParamModel(
+                    trial_id=trial._trial_id,
+                    param_name=name,
+                    param_value=space[name].to_internal_repr(value),
+                    distribution_json=distribution_to_json(space[name]),
+                )
+                for name, value in fresh.items()
+                if name not in known
             )
-        )
-        kept.distributions[name], kept.params[name] = distribution, value
-    with _create_scoped_session(backend.scoped_session) as session:
-        session.add_all(rows)
+
+    _patiently(backend, write)
+    for name, value in fresh.items():
+        kept.distributions[name], kept.params[name] = space[name], value
+
+
+def _patiently(storage: RDBStorage, call: Callable[[], T]) -> T:
+    return storage.patiently(call) if isinstance(storage, PatientStorage) else call()
 
 
 def hide_password(url: str) -> str:
@@ -105,3 +308,167 @@ def hide_password(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
         return "***" if "@" in url else url
+
+
+def take_waiting(study: Study, trial_id: int, attrs: Mapping[str, Any]) -> bool:
+    """Make a waiting trial a running one, unless another process has done so.
+
+    One statement tests and sets, for SQLite has no `FOR UPDATE`, and Optuna's own way hands one
+    trial to two workers there.
+
+    Args:
+        study: Its study.
+        trial_id: The trial.
+        attrs: User attributes that are written along.
+
+    Returns:
+        Whether this process has it.
+    """
+    return _set_state(study, trial_id, TrialState.WAITING, TrialState.RUNNING, attrs)
+
+
+def end_if(
+    study: Study, trial_id: int, before: TrialState, after: TrialState, attrs: Mapping[str, Any]
+) -> bool:
+    """End a trial if it is in a certain state still; of several processes one does.
+
+    Args:
+        study: Its study.
+        trial_id: The trial.
+        before: The state that it must be in.
+        after: The state that it gets.
+        attrs: User attributes that are written along.
+
+    Returns:
+        Whether this process has ended it.
+    """
+    return _set_state(study, trial_id, before, after, attrs)
+
+
+def sole(storage: RDBStorage, name: str) -> AbstractContextManager[None]:
+    """A block in which this process conducts a study, and no other one, on any machine.
+
+    PostgreSQL frees the lock when the process or its connection dies. On SQLite, whose file one
+    machine has, the lock is a file beside it.
+
+    Raises:
+        ConfigError: If another process conducts it.
+    """
+    taken = ConfigError(
+        f"Study '{name}' is being run by another process; wait for it or stop it. To add workers "
+        f"to it: python -m autocompress.study worker --study {name} --storage URL."
+    )
+    engine = storage.engine
+    if engine.name == "postgresql":
+        return _advisory(engine, name, taken)
+    if engine.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
+        return _locked(Path(f"{engine.url.database}.{name}.lock"), taken)
+    return nullcontext()
+
+
+@contextmanager
+def _advisory(engine: Engine, name: str, taken: ConfigError) -> Iterator[None]:
+    key = int.from_bytes(hashlib.sha256(f"autocompress/{name}".encode()).digest()[:8], signed=True)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar():
+            raise taken
+        yield
+        with suppress(SQLAlchemyError):
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
+
+
+@contextmanager
+def _locked(path: Path, taken: ConfigError) -> Iterator[None]:
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout as error:
+        raise taken from error
+    with lock:
+        yield
+
+
+def heartbeats(study: Study) -> dict[int, datetime]:
+    """The latest heartbeat of each running trial that has one, by the trial's id."""
+    backend = _backend(study)
+
+    def read() -> dict[int, datetime]:
+        with _create_scoped_session(backend.scoped_session) as session:
+            rows = (
+                session.query(TrialHeartbeatModel.trial_id, TrialHeartbeatModel.heartbeat)
+                .join(TrialModel, TrialModel.trial_id == TrialHeartbeatModel.trial_id)
+                .filter(TrialModel.study_id == study._study_id)
+                .filter(TrialModel.state == TrialState.RUNNING)
+            )
+            return {trial_id: beat for trial_id, beat in rows}
+
+    return _patiently(backend, read)
+
+
+def _set_state(
+    study: Study, trial_id: int, before: TrialState, after: TrialState, attrs: Mapping[str, Any]
+) -> bool:
+    backend = _backend(study)
+    when = "datetime_complete" if after.is_finished() else "datetime_start"
+    calls = 0
+
+    def change() -> bool:
+        nonlocal calls
+        calls += 1
+        try:
+            with _create_scoped_session(backend.scoped_session) as session:
+                for key, value in attrs.items():
+                    backend._set_trial_attr_without_commit(
+                        session, TrialUserAttributeModel, trial_id, key, value
+                    )
+                changed = (
+                    session.query(TrialModel)
+                    .filter(TrialModel.trial_id == trial_id, TrialModel.state == before)
+                    .update({"state": after, when: datetime.now()}, synchronize_session=False)
+                )
+                if not changed:
+                    # Nothing of this is written then.
+                    raise UpdateFinishedTrialError
+        except UpdateFinishedTrialError:
+            # A call whose connection was lost may have done it.
+            return calls > 1 and _was_set(backend, trial_id, after, attrs)
+        return True
+
+    return _patiently(backend, change)
+
+
+def _was_set(
+    storage: RDBStorage, trial_id: int, state: TrialState, attrs: Mapping[str, Any]
+) -> bool:
+    trial = storage.get_trial(trial_id)
+    return trial.state == state and attrs.items() <= trial.user_attrs.items()
+
+
+def _backend(study: Study) -> RDBStorage:
+    found = getattr(study._storage, "_backend", study._storage)
+    assert isinstance(found, RDBStorage)
+    return found
+
+
+def upgrade(url: str) -> str:
+    """Bring the tables that an older Optuna made to the form of the one installed here.
+
+    Returns:
+        What was done, in a line.
+    """
+    storage = RDBStorage(_full_url(url), skip_compatibility_check=True)
+    try:
+        before, head = storage.get_current_version(), storage.get_head_version()
+        if before == head:
+            return f"{hide_password(url)} has Optuna's schema {head} already; nothing to do."
+        storage.upgrade()
+        return f"{hide_password(url)}: Optuna's schema {before} became {head}."
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _full_url(url: str) -> str:
+    parsed = make_url(url)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed.render_as_string(hide_password=False)

@@ -4,7 +4,10 @@
     ├── ConfigError        a setting or an argument is wrong; nothing has been spent
     ├── UnsupportedLayer   a transform can't act on this layer; the text says why
     ├── StudyMismatch      the study in the database was made with other settings
-    └── TrainingDiverged   loss or weights stopped being finite numbers
+    ├── DamagedArtifact    stored weights are gone or can't be read
+    ├── DatabaseLost       the database has been away for too long
+    ├── TrainingDiverged   loss or weights stopped being finite numbers
+    └── TrialTimeout       a trial took longer than the study file lets it
 
 Every text names the value, the rule and the cure.
 """
@@ -29,8 +32,20 @@ class StudyMismatch(AutocompressError):
     """The stored study was made with other settings than the ones given."""
 
 
+class DamagedArtifact(AutocompressError):
+    """Something that was stored is not there any more, or can't be read."""
+
+
+class DatabaseLost(AutocompressError):
+    """The database could not be reached for as long as it was waited for."""
+
+
 class TrainingDiverged(AutocompressError):
     """The loss became NaN or infinite while training."""
+
+
+class TrialTimeout(AutocompressError):
+    """A trial took longer than it may."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -261,6 +261,7 @@ def _final_fit(
 
         def on_step(done: float, total: float, loss: float) -> None:
             display.step("fine-tune", done, total, f"loss {loss:.3f}")
+            bench.watch.step()
 
         try:
             fit(

@@ -75,6 +75,7 @@ class Gate:
         records: How earlier trials of the stage went.
         most: The most that may be lost before fine-tuning, in points.
         useful: A trial that loses more than this at its end is of no use, in points.
+        drops: What it had lost at the places where it was looked at before it was cut off.
 
     Attributes:
         drops: What the network had lost before fine-tuning and at each rung so far, in points.
@@ -90,11 +91,12 @@ class Gate:
         *,
         most: float,
         useful: float,
+        drops: Sequence[float] = (),
     ) -> None:
         self._task, self._baseline, self._records = task, baseline, records
         self._most, self._useful = most, useful
         self._batches = gate_batches(task)
-        self.drops: list[float] = []
+        self.drops: list[float] = list(drops)
         self.reason: str | None = None
         self.lost = 0.0
 
@@ -107,7 +109,7 @@ class Gate:
         """
         early = evaluate(model, self._task, self._task.val, self._batches)
         drop = accuracy_drop(self._baseline, early)
-        self.drops.append(drop)
+        self.drops[place:] = [drop]
         when = f"after {100 * RUNGS[place - 1]:.0f} % of the" if place else "before"
         words = f"{drop:.1f} points lost {when} fine-tuning"
         least = least_loss(self._records, place, drop)

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
 
 import torch
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.exceptions import StorageInternalError
+from optuna.artifacts._protocol import ArtifactStore
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
-from autocompress.artifacts import fetch_weights, save_text, save_weights
+from autocompress.artifacts import (
+    fetch_file,
+    fetch_weights,
+    put_file,
+    remove_artifact,
+    save_text,
+    save_weights,
+)
 from autocompress.baseline import Baseline
+from autocompress.checkpoint import Checkpoint
 from autocompress.database import write_proposal
-from autocompress.errors import AutocompressError
+from autocompress.errors import AutocompressError, DamagedArtifact, DatabaseLost
 from autocompress.evaluation import (
     Evaluation,
     accuracy_drop,
@@ -39,12 +49,15 @@ from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
 from autocompress.quantization import Quantizer
 from autocompress.samplers import trial_seed
+from autocompress.slots import cut_off
 from autocompress.space import SearchSpace
-from autocompress.store import STAGES, mark_interrupted
+from autocompress.store import STAGES
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
 from autocompress.training import Recipe, fit
 from autocompress.trials import (
+    CHECKPOINT,
+    EARLY,
     PARENT,
     WEIGHTS,
     has_weights,
@@ -52,6 +65,7 @@ from autocompress.trials import (
     set_constraint,
     within_delta,
 )
+from autocompress.watch import TrialTaken, Watch
 
 logger = logging.getLogger("autocompress")
 
@@ -59,8 +73,15 @@ RECALIBRATION_BATCHES = 50
 WORK = ("recalibrate", "gate", "finetune", "evaluate")
 """Phases of a trial in which images go through its network; all else is overhead."""
 
-EARLY = "early_drops"
-"""User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+COST_METRICS = {
+    "params": "params",
+    "size": "size_bytes",
+    "macs": "macs",
+    "latency": "latency_ms",
+    "params+macs": "share",
+}
+"""Objective to its place in the metrics of a trial."""
 LATENCY = "latency"
 """User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
 
@@ -89,6 +110,8 @@ class Bench:
             run there, which only a study of latency can't do without.
         annealed: Whether an annealing follows the exploration.
         int8: Whether networks are judged by their int8 files.
+        watch: Asked at each step whether the trial should go on.
+        checkpoint_every: Seconds between two checkpoints of a trial.
     """
 
     task: Task
@@ -101,7 +124,7 @@ class Bench:
     confidence: float
     objective: str
     seed: int
-    store: FileSystemArtifactStore
+    store: ArtifactStore
     identity: str
     display: Display
     rejected_as_complete: bool = False
@@ -109,6 +132,8 @@ class Bench:
     meter: LatencyMeter | None = None
     annealed: bool = False
     int8: bool = False
+    watch: Watch = field(default_factory=Watch)
+    checkpoint_every: float = 180.0
 
     @property
     def quantizer(self) -> Quantizer:
@@ -152,49 +177,91 @@ class Stopwatch:
         self._last = now
 
 
-def run_trial(bench: Bench, stage: str, space: SearchSpace) -> FrozenTrial:
-    """Ask the stage's study for a trial, carry it out and tell the study how it went.
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note how long the block takes, in seconds."""
+    start = time.perf_counter()
+    yield
+    seconds[phase] = round(time.perf_counter() - start, 2)
+
+
+def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> FrozenTrial | None:
+    """Carry out a trial of a stage's study, and tell the study how it went.
 
     Every end is recorded: complete; stopped at the gate (PRUNED, with the constraint's value, or
     complete for the samplers that learn only from those); failed with its reason. A trial that is
     interrupted from outside is marked so, does not count, and the interruption goes on.
+
+    Returns:
+        The ended trial; None where others have ended it, who took this process for dead.
+
+    Raises:
+        AutocompressError: If the disk is full. The trial doesn't count then.
     """
     study = bench.studies[stage]
-    trial = study.ask()
     bench.display.trial_started(trial.number)
     values: tuple[float, float] | None = None
     reason: str | None = None
     state = TrialState.COMPLETE
     try:
-        values, reason = _carry_out(bench, stage, space, trial)
-        if reason is not None and not bench.rejected_as_complete:
-            state = TrialState.PRUNED
-    except KeyboardInterrupt:
+        try:
+            values, reason = _carry_out(bench, stage, space, trial)
+            if reason is not None and not bench.rejected_as_complete:
+                state = TrialState.PRUNED
+        except (UpdateFinishedTrialError, DatabaseLost):
+            raise
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            state, reason = TrialState.FAIL, _failed(stage, trial, error)
+        except Exception as error:
+            # The user's own functions may raise anything.
+            state, reason = TrialState.FAIL, _failed(stage, trial, error)
+        if reason is not None:
+            trial.set_user_attr("reason", reason)
+        return study.tell(
+            trial,
+            values if state == TrialState.COMPLETE else None,
+            state=state,
+            skip_if_finished=True,
+        )
+    except (TrialTaken, UpdateFinishedTrialError):
+        logger.warning("%s %d was taken from this worker.", stage, trial.number)
+        return None
+    except (KeyboardInterrupt, OSError) as error:
         # It may have cut a read of the database off, whose session then blocks writing; what can't
         # be marked now is marked when the study goes on.
         study._storage.remove_session()
-        with suppress(StorageInternalError):
-            mark_interrupted(study, trial._trial_id, trial.number)
+        with suppress(StorageInternalError, DatabaseLost):
+            cut_off(study, study._storage.get_trial(trial._trial_id))
+        if isinstance(error, OSError):
+            raise AutocompressError(
+                f"There is no room left on the disk ({error}). Free some, and run the same command "
+                "again: nothing that was finished is lost."
+            ) from error
         raise
-    except Exception as error:
-        # The user's own functions may raise anything; the study's log has the whole story.
-        state, reason = TrialState.FAIL, f"{type(error).__name__}: {error}"
-        logger.warning("%s %d failed", stage, trial.number, exc_info=error)
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-    if reason is not None:
-        trial.set_user_attr("reason", reason)
-    frozen = study.tell(trial, values if state == TrialState.COMPLETE else None, state=state)
-    drop, ratio = (None, None) if values is None else (values[0], _ratio(bench, values[1]))
+
+
+def _failed(stage: str, trial: Trial, error: Exception) -> str:
+    """Why a trial failed; the study's log has the whole story."""
+    logger.warning("%s %d failed", stage, trial.number, exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return f"{type(error).__name__}: {error}"
+
+
+def announce(bench: Bench, trial: FrozenTrial) -> None:
+    """Tell the display how an ended trial went."""
+    metrics = trial.user_attrs.get("metrics", {})
+    cost = metrics.get(COST_METRICS[bench.objective])
     bench.display.trial_finished(
         trial.number,
-        drop,
-        ratio,
-        within_delta(frozen),
-        state.name,
-        reason,
+        metrics.get("drop"),
+        None if cost is None else _ratio(bench, cost),
+        within_delta(trial),
+        trial.state.name,
+        trial.user_attrs.get("reason"),
     )
-    return frozen
 
 
 def _carry_out(
@@ -222,12 +289,26 @@ def _carry_out(
     full = bench.baseline.profile
     cost = cost_of(bench.objective, profile, latency, full)
 
-    recalibrate(model, task, RECALIBRATION_BATCHES)
-    watch.lap("recalibrate")
-    gate = _gate(bench, stage)
-    watch.lap("other")
-    closed = gate.closes(model, 0)
-    watch.lap("gate")
+    checkpoint = _checkpoint(bench, trial)
+    gate = _gate(bench, stage, trial)
+    closed = False
+    if not gate.drops:
+        recalibrate(model, task, RECALIBRATION_BATCHES)
+        watch.lap("recalibrate")
+        closed = gate.closes(model, 0)
+        trial.set_user_attr(EARLY, gate.drops)
+        watch.lap("gate")
+
+    def on_step(done: float, total: float, loss: float) -> None:
+        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
+        bench.watch.step()
+
+    def hopeless(rung: int) -> bool:
+        found = gate.closes(model, rung)
+        trial.set_user_attr(EARLY, gate.drops)
+        return found
+
+    bench.watch.step()
     if not closed:
         result = fit(
             model,
@@ -237,20 +318,19 @@ def _carry_out(
             seed=seed,
             teacher=bench.baseline.model,
             distillation=finetune.distillation,
-            on_step=lambda done, total, loss: bench.display.step(
-                "fine-tune", done, total, f"loss {loss:.3f}"
-            ),
+            on_step=on_step,
             rungs=RUNGS,
-            hopeless=lambda rung: gate.closes(model, rung),
+            hopeless=hopeless,
+            checkpoint=checkpoint,
         )
         watch.lap("finetune")
-    trial.set_user_attr(EARLY, gate.drops)
     if gate.reason is not None:
         # Mostly larger than a violation at the end, so that a sampler ranks it behind.
         drop = gate.drops[-1]
         set_constraint(trial, gate.lost - bench.delta)
         accuracy = bench.baseline.val.accuracy - drop
         _record(trial, watch, accuracy, drop, gate.lost, profile, latency, full)
+        remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
     after = evaluate(model, task, task.val)
@@ -259,6 +339,7 @@ def _carry_out(
     set_constraint(trial, bound - bench.delta)
     trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)
+    remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
     _record(trial, watch, after.accuracy, drop, bound, profile, latency, full)
     return (drop, cost), None
@@ -290,8 +371,28 @@ def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
     return latency.median_ms
 
 
-def _gate(bench: Bench, stage: str) -> Gate:
-    """The gate of a trial, which knows how the stage's trials before it went."""
+def _checkpoint(bench: Bench, trial: Trial) -> Checkpoint:
+    """Keeps the trial's fine-tuning in the artifact store, where its next worker finds it."""
+
+    def keep(path: Path) -> None:
+        old = trial.user_attrs.get(CHECKPOINT)
+        trial.set_user_attr(CHECKPOINT, put_file(path, bench.store))
+        remove_artifact(old, bench.store)
+
+    def fetch(path: Path) -> bool:
+        kept = trial.user_attrs.get(CHECKPOINT)
+        if kept is not None:
+            fetch_file(kept, path, bench.store)
+        return kept is not None
+
+    return Checkpoint(keep, fetch, bench.checkpoint_every)
+
+
+def _gate(bench: Bench, stage: str, trial: Trial) -> Gate:
+    """The gate of a trial, which knows how the stage's trials before it went.
+
+    One that goes on from another's checkpoint knows what that had lost, too.
+    """
     records = [
         Record(other.user_attrs[EARLY], lost(other, bench.delta))
         for other in bench.studies[stage].get_trials(deepcopy=False)
@@ -303,6 +404,7 @@ def _gate(bench: Bench, stage: str) -> Gate:
         records,
         most=bench.finetune.gate,
         useful=bench.outlook.useful(stage),
+        drops=trial.user_attrs.get(EARLY, ()) if CHECKPOINT in trial.user_attrs else (),
     )
 
 
@@ -312,7 +414,12 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
     trial.set_user_attr(PARENT, label)
     if label is None:
         return apply_plan(bench.baseline.model, plan, bench.cache)
-    parent, parent_plan = load_trial_model(bench, label)
+    try:
+        parent, parent_plan = load_trial_model(bench, label)
+    except DamagedArtifact as error:
+        logger.warning("%s can't be a parent: %s", label, error)
+        trial.set_user_attr(PARENT, None)
+        return apply_plan(bench.baseline.model, plan, bench.cache)
     rehearsal = rehearsal_of(bench.studies)
     if rehearsal is not None and rehearsal["trial"] == label and rehearsal["weights"]:
         # It was fine-tuned at length, which its children may have the good of.

@@ -27,6 +27,9 @@ Clock = Callable[[], float]
 STEP_INTERVAL = 30.0
 """Seconds between two lines of one phase in a plain log."""
 
+MOST_ROWS = 8
+"""Trials whose progress is shown at once on a terminal."""
+
 _ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -61,12 +64,20 @@ class Display(Protocol):
         """
         ...
 
-    def trial_started(self, number: int) -> None:
-        """Trial `number` has begun."""
+    def trial_started(self, number: int, worker: str = "") -> None:
+        """Trial `number` has begun.
+
+        Args:
+            number: Of the trial in its study.
+            worker: Which worker carries it out; empty for this process.
+        """
         ...
 
-    def step(self, phase: str, done: float, total: float, note: str = "") -> None:
-        """A phase such as "fine-tune" is at `done` of `total` (epochs or steps)."""
+    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
+        """A phase such as "fine-tune" is at `done` of `total` (epochs or steps).
+
+        An empty phase means that the worker does nothing any more.
+        """
         ...
 
     def trial_finished(
@@ -105,6 +116,15 @@ class Display(Protocol):
 
 
 @dataclass
+class _Row:
+    """What a worker, or this process itself, does at the moment."""
+
+    number: int | None = None
+    phase: tuple[str, float, float, str] | None = None
+    since: float = 0.0
+
+
+@dataclass
 class _Tally:
     """What a display knows about the stage; the arithmetic of both displays."""
 
@@ -121,10 +141,7 @@ class _Tally:
     first_trial: float | None = None
     last_end: float | None = None
     finished: int = 0
-    running: set[int] = field(default_factory=set)
-    latest: int | None = None
-    phase: tuple[str, float, float, str] | None = None
-    phase_start: float = 0.0
+    rows: dict[str, _Row] = field(default_factory=dict)
 
     def stage(
         self,
@@ -144,32 +161,33 @@ class _Tally:
             self.best, self.best_trial = best, ""
         self.name, self.total, self.done, self.later = name, total, done, later
         self.stage_start = self.clock()
-        self.first_trial = self.last_end = self.phase = self.latest = None
+        self.first_trial = self.last_end = None
         self.finished = 0
-        self.running.clear()
+        # The workers go on.
+        self.rows.pop("", None)
 
-    def trial_started(self, number: int) -> None:
+    def trial_started(self, number: int, worker: str) -> None:
         if self.first_trial is None:
             self.first_trial = self.clock()
-        self.running.add(number)
-        self.latest, self.phase = number, None
+        self.rows[worker] = _Row(number)
 
-    def step(self, phase: str, done: float, total: float, note: str) -> None:
-        if self.phase is None or self.phase[0] != phase or done < self.phase[1]:
-            self.phase_start = self.clock()
-        self.phase = (phase, done, total, note)
+    def step(self, phase: str, done: float, total: float, note: str, worker: str) -> None:
+        if not phase:
+            self.rows.pop(worker, None)
+            return
+        row = self.rows.setdefault(worker, _Row())
+        if row.phase is None or row.phase[0] != phase or done < row.phase[1]:
+            row.since = self.clock()
+        row.phase = (phase, done, total, note)
 
     def trial_finished(
         self, number: int, drop: float | None, cost_ratio: float | None, feasible: bool
     ) -> bool:
         """Count the trial; True if it is the best so far."""
-        self.running.discard(number)
+        self.rows = {worker: row for worker, row in self.rows.items() if row.number != number}
         self.done += 1
         self.finished += 1
         self.last_end = self.clock()
-        self.phase = None
-        if self.latest == number:
-            self.latest = next(iter(self.running), None)
         if not feasible or drop is None or cost_ratio is None:
             return False
         if self.best is not None and cost_ratio <= self.best[0]:
@@ -191,9 +209,10 @@ class _Tally:
             spent = self.clock() - self.last_end
             left = max(0, self.total - self.done) + self.later
             return max(0.0, mean * left - min(spent, mean))
-        if not self.has_trials and self.phase is not None and self.phase[1] > 0:
-            _, done, total, _ = self.phase
-            return max(0.0, (self.clock() - self.phase_start) / done * (total - done))
+        row = self.rows.get("")
+        if not self.has_trials and row is not None and row.phase is not None and row.phase[1] > 0:
+            _, done, total, _ = row.phase
+            return max(0.0, (self.clock() - row.since) / done * (total - done))
         return None
 
     @property
@@ -243,7 +262,8 @@ class PlainDisplay:
         self.console = console or Console()
         self._clock = clock
         self._tally = _Tally(clock)
-        self._last_step = clock()
+        self._began = clock()
+        self._last_steps: dict[str, float] = {}
 
     def say(self, message: str) -> None:
         self._line(message)
@@ -259,24 +279,27 @@ class PlainDisplay:
         later: float = 0.0,
     ) -> None:
         self._tally.stage(name, total, done, delta, objective, best, later)
-        self._last_step = self._clock()
+        self._began = self._clock()
+        self._last_steps.clear()
         words = [f"[{self._tally.counter()}]", "start" if not done else "resume"]
         if delta is not None:
             words.append(f"allowed drop {delta:.2f} points")
         self._line("  ".join([" ".join(words[:2]), *words[2:]]))
 
-    def trial_started(self, number: int) -> None:
-        self._tally.trial_started(number)
-        self._last_step = self._clock()
+    def trial_started(self, number: int, worker: str = "") -> None:
+        self._tally.trial_started(number, worker)
+        self._last_steps[worker] = self._clock()
 
-    def step(self, phase: str, done: float, total: float, note: str = "") -> None:
+    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
         tally = self._tally
-        tally.step(phase, done, total, note)
+        tally.step(phase, done, total, note, worker)
         now = self._clock()
-        if now - self._last_step < STEP_INTERVAL:
+        if not phase or now - self._last_steps.get(worker, self._began) < STEP_INTERVAL:
             return
-        self._last_step = now
-        trial = "" if tally.latest is None else f"trial {tally.latest}  "
+        self._last_steps[worker] = now
+        number = tally.rows[worker].number
+        trial = "" if number is None else f"trial {number}  "
+        trial = f"{worker}  {trial}" if worker else trial
         words = [f"[{tally.counter()}] {trial}{phase} {done:.4g}/{total:.4g}"]
         words += [clean(note)] if note else []
         words += _eta_words(tally)
@@ -321,7 +344,8 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """Three calm lines at the bottom of a terminal; finished trials scroll away above them.
+    """A few calm lines at the bottom of a terminal, one for each worker; finished trials scroll
+    away above them.
 
     Args:
         console: The terminal.
@@ -359,12 +383,12 @@ class LiveDisplay:
             )
             self._live.start()
 
-    def trial_started(self, number: int) -> None:
-        self._tally.trial_started(number)
+    def trial_started(self, number: int, worker: str = "") -> None:
+        self._tally.trial_started(number, worker)
 
-    def step(self, phase: str, done: float, total: float, note: str = "") -> None:
+    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
         # Only remembered here: the live thread draws four times a second whatever comes in.
-        self._tally.step(phase, done, total, note)
+        self._tally.step(phase, done, total, note, worker)
 
     def trial_finished(
         self,
@@ -417,16 +441,18 @@ class LiveDisplay:
             )
         else:
             grid.add_row(Text(tally.name, style="bold"), "", Text(", ".join(times)))
-        if tally.phase is not None or tally.latest is not None:
-            grid.add_row(*self._phase_row())
+        rows = [row for _, row in sorted(tally.rows.items())]
+        for row in rows[:MOST_ROWS]:
+            grid.add_row(*self._phase_row(row))
+        if len(rows) > MOST_ROWS:
+            grid.add_row("", "", f"and {len(rows) - MOST_ROWS} more")
         return Group(grid, *self._best_lines())
 
-    def _phase_row(self) -> tuple[RenderableType, RenderableType, RenderableType]:
-        tally = self._tally
-        label = "" if tally.latest is None else f"trial {tally.latest}"
-        if tally.phase is None:
+    def _phase_row(self, row: _Row) -> tuple[RenderableType, RenderableType, RenderableType]:
+        label = "" if row.number is None else f"trial {row.number}"
+        if row.phase is None:
             return label, "", ""
-        phase, done, total, note = tally.phase
+        phase, done, total, note = row.phase
         bar = ProgressBar(total=max(total, 1e-9), completed=min(done, total), width=20)
         words = f"{phase} {done:.3g} of {total:.3g}" + (f", {clean(note)}" if note else "")
         return Text(label), bar, Text(words)
@@ -462,10 +488,10 @@ class NullDisplay:
     ) -> None:
         logger.info("[%s %d/%d] %s", name, done, total, "resume" if done else "start")
 
-    def trial_started(self, number: int) -> None:
+    def trial_started(self, number: int, worker: str = "") -> None:
         pass
 
-    def step(self, phase: str, done: float, total: float, note: str = "") -> None:
+    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
         pass
 
     def trial_finished(
@@ -492,7 +518,29 @@ class NullDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        pass
+        self.close()
+
+
+class Beside(NullDisplay):
+    """The part of a display for work that goes on beside the trials: a row of its own.
+
+    Args:
+        display: The display.
+        name: The row's name.
+    """
+
+    def __init__(self, display: Display, name: str) -> None:
+        self._display, self._name = display, name
+
+    def say(self, message: str) -> None:
+        self._display.say(message)
+
+    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
+        self._display.step(self._name, done, total, note, self._name)
+
+    def close(self) -> None:
+        """Take the row away."""
+        self._display.step("", 0, 0, worker=self._name)
 
 
 def make_display(console: Console | None = None) -> Display:

@@ -343,6 +343,7 @@ def make_sampler(
     existing: int,
     trials: int,
     shortfall: Shortfall = violation,
+    worker: int = 0,
 ) -> BaseSampler:
     """The exploration's sampler by its name in the study file.
 
@@ -354,10 +355,11 @@ def make_sampler(
             seed for all would make a resumed study repeat its first proposals.
         trials: Planned number of trials; half of them, at most 8, are seeds of "knobs".
         shortfall: As `KnobSampler` has it; the other samplers go by the trials' constraints.
+        worker: Tells the processes of a study apart, whose lots must differ.
     """
     if name == "knobs":
         return KnobSampler(space, seed, max(1, min(8, trials // 2)), shortfall)
-    own = trial_seed(seed, existing, 0)
+    own = trial_seed(seed, existing, worker)
     if name == "tpe":
         # Independent TPE reads all trials again for every parameter: seconds for 60 of them.
         wide = len(space.distributions()) > 40

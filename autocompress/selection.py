@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +21,7 @@ from autocompress.export import save_model
 from autocompress.finals import Finalist, candidates, choose_finalists
 from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
-from autocompress.objective import Bench, pace
+from autocompress.objective import Bench, pace, timed
 from autocompress.outlook import rehearsal_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
@@ -300,14 +298,6 @@ def _export(
         display.say(f"{place.name}/{name} was not written: {reason}")
     found["files"] = dict(export.files)
     found["export_differences"] = dict(export.checks)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Note how long the block takes, in seconds."""
-    start = time.perf_counter()
-    yield
-    seconds[phase] = round(time.perf_counter() - start, 2)
 
 
 def versions() -> dict[str, str]:

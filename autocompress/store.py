@@ -12,15 +12,14 @@ from uuid import uuid4
 
 import optuna
 from filelock import FileLock, Timeout
-from optuna.artifacts import FileSystemArtifactStore
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
-from autocompress.artifacts import write_text
+from autocompress.artifacts import FolderStore, write_text
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
-from autocompress.trials import EXCUSED, INTERRUPTED, counted
+from autocompress.trials import EXCUSED, counted
 
 STAGES = ("exploration", "annealing")
 
@@ -99,10 +98,9 @@ class StudyFolder:
         """The database's URL: the one given, or SQLite in the folder."""
         return url or f"sqlite:///{self.database.resolve()}"
 
-    def artifact_store(self) -> FileSystemArtifactStore:
+    def artifact_store(self) -> FolderStore:
         """Optuna's artifact store in the folder."""
-        self.artifacts.mkdir(parents=True, exist_ok=True)
-        return FileSystemArtifactStore(self.artifacts)
+        return FolderStore(self.artifacts)
 
 
 def study_name(name: str, stage: str) -> str:
@@ -157,7 +155,7 @@ def check_same(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -
         )
 
 
-def load_study(storage: RDBStorage, name: str, stage: str) -> Study | None:
+def load_study(storage: BaseStorage, name: str, stage: str) -> Study | None:
     """The Optuna study of a stage for reading; None if there is none."""
     try:
         return optuna.load_study(study_name=study_name(name, stage), storage=storage)
@@ -173,24 +171,3 @@ def trials_spent(study: Study) -> list[FrozenTrial]:
 def excuse(study: Study, numbers: Sequence[int]) -> None:
     """Take failed trials out of the budget: what made them fail lies outside of the study."""
     study.set_user_attr(EXCUSED, sorted({*study.user_attrs.get(EXCUSED, ()), *numbers}))
-
-
-def bury_interrupted(study: Study) -> int:
-    """End the trials that a killed process left running; they don't count towards the budget.
-
-    Only for the process that holds the folder's lock: for it, every running trial is a dead one.
-
-    Returns:
-        How many there were.
-    """
-    dead = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    for trial in dead:
-        mark_interrupted(study, trial._trial_id, trial.number)
-    return len(dead)
-
-
-def mark_interrupted(study: Study, trial_id: int, number: int) -> None:
-    """End a trial that was cut off from outside."""
-    study._storage.set_trial_user_attr(trial_id, INTERRUPTED, True)
-    study._storage.set_trial_user_attr(trial_id, "reason", "interrupted")
-    study.tell(number, state=TrialState.FAIL)

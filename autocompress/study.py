@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -116,6 +112,13 @@ def run(
         bool | None,
         typer.Option("--int8/--no-int8", help="Write the winner in int8 too.", show_default=False),
     ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            help="Processes that run trials: a number, or auto: one for each GPU; 0: this one.",
+            show_default=False,
+        ),
+    ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
@@ -131,9 +134,11 @@ def run(
     """
     import warnings
 
-    from autocompress.api import task_from_config
     from autocompress.conductor import check_places, run_study
+    from autocompress.config import own_code
     from autocompress.progress import comparison_table, make_display
+    from autocompress.sources import task_from_config
+    from autocompress.watch import Watch
 
     # The storages' and samplers' notes to programmers mean nothing to the person who watches.
     warnings.filterwarnings("ignore", module="optuna")
@@ -143,6 +148,7 @@ def run(
         "search.stage": stage,
         "int8": int8,
         "run.device": device,
+        "run.workers": _number(workers),
         "run.storage": storage,
         "run.out": out,
     }
@@ -150,12 +156,15 @@ def run(
     folder = _folder(config)
     command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
     check_places(config)
-    with _signals():
+    watch = Watch()
+    with watch.orders.listening(_complain):
         try:
             with make_display() as display:
-                outcome = run_study(
-                    config, task_from_config(config, _modules(study)), display, command
-                )
+                modules = _modules(study)
+                for line in own_code(config):
+                    display.say(f"The study runs code of its own: {line}.")
+                task = task_from_config(config, modules)
+                outcome = run_study(config, task, display, command, watch, modules)
         except KeyboardInterrupt:
             _say_kept(config, folder)
             raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -181,6 +190,91 @@ def run(
             )
         _complain(f"No network within {config.delta:g} points was found.{near}")
         raise typer.Exit(EXIT_NOT_MET)
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Option(help="The study's name.", show_default=False)],
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            help="Database URL (SQLAlchemy), or the environment variable AUTOCOMPRESS_STORAGE.",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        str, typer.Option(help="Processes: a number, or auto: one for each GPU; 0: this one.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
+    data_root: Annotated[
+        str | None, typer.Option(help="The data's folder here.", show_default=False)
+    ] = None,
+    data_source: Annotated[
+        str | None,
+        typer.Option(help="The data here, where it is not as in the study.", show_default=False),
+    ] = None,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="Where the study's artifacts are seen from here.", show_default=False),
+    ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the study's own modules; lets them run here.", show_default=False
+        ),
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(help="Minutes without a trial after which it ends.")
+    ] = 60.0,
+    child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
+) -> None:
+    """Join a study that runs, from this machine or another one, and carry out its trials.
+
+    The study file, the weights and the layer table come from the study; only the data must be here.
+    Ctrl-C once: end after the running trials; twice, or SIGTERM: end now, and others go on with
+    them. The database's URL is best given as AUTOCOMPRESS_STORAGE, which no list of processes
+    shows.
+
+    **Example:** `AUTOCOMPRESS_STORAGE=postgresql://me@host/db python -m autocompress.study worker
+    --study mine`
+    """
+    import os
+
+    from autocompress.joining import Place, serve
+    from autocompress.worker import STORAGE_VARIABLE
+
+    url = storage or os.environ.get(STORAGE_VARIABLE)
+    if url is None:
+        raise ConfigError(
+            f"Give the database of the study: --storage URL, or the variable {STORAGE_VARIABLE}."
+        )
+    _hide_url(storage)
+    place = Place(
+        url=url,
+        study=study,
+        workers=_number(workers),
+        device=device,
+        data_root=data_root,
+        data_source=data_source,
+        artifacts=artifacts,
+        code=None if code is None else Path(code).resolve(),
+        patience=60 * patience,
+    )
+    done = serve(place, child)
+    if not child:
+        _print(f"{done} trials ended here.")
+
+
+@app.command()
+def upgrade(study: StudyArgument = None, storage: StorageOption = None) -> None:
+    """Bring a database that an older Optuna made to the schema of the one installed here.
+
+    **Example:** `python -m autocompress.study upgrade my.toml`
+    """
+    from autocompress.database import upgrade as upgrade_database
+
+    config = _config(study, {"run.storage": storage})
+    _print(upgrade_database(_folder(config).storage_url(config.run.storage)))
 
 
 @app.command()
@@ -250,10 +344,10 @@ def profile(
 
     **Example:** `python -m autocompress.study profile my.toml`
     """
-    from autocompress.api import task_from_config
     from autocompress.latency import Deployment, LatencyMeter, describe
     from autocompress.profiler import profile_model
     from autocompress.scope import bound_text, check_names, prospects
+    from autocompress.sources import task_from_config
     from autocompress.task import check_outputs
 
     config = _config(study, {"run.device": device})
@@ -360,8 +454,8 @@ def export(
 
     **Example:** `python -m autocompress.study export my.toml --trial annealing/7 --to small/`
     """
-    from autocompress.api import task_from_config
     from autocompress.handout import export_trial, quantizer_of
+    from autocompress.sources import task_from_config
 
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
@@ -417,6 +511,31 @@ def models(
         found = [name for name in names if pattern in name]
         if found:
             _print(f"{source}:  " + ", ".join(found))
+
+
+def _number(workers: str | None) -> int | str | None:
+    """What the study file would have: a number, or "auto"."""
+    return int(workers) if workers is not None and workers.isdecimal() else workers
+
+
+def _hide_url(storage: str | None) -> None:
+    """Start this program anew without the URL among its arguments, if there is a password in it.
+
+    The list of processes, which everyone on the machine can read, shows arguments and no
+    environment.
+    """
+    import os
+
+    from autocompress.database import hide_password
+    from autocompress.worker import STORAGE_VARIABLE
+
+    if storage is None or hide_password(storage) == storage:
+        return
+    arguments = [a for a in sys.argv[1:] if a not in ("--storage", storage)]
+    arguments = [a for a in arguments if a != f"--storage={storage}"]
+    environment = {**os.environ, STORAGE_VARIABLE: storage}
+    command = [sys.executable, "-m", "autocompress.study", *arguments]
+    os.execve(sys.executable, command, environment)
 
 
 def _modules(study: str | None) -> Path | None:
@@ -527,20 +646,6 @@ def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:
     except ConfigError:
         counts = "no trial yet"
     _complain(f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there.")
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Let a polite request to end (SIGTERM) stop the study as cleanly as Ctrl-C."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print(what: Any) -> None:

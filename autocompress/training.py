@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
+from autocompress.checkpoint import Checkpoint
 from autocompress.config import FinetuneConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import recalibrate
+from autocompress.models import load_state
 from autocompress.task import (
     Batch,
     Loader,
@@ -42,6 +46,9 @@ learning rate of 0.01 end with 2.3 points lost so, and with 3.7 otherwise (three
 
 WORTH_CAPTURING = 20
 """Steps in the shortest run for which a CUDA graph is recorded, which takes as long as a few."""
+
+PATIENCE = 1.0
+"""Seconds between two calls of `on_step` at most, where a step is not longer."""
 
 NARROW = 16
 """Floats in the longest vector of a CPU."""
@@ -125,6 +132,7 @@ def fit(
     on_step: OnStep | None = None,
     rungs: Sequence[float] = (),
     hopeless: Hopeless | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """Train `model` in place on the task's training data.
 
@@ -141,6 +149,8 @@ def fit(
         on_step: Told about the progress after every batch.
         rungs: Shares of the length, 0 to 1, rising, at which `hopeless` is asked.
         hopeless: Whether to end at a rung; it may evaluate the network.
+        checkpoint: Keeps the run's state from time to time, and when `on_step` raises a
+            KeyboardInterrupt; a run that is there goes on, and its rungs are not asked for again.
 
     Raises:
         TrainingDiverged: If the loss stops being finite.
@@ -153,49 +163,177 @@ def fit(
         teacher.to(task.device).eval()
     optimizer = task.optimizer(model, learning_rate)
     scheduler = task.scheduler(optimizer, learning_rate, steps)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradient = _gradient(model, task, teacher, distillation)
-    captured: CapturedGradient | None = None
-    if steps >= WORTH_CAPTURING and _can_be_captured(task):
-        gradient = captured = CapturedGradient(gradient, parameters)
-    losses: list[Tensor] = []
-    images = 0
-    stopped = False
-    marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
-    start = time.perf_counter()
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for step, batch in enumerate(islice(_epochs(task.train, seed), steps)):
+        run = _Run(model, task, optimizer, scheduler, _Data(task.train, seed))
+        name = {"seed": seed, "steps": steps, "learning_rate": learning_rate}
+        kept = None if checkpoint is None else checkpoint.load(name)
+        if kept is not None:
+            run.restore(kept)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradient = _gradient(model, task, teacher, distillation)
+        captured: CapturedGradient | None = None
+        if steps >= WORTH_CAPTURING and _can_be_captured(task):
+            gradient = captured = CapturedGradient(gradient, parameters)
+        marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
+        stopped = False
+        told = time.perf_counter()
+        for batch in islice(run.batches(), steps - run.step):
             batch = to_device(batch, task.device)
             optimizer.zero_grad(set_to_none=True)
-            losses.append(gradient(batch))
+            loss = gradient(batch)
             nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimizer.step()
             scheduler.step()
-            images += samples_in(batch)
-            if step % 10 == 0 or step == steps - 1:
-                value = float(losses[-1])
+            run.count(loss, samples_in(batch))
+            if run.step % 10 == 1 or run.step == steps or time.perf_counter() - told > PATIENCE:
+                told = time.perf_counter()
+                value = float(loss)
                 if not isfinite(value):
                     raise TrainingDiverged(
-                        f"The loss became {value} at step {step + 1} of {steps} with learning rate "
+                        f"The loss became {value} at step {run.step} of {steps} with learning rate "
                         f"{learning_rate:g}; lower the learning rate."
                     )
-                if on_step is not None:
-                    on_step((step + 1) / len(task.train), epochs, value)
-            if hopeless is not None and step + 1 in marks:
-                paused = time.perf_counter()
-                stopped = hopeless(marks[step + 1])
-                start += time.perf_counter() - paused
+                try:
+                    if on_step is not None:
+                        on_step(run.step / len(task.train), epochs, value)
+                except KeyboardInterrupt:
+                    if checkpoint is not None:
+                        checkpoint.save(name, run.state())
+                    raise
+                if checkpoint is not None and checkpoint.due():
+                    checkpoint.save(name, run.state())
+            if hopeless is not None and run.step in marks:
+                with run.paused():
+                    stopped = hopeless(marks[run.step])
                 if stopped:
                     break
-    tail = torch.stack(losses[-max(1, steps // 10) :]).mean().item()
-    seconds = time.perf_counter() - start
+        tail = torch.stack(run.losses[-max(1, steps // 10) :]).mean().item()
+        seconds = run.seconds()
     if captured is not None:
         captured.release()
     _lay_out(model, torch.contiguous_format).eval()
     if not stopped:
         recalibrate(model, task, LAST_BATCHES)
-    return FitResult(len(losses), tail, images / seconds, seconds, stopped)
+    return FitResult(run.step, tail, run.images / seconds, seconds, stopped)
+
+
+class _Data:
+    """Batches without end; another process can go on with them where one was.
+
+    Args:
+        loader: The batches of one pass.
+        seed: The order starts anew from it where the loader allows that.
+    """
+
+    def __init__(self, loader: Loader, seed: int) -> None:
+        self._loader = loader
+        if hasattr(loader, "reseed"):
+            loader.reseed(seed)
+        self._passes = self._read = 0
+        self._random = torch.get_rng_state()
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            # What a loader draws by lot it draws from here on.
+            torch.set_rng_state(self._random)
+            skip = self._read
+            for read, batch in enumerate(self._loader, 1):
+                self._read = read
+                if read > skip:
+                    yield batch
+            self._passes, self._read = self._passes + 1, 0
+            self._random = torch.get_rng_state()
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are."""
+        return {"passes": self._passes, "read": self._read, "random": self._random}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: batches that were read are read again and passed over."""
+        if hasattr(self._loader, "reseed"):
+            for _ in range(state["passes"]):
+                iter(self._loader)
+        self._passes, self._read = state["passes"], state["read"]
+        self._random = state["random"]
+
+
+class _Run:
+    """What changes while `fit` runs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        data: _Data,
+    ) -> None:
+        self._model, self._device = model, task.device
+        self._optimizer, self._scheduler, self._data = optimizer, scheduler, data
+        self.step, self.images = 0, 0
+        self.losses: list[Tensor] = []
+        self._random: Mapping[str, Tensor] | None = None
+        self._start = time.perf_counter()
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are left."""
+        for batch in self._data:
+            if self._random is not None:
+                # The batches that were passed over drew fewer lots than the network had.
+                self._set_random(self._random)
+                self._random = None
+            yield batch
+
+    def count(self, loss: Tensor, images: int) -> None:
+        """A step is done."""
+        self.losses.append(loss)
+        self.step += 1
+        self.images += images
+
+    def seconds(self) -> float:
+        """Time spent, without that in pauses."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The block's time is not counted."""
+        begun = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begun
+
+    def state(self) -> dict[str, Any]:
+        """All that another process needs to go on, as tensors and plain values."""
+        random = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self._device)
+        return {
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scheduler": self._scheduler.state_dict(),
+            "data": self._data.state(),
+            "random": random,
+            "step": self.step,
+            "images": self.images,
+            "losses": torch.stack(self.losses).cpu(),
+            "seconds": self.seconds(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from the state of another process."""
+        load_state(self._model, state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._data.restore(state["data"])
+        self._random = state["random"]
+        self.step, self.images = state["step"], state["images"]
+        self.losses = list(state["losses"].to(self._device))
+        self._start -= state["seconds"]
+
+    def _set_random(self, random: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(random["cpu"])
+        if self._device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self._device)
 
 
 def _gradient(
@@ -255,7 +393,7 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
             count += WARM_UP + 1
         best = float("inf")
         try:
-            for batch in islice(_epochs(task.train, 0), count):
+            for batch in islice(_Data(task.train, 0), count):
                 batch = to_device(batch, task.device)
                 start = time.perf_counter()
                 gradient(batch)
@@ -300,14 +438,6 @@ def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
         if value.ndim == 4:
             value.data = value.data.contiguous(memory_format=memory_format)
     return model
-
-
-def _epochs(loader: Loader, seed: int) -> Any:
-    """Batches without end; the order starts anew from `seed` where the loader allows it."""
-    if hasattr(loader, "reseed"):
-        loader.reseed(seed)
-    while True:
-        yield from loader
 
 
 def _as_float(output: Any) -> Any:

@@ -15,7 +15,12 @@ PARENT = "parent"
 WEIGHTS = "weights"
 """User attribute of a trial that was carried out to its end: the artifact of its weights."""
 INTERRUPTED = "interrupted"
-"""User attribute of a trial that was cut off from outside; it does not count."""
+"""User attribute of a trial that was cut off from outside, and by what; once it has failed, it does
+not count."""
+EARLY = "early_drops"
+"""User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
+CHECKPOINT = "checkpoint"
+"""User attribute of a trial: the artifact of its latest checkpoint."""
 EXCUSED = "excused"
 """User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
 not count either."""
@@ -24,13 +29,18 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def counted(study: Study) -> list[FrozenTrial]:
-    """The study's trials without those that were cut off or excused."""
+    """The study's trials, those that wait too, without those that were cut off or excused."""
     excused = set(study.user_attrs.get(EXCUSED, ()))
     return [
         trial
         for trial in study.get_trials(deepcopy=False)
-        if INTERRUPTED not in trial.user_attrs and trial.number not in excused
+        if not was_cut_off(trial) and trial.number not in excused
     ]
+
+
+def was_cut_off(trial: FrozenTrial) -> bool:
+    """Whether a trial was ended from outside; one that came to its end all the same was not."""
+    return trial.state == TrialState.FAIL and INTERRUPTED in trial.user_attrs
 
 
 def stage_of(label: str) -> str:

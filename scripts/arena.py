@@ -23,7 +23,6 @@ from typing import Any
 from measure import places, speedup
 from torch import nn
 
-from autocompress.api import task_from_config
 from autocompress.artifacts import state_digest, write_text
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.conductor import annealing_length, run_study
@@ -41,6 +40,7 @@ from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
+from autocompress.sources import task_from_config
 from autocompress.space import spend
 from autocompress.task import Batch, Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit

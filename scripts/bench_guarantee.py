@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from autocompress.api import task_from_config
 from autocompress.conductor import run_study
 from autocompress.config import DataConfig, parse_config
 from autocompress.data import load_data
 from autocompress.loaders import unaugmented
 from autocompress.progress import NullDisplay
+from autocompress.sources import task_from_config
 
 
 def main() -> None:

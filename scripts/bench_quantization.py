@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from autocompress import quantization
-from autocompress.api import task_from_config
 from autocompress.config import StudyConfig, flatten, parse_config
 from autocompress.errors import ConfigError
 from autocompress.evaluation import accuracy_drop, evaluate
@@ -36,6 +35,7 @@ from autocompress.export import export_onnx, load
 from autocompress.handout import quantizer_of
 from autocompress.profiler import Example
 from autocompress.quantization import Quantizer, calibration_batches, quantize_onnx, time_files
+from autocompress.sources import task_from_config
 from autocompress.store import StudyFolder
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from autocompress.api import task_from_config
 from autocompress.conductor import run_study
 from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
 from autocompress.database import open_storage
@@ -37,6 +36,7 @@ from autocompress.observation import observe_layers
 from autocompress.profiler import Latency, Profile
 from autocompress.progress import make_display
 from autocompress.sensitivity import build_table
+from autocompress.sources import task_from_config
 from autocompress.store import load_study
 from autocompress.task import Task
 from autocompress.trials import within_delta

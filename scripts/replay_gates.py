@@ -21,10 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.database import open_storage
 from autocompress.gates import RUNGS, Record, least_loss
-from autocompress.objective import EARLY
 from autocompress.outlook import LEAST_USEFUL
 from autocompress.store import STAGES, load_study
-from autocompress.trials import PARENT, has_weights, lost
+from autocompress.trials import EARLY, PARENT, has_weights, lost
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autocompress
 from autocompress import selection
-from autocompress.api import _like_pretrained, pick_device, task_from_config
 from autocompress.config import parse_config
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.export import save_model
+from autocompress.sources import _like_pretrained, pick_device, task_from_config
 
 QUICK: dict[str, Any] = {
     "trials": 2,

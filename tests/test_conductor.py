@@ -16,7 +16,7 @@ from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, 
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import conductor, finals, latency, objective, selection
+from autocompress import finals, latency, objective, preparation, selection
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.database import open_storage
 from autocompress.errors import (
@@ -431,7 +431,7 @@ def times_like_macs(table: LayerTable, *_: Any) -> LayerTable:
 def test_latency_is_spent_in_milliseconds_and_bound_to_its_runtime(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conductor, "with_times", times_like_macs)
+    monkeypatch.setattr(preparation, "with_times", times_like_macs)
     spaces = []
     real = SearchSpace.from_table
 
@@ -446,7 +446,7 @@ def test_latency_is_spent_in_milliseconds_and_bound_to_its_runtime(
     macs = sum(layer["macs"] for layer in facts["baseline"]["layers"])
     assert spaces[0].baseline_cost == pytest.approx(1e3 * macs)  # nanoseconds
 
-    monkeypatch.setattr(conductor, "with_times", None)  # the stored table has the times
+    monkeypatch.setattr(preparation, "with_times", None)  # the stored table has the times
     run_study(tiny_config(tmp_path, **settings | {"trials": 3}), task, NullDisplay())
     assert spaces[1] == spaces[0]
     for change in ({"latency.runtime": "torch"}, {"latency.threads": 2}, {"latency.batch_size": 2}):
@@ -514,7 +514,7 @@ def test_nothing_left_by_default_names_the_cure(task: Task, tmp_path: Path) -> N
 def test_every_objective_is_the_second_value(
     task: Task, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conductor, "with_times", times_like_macs)
+    monkeypatch.setattr(preparation, "with_times", times_like_macs)
     config = tiny_config(tmp_path, trials=2, annealing_trials=1, objective=objective)
     run_study(config, task, NullDisplay())
     keys = {"size": "size_bytes", "latency": "latency_ms", "params+macs": "share"}
@@ -552,7 +552,7 @@ def test_the_table_is_built_once(
     def build(*args: Any) -> None:
         raise AssertionError("the table was built again")
 
-    monkeypatch.setattr("autocompress.conductor.build_table", build)
+    monkeypatch.setattr("autocompress.preparation.build_table", build)
     run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, NullDisplay())
 
 

@@ -11,7 +11,6 @@ from conftest import TinyNet, make_images, make_loader
 from torch import Tensor, nn
 
 import autocompress
-from autocompress.api import pick_device
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.evaluation import evaluate
 from autocompress.layers import inspect_layers
@@ -19,6 +18,7 @@ from autocompress.loaders import ArrayLoader
 from autocompress.observation import observe_layers
 from autocompress.profiler import measure_latency
 from autocompress.sensitivity import build_table
+from autocompress.sources import pick_device
 from autocompress.task import Batch, Task
 from autocompress.training import fastest_precision, fit
 from autocompress.transforms import TRANSFORMS

@@ -10,18 +10,20 @@ import pytest
 import torch
 from conftest import tiny_config
 from optuna.exceptions import StorageInternalError
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
 from autocompress import objective
 from autocompress.artifacts import save_weights
 from autocompress.baseline import Baseline
+from autocompress.database import open_storage
 from autocompress.evaluation import evaluate
 from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import inspect_layers
 from autocompress.objective import (
     LATENCY,
     Bench,
+    announce,
     best_so_far,
     cost_of,
     find_trial,
@@ -35,8 +37,9 @@ from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
+from autocompress.slots import cut_off, running
 from autocompress.space import SearchSpace
-from autocompress.store import StudyFolder, bury_interrupted
+from autocompress.store import StudyFolder, open_study
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED, PARENT
@@ -71,7 +74,9 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
     cache = seen.factor_cache(task.model)
     table = build_table(task.model, layers, cache, seen, ("svd", "tucker2"))
     space = SearchSpace.from_table(table, "params", baseline.profile.cost)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=KnobSampler(space, 0))
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    study = open_study(storage, "tiny", "exploration", bound={}, cost_name="parameters")
+    study.sampler = KnobSampler(space, 0)
     return Bench(
         task=task,
         baseline=baseline,
@@ -96,9 +101,18 @@ def space_of(bench: Bench) -> SearchSpace:
     return sampler._space
 
 
+def run(bench: Bench) -> FrozenTrial:
+    """One trial of the exploration."""
+    trial = bench.studies["exploration"].ask()
+    found = run_trial(bench, "exploration", space_of(bench), trial)
+    assert found is not None
+    announce(bench, found)
+    return found
+
+
 def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
     """Its weights, put into the plan's network, score what the trial said."""
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     model, plan = load_trial_model(bench, "exploration/0")
     found = evaluate(model, bench.task, bench.task.val)
     assert found.accuracy == pytest.approx(frozen.user_attrs["metrics"]["accuracy"], abs=1e-6)
@@ -110,7 +124,7 @@ def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
 def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_trial(bench, "exploration", space_of(bench))
+    run(bench)
     model, plan = load_trial_model(bench, "exploration/0")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -142,7 +156,7 @@ def test_the_same_seed_gives_the_same_trial(task: Task, tmp_path: Path) -> None:
         task.train.generator.manual_seed(0)  # type: ignore[attr-defined]
         bench = make_bench(task, tmp_path / place)
         task.train.generator.manual_seed(0)  # type: ignore[attr-defined]
-        ends.append(run_trial(bench, "exploration", space_of(bench)))
+        ends.append(run(bench))
     assert ends[0].values == ends[1].values
     assert ends[0].params == ends[1].params
 
@@ -152,7 +166,7 @@ def test_a_trial_stopped_at_the_gate_is_pruned_with_its_constraint(
 ) -> None:
     bench = make_bench(task, tmp_path, delta=0.0, **{"finetune.gate": 0.0})
     task.metric = lambda output, batch: torch.zeros(len(output))  # after the baseline's score
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     assert frozen.state == TrialState.PRUNED
     drop = bench.baseline.val.accuracy
     assert list(frozen.constraints.values()) == [pytest.approx(drop - bench.delta)]
@@ -165,7 +179,7 @@ def test_for_some_samplers_it_is_complete(task: Task, tmp_path: Path) -> None:
     bench = make_bench(task, tmp_path, delta=0.0, **{"finetune.gate": 0.0})
     bench.rejected_as_complete = True
     task.metric = lambda output, batch: torch.zeros(len(output))
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     assert frozen.state == TrialState.COMPLETE
     assert next(iter(frozen.constraints.values())) > 0
     assert "weights" not in frozen.user_attrs
@@ -184,24 +198,24 @@ def test_a_trial_that_fails_says_why(bench: Bench, error: Exception, reason: str
         raise error
 
     bench.task.loss = loss
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     assert frozen.state == TrialState.FAIL
     assert frozen.user_attrs["reason"] == reason
     assert bench.display.ends[0][-2:] == ("FAIL", reason)  # type: ignore[attr-defined]
     bench.task.loss = cross_entropy
-    assert run_trial(bench, "exploration", space_of(bench)).state == TrialState.COMPLETE
+    assert run(bench).state == TrialState.COMPLETE
 
 
 def test_a_loss_that_is_no_number_is_a_failure(bench: Bench) -> None:
     bench.task.loss = lambda output, batch: output.sum() * float("nan")
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     assert frozen.state == TrialState.FAIL and frozen.values is None
     assert frozen.user_attrs["reason"].startswith("TrainingDiverged: The loss became nan")
 
 
 def test_a_metric_that_is_no_number_is_a_failure(bench: Bench) -> None:
     bench.task.metric = lambda output, batch: torch.full((len(output),), float("nan"))
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     assert frozen.state == TrialState.FAIL
     assert "The metric gave a score" in frozen.user_attrs["reason"]
 
@@ -212,7 +226,7 @@ def test_an_interruption_is_recorded_and_goes_on(bench: Bench) -> None:
 
     bench.task.loss = loss
     with pytest.raises(KeyboardInterrupt):
-        run_trial(bench, "exploration", space_of(bench))
+        run(bench)
     (trial,) = bench.studies["exploration"].trials
     assert trial.state == TrialState.FAIL and trial.user_attrs[INTERRUPTED]
 
@@ -227,17 +241,17 @@ def test_an_interruption_that_the_database_does_not_take_goes_on_too(
         raise StorageInternalError("database is locked")
 
     bench.task.loss = loss
-    monkeypatch.setattr("autocompress.objective.mark_interrupted", locked)
+    monkeypatch.setattr("autocompress.objective.cut_off", locked)
     with pytest.raises(KeyboardInterrupt):
-        run_trial(bench, "exploration", space_of(bench))
+        run(bench)
     # The next start ends it.
     study = bench.studies["exploration"]
-    assert study.trials[0].state == TrialState.RUNNING
-    assert bury_interrupted(study) == 1
+    (trial,) = running(study)
+    assert cut_off(study, trial)
 
 
 def test_a_trial_has_the_seconds_of_its_phases(bench: Bench) -> None:
-    frozen = run_trial(bench, "exploration", space_of(bench))
+    frozen = run(bench)
     seconds = frozen.user_attrs["seconds"]
     assert frozen.duration is not None
     assert sum(seconds.values()) == pytest.approx(frozen.duration.total_seconds(), abs=0.5)
@@ -276,7 +290,7 @@ def test_latency_is_measured_with_care_where_it_is_the_objective(bench: Bench) -
     bench.meter = cast(LatencyMeter, meter)
     for name in ("latency", "params"):
         bench.objective = name
-        trial = run_trial(bench, "exploration", space_of(bench))
+        trial = run(bench)
         assert trial.user_attrs["metrics"]["latency_ms"] == 2.5
         assert trial.user_attrs[LATENCY]["iqr_ms"] == 0.1
         assert (trial.values[1] == 2.5) == (name == "latency")
@@ -289,11 +303,11 @@ def test_a_network_that_the_runtime_refuses_fails_where_latency_is_the_objective
     bench: Bench,
 ) -> None:
     bench.meter = cast(LatencyMeter, Meter("no such kernel"))
-    trial = run_trial(bench, "exploration", space_of(bench))
+    trial = run(bench)
     assert trial.state == TrialState.COMPLETE
     assert trial.user_attrs["metrics"]["latency_ms"] is None and LATENCY not in trial.user_attrs
     bench.objective = "latency"
-    trial = run_trial(bench, "exploration", space_of(bench))
+    trial = run(bench)
     assert trial.state == TrialState.FAIL
     assert (
         "latency.runtime = 'onnxruntime' can't run it: RuntimeError: no such kernel"
@@ -312,14 +326,14 @@ def test_costs_are_in_their_own_units() -> None:
 def test_the_best_so_far_is_the_cheapest_within_delta(bench: Bench) -> None:
     assert best_so_far(bench) is None
     bench.delta = 100.0
-    ends = [run_trial(bench, "exploration", space_of(bench)) for _ in range(3)]
+    ends = [run(bench) for _ in range(3)]
     cheapest = min(ends, key=lambda trial: trial.values[1])
     ratio = bench.baseline.profile.params / cheapest.values[1]
     assert best_so_far(bench) == (ratio, cheapest.values[0])
 
 
 def test_a_trial_is_found_by_its_label(bench: Bench) -> None:
-    run_trial(bench, "exploration", space_of(bench))
+    run(bench)
     assert find_trial(bench.studies, "exploration/0").number == 0
     with pytest.raises(IndexError):
         find_trial(bench.studies, "exploration/1")

@@ -28,19 +28,17 @@ from autocompress.artifacts import (
     write_text,
     write_weights,
 )
-from autocompress.database import hide_password, open_storage, write_proposal
+from autocompress.database import open_storage, write_proposal
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.store import (
     StudyFolder,
-    bury_interrupted,
     check_same,
     excuse,
     load_study,
-    mark_interrupted,
     open_study,
     trials_spent,
 )
-from autocompress.trials import INTERRUPTED, set_constraint
+from autocompress.trials import set_constraint
 
 BOUND = {"delta": 1.0, "search.transforms": ["svd"]}
 
@@ -99,12 +97,6 @@ def test_excused_trials_do_not_count(tmp_path: Path) -> None:
     assert [trial.number for trial in trials_spent(study)] == [1]
 
 
-def test_a_queued_trial_is_no_dead_one(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    study.enqueue_trial({"x": 1})
-    assert bury_interrupted(study) == 0
-
-
 def test_a_study_that_is_not_there_is_none(tmp_path: Path) -> None:
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
     assert load_study(storage, "one", "exploration") is None
@@ -157,25 +149,11 @@ def test_queued_parameters_go_before_proposed_ones(tmp_path: Path) -> None:
 
 
 def test_sqlite_lets_readers_in_while_it_writes(tmp_path: Path) -> None:
-    import sqlite3
 
     opened(tmp_path)
     connection = sqlite3.connect(tmp_path / "study.db")
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
-
-
-def test_only_trials_that_ended_by_themselves_count(tmp_path: Path) -> None:
-    study = opened(tmp_path)
-    study.tell(study.ask(), [1.0, 2.0])
-    study.tell(study.ask(), state=TrialState.FAIL)
-    running, interrupted = study.ask(), study.ask()
-    mark_interrupted(study, interrupted._trial_id, interrupted.number)
-    assert [trial.number for trial in trials_spent(study)] == [0, 1]
-    assert bury_interrupted(study) == 1
-    assert study.trials[running.number].state == TrialState.FAIL
-    assert study.trials[running.number].user_attrs == {INTERRUPTED: True, "reason": "interrupted"}
-    assert len(trials_spent(study)) == 2
 
 
 def test_the_constraint_is_read_by_optuna_and_by_the_dashboard(tmp_path: Path) -> None:
@@ -245,37 +223,6 @@ def test_the_lock_is_free_again_when_its_holder_is_killed(tmp_path: Path) -> Non
         pass
 
 
-@pytest.mark.parametrize(
-    ("url", "wanted"),
-    [
-        ("nonsense", "is no database URL"),
-        ("nosuchdb://u:secret@host/x", "is no database URL"),
-        ("postgresql://user:secret@127.0.0.1:1/x", "can't be opened"),
-        ("sqlite:////proc/nowhere/study.db", "can't be opened"),
-    ],
-)
-def test_a_database_that_can_not_be_opened_is_named_without_its_password(
-    url: str, wanted: str
-) -> None:
-    with pytest.raises(ConfigError, match=wanted) as found:
-        open_storage(url)
-    assert "secret" not in str(found.value)
-
-
-def test_passwords_are_hidden() -> None:
-    assert hide_password("postgresql://u:secret@h/d") == "postgresql://u:***@h/d"
-    assert "secret" not in hide_password("::u:secret@h")
-
-
 def test_a_folder_that_can_not_be_made_is_named() -> None:
     with pytest.raises(ConfigError, match=r"run.out: can't make the folder /proc/x"):
         StudyFolder(Path("/proc/x")).create()
-
-
-def test_a_database_of_another_optuna_is_named(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    open_storage(url)
-    with sqlite3.connect(tmp_path / "study.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = 'v0.9.0.a'")
-    with pytest.raises(ConfigError, match=r"run.storage = .*study.db': .*optuna"):
-        open_storage(url)

@@ -1,0 +1,96 @@
+"""The two stages, as every process that runs trials has them: a study with its sampler, a space.
+
+All of it follows from the study file, the layer table and the database, so that workers on other
+machines propose what the conductor would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from optuna.study import Study
+
+from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.config import StudyConfig
+from autocompress.objective import Bench, find_trial
+from autocompress.plan import Plan
+from autocompress.samplers import make_sampler
+from autocompress.space import SearchSpace
+
+PARENTS = "parents"
+"""User attribute of the annealing: labels of the exploration's trials where it starts."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a study.
+
+    Attributes:
+        name: "exploration" or "annealing".
+        study: Its Optuna study, with the sampler that proposes.
+        space: What is proposed.
+        total: Its trials, in all.
+    """
+
+    name: str
+    study: Study
+    space: SearchSpace
+    total: int
+
+    def refresh(self, bench: Bench) -> None:
+        """Let the sampler know what the study has learned of what trials lose in the end."""
+        if isinstance(self.study.sampler, AnnealingSampler):
+            self.study.sampler.outlook = bench.outlook
+
+
+def exploration_stage(
+    bench: Bench, config: StudyConfig, space: SearchSpace, worker: int = 0
+) -> Stage:
+    """The first stage.
+
+    Args:
+        bench: Knows the study.
+        config: The study file.
+        space: The whole search space.
+        worker: Tells the processes of a study apart, for the samplers that draw by lot.
+    """
+    study = bench.studies["exploration"]
+    study.sampler = make_sampler(
+        config.search.sampler,
+        space,
+        config.seed,
+        len(study.get_trials(deepcopy=False)),
+        config.search.trials,
+        partial(bench.outlook.shortfall, "exploration"),
+        worker,
+    )
+    return Stage("exploration", study, space, config.search.trials)
+
+
+def annealing_stage(
+    bench: Bench, config: StudyConfig, space: SearchSpace, study: Study, parents: Sequence[str]
+) -> Stage:
+    """The second stage: narrower, around the exploration's best.
+
+    Args:
+        bench: Knows the exploration; learns of the annealing.
+        config: The study file.
+        space: The whole search space.
+        study: The annealing.
+        parents: Labels of the exploration's trials where it starts.
+    """
+    bench.studies["annealing"] = study
+    trials = [find_trial(bench.studies, label) for label in parents]
+    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in trials]
+    # With channels to remove, each child has a space of its own: it depends on those that remain.
+    narrowed = space if space.width is not None else space.narrow(plans, band=0.5)
+    study.sampler = AnnealingSampler(
+        narrowed,
+        config.seed,
+        outlook=bench.outlook,
+        parents=[Parent.of("exploration", trial, config.delta) for trial in trials],
+        trials=config.search.annealing_trials,
+    )
+    return Stage("annealing", study, narrowed, config.search.annealing_trials)

@@ -1,0 +1,170 @@
+"""Studies of simulated trials, which only wait: for measuring workers, and for killing them.
+
+The database, the budget, the heartbeats, the processes and their orders are the real ones; what a
+trial would do is a pause. `conduct` runs such a study, and this file, run by itself, is its worker:
+
+    AUTOCOMPRESS_STORAGE=URL python scripts/simulation.py STUDY SECONDS [GRACE]
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from autocompress.database import PatientStorage, open_storage
+from autocompress.heartbeat import Heartbeat, StaleWatch
+from autocompress.progress import Display, NullDisplay
+from autocompress.slots import cut_off, is_gone, running, take, top_up
+from autocompress.store import load_study, open_study, trials_spent
+from autocompress.trials import INTERRUPTED
+from autocompress.watch import Watch
+from autocompress.worker import STORAGE_VARIABLE, EventDisplay, follow, work
+from autocompress.workers import Launch, Pool
+
+STAGE = "exploration"
+LAYERS = 30
+"""Parameters of a trial: two for each."""
+STEP = 0.05
+"""Seconds between two steps of a trial."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a study came to.
+
+    Attributes:
+        complete: Trials that were carried out to their end.
+        failed: Trials that count as failed.
+        cut_off: Trials that were cut off, and came again.
+        left: Trials that still wait or run.
+        seconds: Wall-clock time.
+    """
+
+    complete: int
+    failed: int
+    cut_off: int
+    left: int
+    seconds: float = 0.0
+
+
+def open_simulated(url: str, name: str) -> Study:
+    """The study of that name, which is made if it is not there."""
+    return open_study(open_storage(url), name, STAGE, bound={}, cost_name="parameters")
+
+
+def carry_out(study: Study, trial: Trial, seconds: float, watch: Watch) -> bool:
+    """A trial as `objective.run_trial` records it, with a pause instead of the fine-tuning."""
+    try:
+        for layer in range(LAYERS):
+            trial.suggest_categorical(f"layer{layer}.transform", ["keep", "svd", "tucker2"])
+            trial.suggest_float(f"layer{layer}.rank_fraction", 0.0, 1.0)
+        trial.set_user_attr("plan", str(trial.params))
+        with Heartbeat(study, trial._trial_id, every=1.0) as beat, watch.over(lambda: beat.taken):
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(min(STEP, seconds))
+                watch.step()
+        drop = random.uniform(0.0, 2.0)
+        study.tell(trial, [drop, float(trial.number)], skip_if_finished=True)
+    except KeyboardInterrupt:
+        cut_off(study, study._storage.get_trial(trial._trial_id))
+        return False
+    return True
+
+
+def be_worker(name: str, seconds: float) -> None:
+    """Carry out trials until this process is told to end."""
+    lines, sys.stdout = sys.stdout, sys.stderr
+    display, watch = EventDisplay(lines), Watch()
+    follow(watch.orders, sys.stdin)
+    study = load_study(open_storage(os.environ[STORAGE_VARIABLE]), name, STAGE)
+    assert study is not None
+
+    def one(trial: Trial) -> bool:
+        display.trial_started(trial.number)
+        ended = carry_out(study, trial, seconds, watch)
+        display.trial_finished(trial.number, None, None, False, "COMPLETE", None)
+        return ended
+
+    work(lambda: take(study), one, watch.orders, lambda: False, 1e9)
+
+
+def conduct(
+    url: str,
+    name: str,
+    total: int,
+    workers: int,
+    seconds: float,
+    disturb: Callable[[Pool, Study], None] = lambda pool, study: None,
+    grace: float = 10.0,
+    display: Display | None = None,
+) -> Tally:
+    """Run a study of simulated trials to its end.
+
+    Args:
+        url: The database's URL.
+        name: The study's name.
+        total: Its trials.
+        workers: How many processes.
+        seconds: How long a trial takes.
+        disturb: Called at every turn.
+        grace: Seconds without a sign of life, after which a trial has lost its worker.
+        display: Told what happens.
+    """
+    study = open_simulated(url, name)
+    argv = [sys.executable, str(Path(__file__).resolve()), name, str(seconds)]
+    launch = Launch(argv, {STORAGE_VARIABLE: url, "OMP_NUM_THREADS": "1"})
+    pool = Pool([launch] * workers, lambda: [study], display or NullDisplay())
+    for trial in running(study):
+        if is_gone(trial):
+            cut_off(study, trial, "its process is gone")
+    stale, start = StaleWatch(grace), time.perf_counter()
+    try:
+        while True:
+            top_up(study, total)
+            if len(trials_spent(study)) >= total:
+                break
+            disturb(pool, study)
+            pool.tend()
+            for trial in stale.stale(study):
+                cut_off(study, trial, "it gave no sign of life any more")
+        seconds = time.perf_counter() - start
+    finally:
+        pool.stop()
+    found = tally(study, seconds)
+    storage = study._storage._backend  # type: ignore[attr-defined]
+    assert isinstance(storage, PatientStorage)
+    storage.remove_session()
+    storage.engine.dispose()
+    return found
+
+
+def tally(study: Study, seconds: float = 0.0) -> Tally:
+    """What is in the database."""
+    spent = trials_spent(study)
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    return Tally(
+        complete=sum(trial.state == TrialState.COMPLETE for trial in spent),
+        failed=sum(trial.state == TrialState.FAIL for trial in spent),
+        cut_off=sum(was_lost(trial) for trial in study.get_trials(deepcopy=False)),
+        left=sum(not state.is_finished() for state in states),
+        seconds=seconds,
+    )
+
+
+def was_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial was cut off, and not just taken back."""
+    attrs: Mapping[str, object] = trial.user_attrs
+    return INTERRUPTED in attrs and attrs.get("reason") != "withdrawn"
+
+
+if __name__ == "__main__":
+    be_worker(sys.argv[1], float(sys.argv[2]))
