@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
-import torch
 from optuna.artifacts import (
     Boto3ArtifactStore,
     FileSystemArtifactStore,
@@ -24,9 +22,6 @@ from optuna.artifacts._protocol import ArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.study import Study
 from optuna.trial import Trial
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from autocompress.errors import ConfigError, DamagedArtifact
 
@@ -112,14 +107,6 @@ def _s3(place: str) -> ArtifactStore:
     return Boto3ArtifactStore(bucket, client)
 
 
-def save_weights(model: nn.Module, owner: Trial | Study, store: ArtifactStore) -> str:
-    """Upload a network's weights as safetensors; returns the artifact's id."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_file(portable_state(model), path)
-        return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
-
-
 def save_text(text: str, name: str, owner: Trial | Study, store: ArtifactStore) -> str:
     """Upload a text as a file of that name; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:
@@ -136,28 +123,13 @@ def put_file(path: Path, store: ArtifactStore) -> str:
     return artifact_id
 
 
-def fetch_weights(artifact_id: str, store: ArtifactStore) -> dict[str, Tensor]:
-    """Download weights that `save_weights` uploaded.
-
-    Raises:
-        DamagedArtifact: If they are not there or can't be read.
-    """
-    with _fetched(artifact_id, store) as path:
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedArtifact(
-                f"The weights in artifact {artifact_id} can't be read ({error})."
-            ) from error
-
-
 def fetch_text(artifact_id: str, store: ArtifactStore) -> str:
     """Download a text that `save_text` uploaded.
 
     Raises:
         DamagedArtifact: If it is not there or can't be read.
     """
-    with _fetched(artifact_id, store) as path:
+    with fetched(artifact_id, store) as path:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -170,7 +142,7 @@ def fetch_file(artifact_id: str, path: Path, store: ArtifactStore) -> None:
     Raises:
         DamagedArtifact: If it is not there.
     """
-    with _fetched(artifact_id, store) as found:
+    with fetched(artifact_id, store) as found:
         shutil.move(found, path)
 
 
@@ -182,7 +154,7 @@ def remove_artifact(artifact_id: str | None, store: ArtifactStore) -> None:
 
 
 @contextmanager
-def _fetched(artifact_id: str, store: ArtifactStore) -> Iterator[Path]:
+def fetched(artifact_id: str, store: ArtifactStore) -> Iterator[Path]:
     """A temporary file with what the artifact holds."""
     if not _ID.fullmatch(artifact_id):
         # It comes from a database, and becomes a part of a path.
@@ -198,23 +170,6 @@ def _fetched(artifact_id: str, store: ArtifactStore) -> Iterator[Path]:
         yield path
 
 
-def portable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, every tensor contiguous and in memory of its own."""
-    return {
-        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
-    }
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """12 hex digits that identify weights."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,11 +177,3 @@ def write_text(path: Path, text: str) -> None:
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
     os.replace(name, path)
-
-
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state dict as safetensors, beside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(state), beside)
-    os.replace(beside, path)

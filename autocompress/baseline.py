@@ -10,7 +10,6 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.artifacts import portable_state, state_digest, write_weights
 from autocompress.config import BaselineConfig, cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
@@ -20,6 +19,7 @@ from autocompress.profiler import Profile
 from autocompress.progress import Display
 from autocompress.task import Task, correct
 from autocompress.training import fit
+from autocompress.weights import portable_state, state_digest, write_weights
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,16 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.artifacts import open_artifacts, state_digest, write_text
+from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.dashboard import annotate
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.finals import rehearse
 from autocompress.heartbeat import StaleWatch
-from autocompress.joining import Place, launches
+from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
+from autocompress.launchers import Workers
 from autocompress.models import load_state
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
@@ -49,6 +50,7 @@ from autocompress.preparation import (
     prepare,
 )
 from autocompress.probe import settle
+from autocompress.process import PAUSE, SEARCHING
 from autocompress.progress import Beside, Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
@@ -69,8 +71,8 @@ from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
 from autocompress.trials import has_weights, violation, within_delta
 from autocompress.watch import Watch
-from autocompress.worker import PAUSE, SEARCHING, perform
-from autocompress.workers import Pool
+from autocompress.weights import state_digest
+from autocompress.worker import perform
 
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
@@ -349,26 +351,26 @@ class Solo:
 
 
 class Team:
-    """Worker processes of this machine.
+    """Workers in processes of their own.
 
     Args:
-        pool: The processes.
+        workers: They.
         display: Shows what they do.
     """
 
-    def __init__(self, pool: Pool, display: Display) -> None:
-        self._pool, self._display = pool, display
+    def __init__(self, workers: Workers, display: Display) -> None:
+        self._workers, self._display = workers, display
         self._other: Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def alive(self) -> int:
         """How many work."""
-        return self._pool.alive
+        return self._workers.alive
 
     def tend(self, stage: Stage) -> None:
         """See to them for a moment."""
-        self._pool.tend()
+        self._workers.tend()
         if self._error is not None:
             raise self._error
 
@@ -381,11 +383,11 @@ class Team:
 
     def drain(self) -> None:
         """Let them end after their trials."""
-        self._pool.drain()
+        self._workers.drain()
 
     def close(self) -> None:
         """End them, and wait for what is done beside."""
-        self._pool.stop()
+        self._workers.stop()
         if self._other is not None:
             self._other.join()
 
@@ -410,14 +412,23 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
         code=setting.modules or Path.cwd(),
         patience=1e9,
     )
-    started = launches(place, config) if setting.task.origin is not None else []
-    bench.studies["exploration"].set_user_attr(SEARCHING, True)
+    exploration = bench.studies["exploration"]
+    exploration.set_user_attr(SEARCHING, True)
+    workers = None
+    if setting.task.origin is not None:
+        workers = start_workers(
+            place,
+            config,
+            exploration,
+            lambda: list(bench.studies.values()),
+            setting.folder.path / "cluster",
+            setting.display,
+        )
     with orders.patient():
-        if not started:
+        if workers is None:
             yield Solo(bench)
             return
-        pool = Pool(started, lambda: list(bench.studies.values()), setting.display)
-        team = Team(pool, setting.display)
+        team = Team(workers, setting.display)
         try:
             yield team
         except BaseException:

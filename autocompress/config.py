@@ -246,6 +246,16 @@ class RunConfig(_Section):
         description="Processes that run trials on this machine, or 'auto': one for each GPU, or "
         "for four CPU cores each; 0: trials run in the study's own process, for a debugger.",
     )
+    launcher: Literal["local", "ray", "slurm"] = Field(
+        default="local",
+        description="What starts the workers: this machine, a Ray cluster (pip install "
+        "'autocompress[ray]') or SLURM (pip install 'autocompress[slurm]').",
+    )
+    launcher_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For Ray's task (num_gpus, num_cpus, ...) or submitit's job (timeout_min, "
+        "gpus_per_node, slurm_partition, ...).",
+    )
     trial_limit: Positive | None = Field(
         default=None, description="Minutes that a trial may take; None: any."
     )

@@ -35,6 +35,7 @@ from sqlalchemy.exc import (
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
+    PendingRollbackError,
     SQLAlchemyError,
 )
 
@@ -50,8 +51,8 @@ TOLD_AFTER = 1.0
 """Seconds after which it is told that a database is away."""
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach it, at most."""
-OPENINGS = 6
-"""How often a new database is opened anew, where several processes make its tables at once."""
+RACE = 10.0
+"""Seconds in which a new database is opened anew, where several processes make its tables."""
 RACES = ("already exists", "duplicate key", "UNIQUE constraint", "database is locked")
 """What that looks like."""
 
@@ -171,6 +172,7 @@ for _name in (
     "get_trial_system_attrs",
     "get_all_studies",
     "set_trial_param",
+    "_set_trial_param",
     "get_trial_param",
     "set_trial_user_attr",
     "set_trial_system_attr",
@@ -186,6 +188,8 @@ for _name in (
 def _transient(error: Exception) -> str | None:
     """What is wrong with the database for a while, in a line; None if it is something else."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    if isinstance(cause, PendingRollbackError):
+        return "a connection was lost"
     if not isinstance(cause, DBAPIError):
         return None
     words = str(cause.orig).strip().splitlines() or [type(cause.orig).__name__]
@@ -196,32 +200,41 @@ def _transient(error: Exception) -> str | None:
     return words[0] if lost else None
 
 
-def open_storage(url: str, patience: float = PATIENCE) -> PatientStorage:
+def open_storage(url: str, patience: float = PATIENCE, waits: bool = False) -> PatientStorage:
     """Connect to a study database.
 
     SQLite is switched to write-ahead logging, so that the dashboard reads while a study writes.
 
     Args:
         url: Its URL.
-        patience: Seconds for which later calls wait if it is away; this one doesn't.
+        patience: Seconds for which later calls wait if it is away.
+        waits: Whether this call waits, too, for a database that was there before.
 
     Raises:
         ConfigError: If the URL is wrong or the database can't be reached; without its password.
     """
-    for attempt in range(OPENINGS):
+    begun, pause = time.monotonic(), 0.1
+    while True:
         try:
             return _open(url, patience)
-        except _Raced:
-            # Several processes were about to make the same tables.
-            time.sleep(random.uniform(0.05, 0.2) * 2**attempt)
-    return _open(url, patience, last=True)
+        except _Away as error:
+            spent = time.monotonic() - begun
+            if spent > (patience if waits else RACE if error.raced else 0.0):
+                raise ConfigError(str(error)) from error.__cause__
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
-class _Raced(Exception):
-    """Another process has made the tables in the same moment."""
+class _Away(Exception):
+    """A database that can't be opened now."""
+
+    def __init__(self, text: str, raced: bool) -> None:
+        super().__init__(text)
+        self.raced = raced
+        """Whether another process was about to make the same tables."""
 
 
-def _open(url: str, patience: float, last: bool = False) -> PatientStorage:
+def _open(url: str, patience: float) -> PatientStorage:
     try:
         arguments: dict[str, Any] = {
             "pool_pre_ping": True,
@@ -251,11 +264,10 @@ def _open(url: str, patience: float, last: bool = False) -> PatientStorage:
         ) from error
     except (SQLAlchemyError, ImportError, sqlite3.Error, OSError) as error:
         cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
-        if not last and any(word in cause for word in RACES):
-            raise _Raced from error
-        raise ConfigError(
+        raise _Away(
             f"run.storage = {hide_password(url)!r} can't be opened: {cause}. Check that the "
-            "database runs and its driver is installed (pip install 'autocompress[postgres]')."
+            "database runs and its driver is installed (pip install 'autocompress[postgres]').",
+            any(word in cause for word in RACES),
         ) from error
 
 

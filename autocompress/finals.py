@@ -11,7 +11,6 @@ from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.artifacts import portable_state, save_weights, write_weights
 from autocompress.config import StudyConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
@@ -23,6 +22,7 @@ from autocompress.progress import Display
 from autocompress.store import StudyFolder
 from autocompress.training import fit
 from autocompress.trials import has_weights, stage_of, within_delta
+from autocompress.weights import portable_state, save_weights, write_weights
 
 LOST = 100.0
 """The drop of a network whose fine-tuning diverged, in points."""

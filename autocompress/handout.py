@@ -12,7 +12,6 @@ import torch
 from optuna.study import Study
 from safetensors.torch import load_file
 
-from autocompress.artifacts import fetch_weights
 from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
@@ -26,6 +25,7 @@ from autocompress.store import StudyFolder
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 from autocompress.trials import WEIGHTS
+from autocompress.weights import fetch_weights
 
 
 def export_trial(

@@ -15,7 +15,6 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.artifacts import portable_state, write_weights
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
 from autocompress.export import INT8_FILE, export_onnx
 from autocompress.finals import Finalist
@@ -31,6 +30,7 @@ from autocompress.quantization import (
 )
 from autocompress.store import StudyFolder
 from autocompress.training import Recipe
+from autocompress.weights import portable_state, write_weights
 
 
 @dataclass(frozen=True)

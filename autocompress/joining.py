@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ import torch
 from optuna.artifacts._protocol import ArtifactStore
 from optuna.study import Study
 
-from autocompress.artifacts import fetch_text, fetch_weights, open_artifacts
+from autocompress.artifacts import fetch_text, open_artifacts
 from autocompress.baseline import Baseline
 from autocompress.config import StudyConfig, flatten, own_code, parse_config
 from autocompress.database import open_storage
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.evaluation import evaluate
+from autocompress.launchers import RayWorkers, SlurmWorkers, Workers
 from autocompress.models import PRETRAINED, load_state
 from autocompress.observation import observe_layers
 from autocompress.preparation import (
@@ -37,6 +40,7 @@ from autocompress.preparation import (
     time_baseline,
 )
 from autocompress.probe import settle
+from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow
 from autocompress.profiler import Profile
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sensitivity import LayerTable
@@ -44,8 +48,41 @@ from autocompress.sources import task_from_config
 from autocompress.store import STAGES, load_study
 from autocompress.task import Task
 from autocompress.watch import Orders, Watch
-from autocompress.worker import STORAGE_VARIABLE, EventDisplay, Worker, follow
+from autocompress.weights import fetch_weights
+from autocompress.worker import Worker
 from autocompress.workers import Launch, Pool, cores, count_workers, shares, visible_gpus
+
+
+def overrides(place: Place) -> dict[str, Any]:
+    """The settings that are others there, by dotted key."""
+    changes = {
+        "data.root": place.data_root,
+        "data.source": place.data_source,
+        "run.artifacts": place.artifacts,
+        "run.device": place.device,
+        "run.workers": place.workers,
+        "run.launcher": place.launcher,
+        "run.launcher_options": dict(place.options) or None,
+    }
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def command(place: Place, device: str) -> list[str]:
+    """The command of one worker process, without the database's URL."""
+    argv = [sys.executable, "-m", "autocompress.study", "worker", "--child"]
+    options = {
+        "--study": place.study,
+        "--device": device,
+        "--data-root": place.data_root,
+        "--data-source": place.data_source,
+        "--artifacts": place.artifacts,
+        "--code": place.code,
+        "--patience": place.patience / 60,
+    }
+    for option, value in options.items():
+        if value is not None:
+            argv += [option, str(value)]
+    return argv
 
 
 @dataclass(frozen=True)
@@ -62,6 +99,8 @@ class Place:
         artifacts: Where the artifacts are; None likewise.
         code: The folder of the user's own modules, which may run here then.
         patience: Seconds without a trial, after which a worker ends.
+        launcher: What starts the workers; None: as in the study.
+        options: Its options.
     """
 
     url: str
@@ -73,35 +112,8 @@ class Place:
     artifacts: str | None = None
     code: Path | None = None
     patience: float = 3600.0
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The settings that are others here, by dotted key."""
-        changes = {
-            "data.root": self.data_root,
-            "data.source": self.data_source,
-            "run.artifacts": self.artifacts,
-            "run.device": self.device,
-            "run.workers": self.workers,
-        }
-        return {key: value for key, value in changes.items() if value is not None}
-
-    def command(self, device: str) -> list[str]:
-        """The command of one worker process, without the database's URL."""
-        argv = [sys.executable, "-m", "autocompress.study", "worker", "--child"]
-        options = {
-            "--study": self.study,
-            "--device": device,
-            "--data-root": self.data_root,
-            "--data-source": self.data_source,
-            "--artifacts": self.artifacts,
-            "--code": self.code,
-            "--patience": self.patience / 60,
-        }
-        for option, value in options.items():
-            if value is not None:
-                argv += [option, str(value)]
-        return argv
+    launcher: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def serve(place: Place, child: bool) -> int:
@@ -119,32 +131,68 @@ def serve(place: Place, child: bool) -> int:
         StudyMismatch: If the data here is another.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config, study = read_settings(place)
     if child:
+        config, study = read_settings(place, waits=True)
         lines, sys.stdout = sys.stdout, sys.stderr
         watch = Watch()
         follow(watch.orders, sys.stdin)
         return _work(place, config, study, watch, EventDisplay(lines))
     with make_display() as display:
+        config, study = read_settings(place)
         watch = Watch()
         with watch.orders.listening(display.say), watch.orders.patient():
-            if config.run.workers == 0:
+            folder = Path(config.run.out) / config.name / "cluster"
+            workers = start_workers(place, config, study, partial(_stages, study), folder, display)
+            if workers is None:
                 return _work(place, config, study, watch, display)
-            return _supervise(place, config, study, watch.orders, display)
+            return _supervise(workers, watch.orders)
 
 
-def launches(place: Place, config: StudyConfig) -> list[Launch]:
-    """How to start the worker processes of a machine; none where their number is 0."""
-    device, gpus = config.run.device, torch.cuda.device_count()
-    count = count_workers(config.run.workers, device, gpus, cores())
+def serve_here(place: Place) -> int:
+    """Be one worker, in this process, as `serve` has it."""
+    return serve(replace(place, workers=0), child=False)
+
+
+def start_workers(
+    place: Place,
+    config: StudyConfig,
+    study: Study,
+    studies: Callable[[], list[Study]],
+    folder: Path,
+    display: Display,
+) -> Workers | None:
+    """Start the workers that a study file asks for; None where trials run in this process.
+
+    Args:
+        place: Which study, and what is different here.
+        config: The study file.
+        study: The exploration.
+        studies: Gives the studies of both stages.
+        folder: For the logs of a cluster's jobs.
+        display: Told what happens.
+
+    Raises:
+        ConfigError: If the launcher isn't installed, or their number isn't given for a cluster.
+    """
+    run = config.run
+    if run.launcher != "local":
+        if not run.workers:
+            raise ConfigError(
+                f"run.launcher = '{run.launcher}': give the number of workers, --workers N."
+            )
+        work = partial(serve_here, replace(place, launcher="local", options={}))
+        if run.launcher == "slurm":
+            return SlurmWorkers(work, run.workers, run.launcher_options, study, display, folder)
+        options = {"num_gpus": 0 if run.device == "cpu" else 1} | run.launcher_options
+        return RayWorkers(work, run.workers, options, study, display)
+    gpus = torch.cuda.device_count()
+    count = count_workers(run.workers, run.device, gpus, cores())
     if count == 0:
-        return []
-    kind = "cuda" if gpus and device != "cpu" else "cpu"
-    environment = {STORAGE_VARIABLE: place.url}
-    return [
-        Launch(place.command(kind), env | environment)
-        for env in shares(count, device, visible_gpus(gpus), cores())
-    ]
+        return None
+    argv = command(place, "cuda" if gpus and run.device != "cpu" else "cpu")
+    environments = shares(count, run.device, visible_gpus(gpus), cores())
+    launches = [Launch(argv, {**env, STORAGE_VARIABLE: place.url}) for env in environments]
+    return Pool(launches, studies, display)
 
 
 def _work(place: Place, config: StudyConfig, study: Study, watch: Watch, display: Display) -> int:
@@ -157,36 +205,33 @@ def _work(place: Place, config: StudyConfig, study: Study, watch: Watch, display
         return Worker(prepared.bench, config, prepared.space, place.patience).run()
 
 
-def _supervise(
-    place: Place, config: StudyConfig, study: Study, orders: Orders, display: Display
-) -> int:
-    """Look after worker processes of this machine until they have ended."""
-
-    def studies() -> list[Study]:
-        found = [load_study(study._storage, place.study, stage) for stage in STAGES]
-        return [one for one in found if one is not None]
-
-    pool = Pool(launches(place, config), studies, display)
+def _supervise(workers: Workers, orders: Orders) -> int:
+    """Look after workers until they have ended."""
     try:
-        while not pool.over:
-            if orders.stop:
-                break
+        while not (workers.over or orders.stop):
             if orders.drain:
-                pool.drain()
-            pool.tend()
+                workers.drain()
+            workers.tend()
     finally:
-        pool.stop()
-    return pool.finished
+        workers.stop()
+    return workers.finished
 
 
-def read_settings(place: Place) -> tuple[StudyConfig, Study]:
+def _stages(study: Study) -> list[Study]:
+    """The studies of both stages, as far as they exist."""
+    name = study.study_name.removesuffix("-exploration")
+    found = [load_study(study._storage, name, stage) for stage in STAGES]
+    return [one for one in found if one is not None]
+
+
+def read_settings(place: Place, waits: bool = False) -> tuple[StudyConfig, Study]:
     """The study file and the exploration of a study, from its database.
 
     Raises:
         ConfigError: If there is no such study, or it has not begun to search; or if it names code
             and `code` doesn't say that this may run.
     """
-    study = load_study(open_storage(place.url), place.study, "exploration")
+    study = load_study(open_storage(place.url, waits=waits), place.study, "exploration")
     settings = None if study is None else study.user_attrs.get(SETTINGS)
     if study is None or settings is None or TABLE not in study.user_attrs:
         raise ConfigError(
@@ -200,7 +245,7 @@ def read_settings(place: Place) -> tuple[StudyConfig, Study]:
         known |= {f"data.{key}": list(facts["normalization"][key]) for key in ("mean", "std")}
     threads = (facts["baseline"].get("latency") or {}).get("threads")
     config = parse_config(
-        known | {"model.weights": None, "latency.threads": threads} | place.overrides
+        known | {"model.weights": None, "latency.threads": threads} | overrides(place)
     )
     _check_code(config, place.code)
     return config, study

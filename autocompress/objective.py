@@ -19,14 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
-from autocompress.artifacts import (
-    fetch_file,
-    fetch_weights,
-    put_file,
-    remove_artifact,
-    save_text,
-    save_weights,
-)
+from autocompress.artifacts import fetch_file, put_file, remove_artifact, save_text
 from autocompress.baseline import Baseline
 from autocompress.checkpoint import Checkpoint
 from autocompress.database import write_proposal
@@ -66,6 +59,7 @@ from autocompress.trials import (
     within_delta,
 )
 from autocompress.watch import TrialTaken, Watch
+from autocompress.weights import fetch_weights, save_weights
 
 logger = logging.getLogger("autocompress")
 
@@ -228,7 +222,7 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> Fro
     except (TrialTaken, UpdateFinishedTrialError):
         logger.warning("%s %d was taken from this worker.", stage, trial.number)
         return None
-    except (KeyboardInterrupt, OSError) as error:
+    except (KeyboardInterrupt, SystemExit, OSError) as error:
         # It may have cut a read of the database off, whose session then blocks writing; what can't
         # be marked now is marked when the study goes on.
         study._storage.remove_session()

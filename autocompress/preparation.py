@@ -19,14 +19,7 @@ from optuna.study import Study
 from safetensors.torch import load_file
 
 from autocompress import __version__
-from autocompress.artifacts import (
-    portable_state,
-    save_text,
-    save_weights,
-    state_digest,
-    write_text,
-    write_weights,
-)
+from autocompress.artifacts import save_text, write_text
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, cache_folder
@@ -49,6 +42,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.task import Task
 from autocompress.training import Recipe, fastest_precision
+from autocompress.weights import portable_state, save_weights, state_digest, write_weights
 
 COST_NAMES = {
     "params": "parameters",

@@ -119,6 +119,10 @@ def run(
             show_default=False,
         ),
     ] = None,
+    launcher: Annotated[
+        Literal["local", "ray", "slurm"] | None,
+        typer.Option(help="What starts the workers.", show_default=False),
+    ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
@@ -149,6 +153,7 @@ def run(
         "int8": int8,
         "run.device": device,
         "run.workers": _number(workers),
+        "run.launcher": launcher,
         "run.storage": storage,
         "run.out": out,
     }
@@ -226,6 +231,14 @@ def worker(
     patience: Annotated[
         float, typer.Option(help="Minutes without a trial after which it ends.")
     ] = 60.0,
+    launcher: Annotated[
+        Literal["local", "ray", "slurm"] | None,
+        typer.Option(help="What starts the workers.", show_default=False),
+    ] = None,
+    launcher_option: Annotated[
+        list[str] | None,
+        typer.Option(help="For Ray's task or submitit's job, e.g. num_gpus=1.", show_default=False),
+    ] = None,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
 ) -> None:
     """Join a study that runs, from this machine or another one, and carry out its trials.
@@ -241,7 +254,7 @@ def worker(
     import os
 
     from autocompress.joining import Place, serve
-    from autocompress.worker import STORAGE_VARIABLE
+    from autocompress.process import STORAGE_VARIABLE
 
     url = storage or os.environ.get(STORAGE_VARIABLE)
     if url is None:
@@ -259,6 +272,8 @@ def worker(
         artifacts=artifacts,
         code=None if code is None else Path(code).resolve(),
         patience=60 * patience,
+        launcher=launcher,
+        options=_options(launcher_option),
     )
     done = serve(place, child)
     if not child:
@@ -518,6 +533,22 @@ def _number(workers: str | None) -> int | str | None:
     return int(workers) if workers is not None and workers.isdecimal() else workers
 
 
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    """What "key=value" pairs say; numbers become numbers."""
+    import json
+
+    found: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--launcher-option {pair}: give key=value, e.g. num_gpus=1.")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
 def _hide_url(storage: str | None) -> None:
     """Start this program anew without the URL among its arguments, if there is a password in it.
 
@@ -527,7 +558,7 @@ def _hide_url(storage: str | None) -> None:
     import os
 
     from autocompress.database import hide_password
-    from autocompress.worker import STORAGE_VARIABLE
+    from autocompress.process import STORAGE_VARIABLE
 
     if storage is None or hide_password(storage) == storage:
         return

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 import zlib
 from collections.abc import Callable
-from threading import Lock, Thread
-from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -19,22 +13,12 @@ from autocompress.config import StudyConfig
 from autocompress.database import end_if
 from autocompress.heartbeat import Heartbeat
 from autocompress.objective import Bench, announce, run_trial
+from autocompress.process import EXIT_HUNG, SEARCHING, work
 from autocompress.slots import take, worker_name
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import load_study
-from autocompress.watch import Orders
 
-SEARCHING = "searching"
-"""User attribute of the exploration: whether trials are or will be waiting."""
-STORAGE_VARIABLE = "AUTOCOMPRESS_STORAGE"
-"""Environment variable that holds the database's URL, which no list of processes shows."""
-EXIT_HUNG = 4
-"""A worker's exit code after it has ended a trial that hung."""
-PAUSE = 1.0
-"""Seconds between two looks for a trial, where none is waiting."""
-
-Found = TypeVar("Found")
 Hung = Callable[[Stage, Trial, str], None]
 
 
@@ -75,38 +59,6 @@ def end_process(stage: Stage, trial: Trial, reason: str) -> None:
         {"reason": f"TrialTimeout: {reason}"},
     )
     os._exit(EXIT_HUNG)
-
-
-def work(
-    find: Callable[[], Found | None],
-    carry_out: Callable[[Found], bool],
-    orders: Orders,
-    over: Callable[[], bool],
-    patience: float,
-) -> int:
-    """Carry out what is found, one after the other, until there is nothing or orders end it.
-
-    Args:
-        find: The next trial; None where none is waiting.
-        carry_out: Carries it out; tells whether it ended here.
-        orders: What this process is told from outside.
-        over: Whether no trial will be waiting any more.
-        patience: Seconds without a trial, after which it ends.
-
-    Returns:
-        How many ended.
-    """
-    count, since = 0, time.monotonic()
-    while not orders.drain:
-        found = find()
-        if found is None:
-            if over() or time.monotonic() - since > patience:
-                break
-            time.sleep(PAUSE)
-            continue
-        count += carry_out(found)
-        since = time.monotonic()
-    return count
 
 
 class Worker:
@@ -164,100 +116,3 @@ class Worker:
     @property
     def _exploration(self) -> Study:
         return self._bench.studies["exploration"]
-
-
-def follow(orders: Orders, lines: TextIO) -> None:
-    """Take orders from the process that started this one: lines of "drain" or "stop".
-
-    When that is gone, the lines end, which means stop.
-    """
-
-    def read() -> None:
-        for line in lines:
-            if line.strip() == "drain":
-                orders.ask_to_drain()
-            elif line.strip() == "stop":
-                orders.ask_to_stop()
-        orders.ask_to_stop()
-
-    Thread(target=read, name="orders", daemon=True).start()
-
-
-class EventDisplay:
-    """Tells what happens as lines of JSON, to the process that started this one.
-
-    Args:
-        stream: Where the lines go.
-        clock: Seconds that only go up.
-    """
-
-    def __init__(
-        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._stream = sys.stdout if stream is None else stream
-        self._clock = clock
-        self._lock = Lock()
-        self._last_step = -1.0
-
-    def say(self, message: str) -> None:
-        """Show a message that stays."""
-        self._send("say", message=message)
-
-    def stage(
-        self,
-        name: str,
-        total: int,
-        done: int = 0,
-        delta: float | None = None,
-        objective: str = "params",
-        best: tuple[float, float] | None = None,
-        later: float = 0.0,
-    ) -> None:
-        """The conductor knows the stages better."""
-
-    def trial_started(self, number: int, worker: str = "") -> None:
-        """A trial has begun."""
-        self._last_step = -1.0
-        self._send("started", number=number)
-
-    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
-        """A phase has come further; at most one line a second."""
-        now = self._clock()
-        if now - self._last_step >= 1.0:
-            self._last_step = now
-            self._send("step", phase=phase, done=done, total=total, note=note)
-
-    def trial_finished(
-        self,
-        number: int,
-        drop: float | None,
-        cost_ratio: float | None,
-        feasible: bool,
-        state: str,
-        reason: str | None,
-    ) -> None:
-        """A trial has ended."""
-        self._send("finished", number=number)
-
-    def close(self) -> None:
-        """Nothing is on a screen."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    def _send(self, event: str, **values: Any) -> None:
-        with self._lock:
-            try:
-                self._stream.write(json.dumps({"event": event, **values}) + "\n")
-                self._stream.flush()
-            except (OSError, ValueError):
-                # Nobody reads any more; the orders tell this process to end.
-                pass

@@ -23,9 +23,9 @@ from typing import IO, Any
 from optuna.study import Study
 
 from autocompress.errors import AutocompressError
+from autocompress.process import EXIT_HUNG
 from autocompress.progress import Display
 from autocompress.slots import WORKER, cut_off, host_name, running
-from autocompress.worker import EXIT_HUNG
 
 logger = logging.getLogger("autocompress")
 
@@ -200,6 +200,8 @@ class Pool:
         studies: Gives the studies whose trials they run.
         display: Told what they do.
         clock: Seconds that only go up.
+        max_deaths: How often in a row a worker may die without ending a trial.
+        longest_pause: Seconds before a dead worker is started again, at most.
     """
 
     def __init__(
@@ -208,8 +210,11 @@ class Pool:
         studies: Callable[[], Iterable[Study]],
         display: Display,
         clock: Clock = time.monotonic,
+        max_deaths: int = MAX_DEATHS,
+        longest_pause: float = LONGEST_PAUSE,
     ) -> None:
         self._studies, self._display, self._clock = studies, display, clock
+        self._max_deaths, self._longest_pause = max_deaths, longest_pause
         self._places = [_Place(f"worker {n}", launch) for n, launch in enumerate(launches)]
         self._ending = False
         self.finished = 0
@@ -241,8 +246,8 @@ class Pool:
                     self._bury(place, code)
         if not self._ending and all(place.given_up for place in self._places):
             raise AutocompressError(
-                f"All {len(self._places)} workers died {MAX_DEATHS} times in a row without ending "
-                f"a trial. The last words of one: {self._places[-1].words or 'none'}. "
+                f"All {len(self._places)} workers died {self._max_deaths} times in a row without "
+                f"ending a trial. The last words of one: {self._places[-1].words or 'none'}. "
                 "--workers 0 runs the trials in this process, where a debugger sees them."
             )
         time.sleep(TURN)
@@ -320,9 +325,9 @@ class Pool:
             return
         place.deaths += 1
         place.words = " ".join(list(process.errors)[-3:])
-        pause = min(LONGEST_PAUSE, 2.0 ** (place.deaths - 1))
+        pause = min(self._longest_pause, 2.0 ** (place.deaths - 1))
         place.start_at = self._clock() + pause
-        place.given_up = place.deaths >= MAX_DEATHS
+        place.given_up = place.deaths >= self._max_deaths
         then = "It is given up." if place.given_up else f"It is started again in {pause:g} s."
         self._display.say(f"{place.name} died: {died}. {place.words} {then}")
 

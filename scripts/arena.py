@@ -23,7 +23,7 @@ from typing import Any
 from measure import places, speedup
 from torch import nn
 
-from autocompress.artifacts import state_digest, write_text
+from autocompress.artifacts import write_text
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
@@ -44,6 +44,7 @@ from autocompress.sources import task_from_config
 from autocompress.space import spend
 from autocompress.task import Batch, Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
+from autocompress.weights import state_digest
 
 FIRST_BUDGET = 0.25
 """Share of the baseline's cost at which a bisection begins, as a study's own seeds do."""

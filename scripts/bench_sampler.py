@@ -1,11 +1,12 @@
 """Time what a proposal costs, in milliseconds: ask, suggest all parameters, tell.
 
-    python scripts/bench_sampler.py [--layers 60] [--trials 100 1000] [--asks 5]
+    python scripts/bench_sampler.py [--layers 60] [--trials 100 1000] [--asks 5] [--storage URL]
 
-For the samplers knobs, annealing, random and tpe, on in-memory storage and on SQLite, with that
-many finished trials in the study and two parameters for each layer. The random sampler's time is
-the storage's own. Means over `--asks` proposals, of the wall clock and of this process's CPU time;
-the finished trials are made up, half of them near the best.
+For the samplers knobs, annealing, random and tpe, on in-memory storage, on SQLite and in the
+database of `--storage` (an empty one, for its studies stay), with that many finished trials in the
+study and two parameters for each layer. The random sampler's time is the storage's own. Means over
+`--asks` proposals, of the wall clock and of this process's CPU time; the finished trials are made
+up, half of them near the best.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--trials", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--asks", type=int, default=5)
+    parser.add_argument("--storage", help="URL of an empty PostgreSQL database")
+    parser.add_argument("--samplers", nargs="+", default=["random", "knobs", "annealing", "tpe"])
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     space = make_space(options.layers)
@@ -50,14 +53,14 @@ def main() -> None:
     )
     for count in options.trials:
         trials = make_trials(space, count)
-        for place in ("memory", "sqlite"):
+        for place in ("memory", "sqlite", *([options.storage] if options.storage else [])):
             with tempfile.TemporaryDirectory() as folder:
                 study = make_study(place, Path(folder), trials)
-                for name in ("random", "knobs", "annealing", "tpe"):
+                for name in options.samplers:
                     study.sampler = sampler(name, space, count)
                     times = measure(study, space, options.asks)
                     cells = " | ".join(f"{milliseconds:.0f}" for milliseconds in times)
-                    print(f"| {place} | {count} | {name} | {cells} |", flush=True)
+                    print(f"| {place.partition(':')[0]} | {count} | {name} | {cells} |", flush=True)
 
 
 def make_space(layers: int) -> SearchSpace:
@@ -126,7 +129,8 @@ def make_trials(space: SearchSpace, count: int) -> list[FrozenTrial]:
 
 def make_study(place: str, folder: Path, trials: Sequence[FrozenTrial]) -> Study:
     """A study with these trials."""
-    storage = None if place == "memory" else open_storage(f"sqlite:///{folder / 'study.db'}")
+    url = f"sqlite:///{folder / 'study.db'}" if place == "sqlite" else place
+    storage = None if place == "memory" else open_storage(url)
     study = optuna.create_study(storage=storage, directions=["minimize", "minimize"])
     study.add_trials(trials)
     return study

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.database import PatientStorage, open_storage
 from autocompress.heartbeat import Heartbeat, StaleWatch
+from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow, work
 from autocompress.progress import Display, NullDisplay
-from autocompress.slots import cut_off, is_gone, running, take, top_up
+from autocompress.slots import WORKER, cut_off, is_gone, running, take, top_up
 from autocompress.store import load_study, open_study, trials_spent
 from autocompress.trials import INTERRUPTED
 from autocompress.watch import Watch
-from autocompress.worker import STORAGE_VARIABLE, EventDisplay, follow, work
 from autocompress.workers import Launch, Pool
 
 STAGE = "exploration"
@@ -34,6 +36,32 @@ LAYERS = 30
 """Parameters of a trial: two for each."""
 STEP = 0.05
 """Seconds between two steps of a trial."""
+
+
+class Killer:
+    """Kills workers of a pool at random instants.
+
+    Args:
+        kills: How many in all.
+        every: Mean seconds between two.
+    """
+
+    def __init__(self, kills: int, every: float) -> None:
+        self.left, self._every = kills, every
+        self._next = time.monotonic() + 3.0
+        self._chance = random.Random(0)
+
+    def __call__(self, pool: Pool, study: Study) -> None:
+        if self.left and time.monotonic() > self._next:
+            self._next = time.monotonic() + self._chance.expovariate(1 / self._every)
+            busy = {str(t.user_attrs[WORKER]) for t in running(study) if WORKER in t.user_attrs}
+            if busy:
+                name = self._chance.choice(sorted(busy))
+                try:
+                    os.kill(int(name.rpartition("/")[2]), signal.SIGKILL)
+                except ProcessLookupError:
+                    return
+                self.left -= 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +113,7 @@ def be_worker(name: str, seconds: float) -> None:
     lines, sys.stdout = sys.stdout, sys.stderr
     display, watch = EventDisplay(lines), Watch()
     follow(watch.orders, sys.stdin)
-    study = load_study(open_storage(os.environ[STORAGE_VARIABLE]), name, STAGE)
+    study = load_study(open_storage(os.environ[STORAGE_VARIABLE], waits=True), name, STAGE)
     assert study is not None
 
     def one(trial: Trial) -> bool:
@@ -106,6 +134,7 @@ def conduct(
     disturb: Callable[[Pool, Study], None] = lambda pool, study: None,
     grace: float = 10.0,
     display: Display | None = None,
+    steadfast: bool = False,
 ) -> Tally:
     """Run a study of simulated trials to its end.
 
@@ -118,11 +147,13 @@ def conduct(
         disturb: Called at every turn.
         grace: Seconds without a sign of life, after which a trial has lost its worker.
         display: Told what happens.
+        steadfast: Whether dead workers are started again however often, and at once.
     """
     study = open_simulated(url, name)
     argv = [sys.executable, str(Path(__file__).resolve()), name, str(seconds)]
     launch = Launch(argv, {STORAGE_VARIABLE: url, "OMP_NUM_THREADS": "1"})
-    pool = Pool([launch] * workers, lambda: [study], display or NullDisplay())
+    limits: dict[str, Any] = {"max_deaths": 10**9, "longest_pause": 0.0} if steadfast else {}
+    pool = Pool([launch] * workers, lambda: [study], display or NullDisplay(), **limits)
     for trial in running(study):
         if is_gone(trial):
             cut_off(study, trial, "its process is gone")

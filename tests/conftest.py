@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
+from postgres import Postgres, Unavailable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -162,3 +164,42 @@ def trained_state() -> dict[str, Tensor]:
 def task(trained_state: dict[str, Tensor]) -> Task:
     """A task whose network is trained."""
     return tiny_task(trained_state)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Postgres]:
+    """A PostgreSQL server of the tests' own."""
+    try:
+        with Postgres() as found:
+            yield found
+    except Unavailable as error:
+        pytest.skip(f"no PostgreSQL: {error}")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    found: Postgres = request.getfixturevalue("server")
+    return found.new_database(f"d{uuid4().hex}")
+
+
+@pytest.fixture
+def closed_storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No connection of this process is left open."""
+    from autocompress.database import PatientStorage
+
+    made: list[PatientStorage] = []
+    init = PatientStorage.__init__
+
+    def noted(self: PatientStorage, *args: Any, **kwargs: Any) -> None:
+        made.append(self)
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(PatientStorage, "__init__", noted)
+    yield
+    for storage in made:
+        if hasattr(storage, "engine"):
+            storage.remove_session()
+            storage.engine.dispose()

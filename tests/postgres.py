@@ -64,9 +64,7 @@ class Postgres:
 
     def new_database(self, name: str) -> str:
         """Make an empty database; returns its URL."""
-        self._run(
-            "createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "tester", name
-        )
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "tester", name)
         return f"postgresql://tester:s3cret@127.0.0.1:{self.port}/{name}"
 
     def _run(self, program: str, *arguments: str, check: bool = True) -> None:

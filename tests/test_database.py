@@ -6,18 +6,17 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
-from typing import Any
 from uuid import uuid4
 
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import TrialState, create_trial
-from postgres import Postgres, Unavailable
+from postgres import Postgres
 
 from autocompress.database import (
     PatientStorage,
@@ -32,40 +31,7 @@ from autocompress.database import (
 from autocompress.errors import ConfigError, DatabaseLost
 from autocompress.store import open_study
 
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Postgres]:
-    try:
-        with Postgres() as found:
-            yield found
-    except Unavailable as error:
-        pytest.skip(f"no PostgreSQL: {error}")
-
-
-@pytest.fixture(autouse=True)
-def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No connection is left open."""
-    made: list[PatientStorage] = []
-    init = PatientStorage.__init__
-
-    def noted(self: PatientStorage, *args: Any, **kwargs: Any) -> None:
-        made.append(self)
-        init(self, *args, **kwargs)
-
-    monkeypatch.setattr(PatientStorage, "__init__", noted)
-    yield
-    for storage in made:
-        if hasattr(storage, "engine"):
-            storage.remove_session()
-            storage.engine.dispose()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
-    found: Postgres = request.getfixturevalue("server")
-    return found.new_database(f"d{uuid4().hex}")
+pytestmark = pytest.mark.usefixtures("closed_storages")
 
 
 def opened(url: str, patience: float = 30.0) -> optuna.Study:

@@ -14,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
 from autocompress import objective
-from autocompress.artifacts import save_weights
 from autocompress.baseline import Baseline
 from autocompress.database import open_storage
 from autocompress.evaluation import evaluate
@@ -43,6 +42,7 @@ from autocompress.store import StudyFolder, open_study
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED, PARENT
+from autocompress.weights import save_weights
 
 
 class Ends(NullDisplay):

@@ -20,14 +20,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.artifacts import (
-    fetch_weights,
-    portable_state,
-    save_weights,
-    state_digest,
-    write_text,
-    write_weights,
-)
+from autocompress.artifacts import write_text
 from autocompress.database import open_storage, write_proposal
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.store import (
@@ -39,6 +32,13 @@ from autocompress.store import (
     trials_spent,
 )
 from autocompress.trials import set_constraint
+from autocompress.weights import (
+    fetch_weights,
+    portable_state,
+    save_weights,
+    state_digest,
+    write_weights,
+)
 
 BOUND = {"delta": 1.0, "search.transforms": ["svd"]}
 

@@ -35,6 +35,8 @@ annealing_trials = 1
 epochs = 1
 final_epochs = 0
 gate = 100.0
+[run]
+workers = 0
 """
 
 
@@ -284,7 +286,9 @@ def test_no_password_reaches_a_file(
     monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
     monkeypatch.setattr(sys, "argv", ["study", str(small), "--storage", url])
     out = small.parent / "hidden"
-    ended = call("run", str(small), "--storage", url, "--out", str(out), "--trials", "1")
+    ended = call(
+        "run", str(small), "--storage", url, "--out", str(out), "--trials", "1", "--workers", "0"
+    )
     assert ended.exit_code == 0 and set(opened) == {url}
     written = [path for path in out.rglob("*") if path.suffix in (".json", ".html", ".log")]
     assert len(written) > 5

@@ -1,0 +1,247 @@
+"""Workers on a cluster: handed to Ray or to SLURM, which place them, start them again, end them.
+
+We write no scheduler. Each worker is one task (Ray) or one job (SLURM, by submitit) that joins the
+study as `python -m autocompress.study worker` does, so database and artifacts must be within reach
+of all machines.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from optuna.study import Study
+
+from autocompress.errors import AutocompressError, ConfigError
+from autocompress.process import SEARCHING
+from autocompress.progress import Display
+from autocompress.workers import STOPPING, TURN
+
+RETRIES = 5
+"""How often Ray starts a worker again that failed."""
+TIMEOUTS = 100
+"""How often a job whose time is over is submitted again."""
+
+
+class Workers(Protocol):
+    """Worker processes, wherever they are."""
+
+    finished: int
+    """Trials that ended."""
+
+    @property
+    def over(self) -> bool:
+        """Whether all have ended by themselves."""
+        ...
+
+    @property
+    def alive(self) -> int:
+        """How many work."""
+        ...
+
+    def tend(self) -> None:
+        """See to them for a moment.
+
+        Raises:
+            AutocompressError: If all of them failed.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Let each end after its trial."""
+        ...
+
+    def stop(self) -> None:
+        """End them and wait for that."""
+        ...
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What runs on the cluster: one worker. SLURM starts it again where it is preempted.
+
+    Attributes:
+        work: Be a worker; returns how many trials ended.
+    """
+
+    work: Callable[[], int]
+
+    def __call__(self) -> int:
+        """Work."""
+        return self.work()
+
+    def checkpoint(self) -> Any:
+        """What submitit submits again when the job is preempted or its time is over.
+
+        The trial that runs is cut off and comes again, from its last checkpoint, on any worker.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class _Jobs:
+    """What the engines have in common: jobs that end, and a word in the database to end them."""
+
+    def __init__(self, study: Study, display: Display) -> None:
+        self._study, self._display = study, display
+        self._jobs: list[Any] = []
+        self._failed: list[str] = []
+        self._count = 0
+        self.finished = 0
+
+    @property
+    def over(self) -> bool:
+        return not self._jobs
+
+    @property
+    def alive(self) -> int:
+        return len(self._jobs)
+
+    def tend(self) -> None:
+        for job in self._done():
+            self._jobs.remove(job)
+            try:
+                self.finished += int(self._result(job))
+            except Exception as error:
+                # The engines wrap what happened elsewhere in errors of their own.
+                words = str(error).strip().splitlines() or [type(error).__name__]
+                self._failed.append(words[-1])
+                self._display.say(f"A worker failed on the cluster: {words[-1]}")
+        if self._failed and len(self._failed) == self._count:
+            raise AutocompressError(
+                f"All {self._count} workers failed on the cluster, the last with: "
+                f"{self._failed[-1]}"
+            )
+
+    def drain(self) -> None:
+        self._study.set_user_attr(SEARCHING, False)
+
+    def stop(self) -> None:
+        self.drain()
+        for job in self._jobs:
+            self._cancel(job)
+        last = time.monotonic() + STOPPING
+        while self._jobs and time.monotonic() < last:
+            for job in self._done():
+                self._jobs.remove(job)
+
+    def _done(self) -> Sequence[Any]:
+        """The jobs that have ended, after a moment."""
+        raise NotImplementedError
+
+    def _result(self, job: Any) -> Any:
+        raise NotImplementedError
+
+    def _cancel(self, job: Any) -> None:
+        raise NotImplementedError
+
+
+class RayWorkers(_Jobs):
+    """Each worker is a Ray task with its share of a node, begun anew where it fails.
+
+    Args:
+        work: Be a worker; it must be picklable.
+        count: How many workers.
+        options: For the task, such as num_gpus and num_cpus.
+        study: The exploration.
+        display: Told what happens.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        count: int,
+        options: Mapping[str, Any],
+        study: Study,
+        display: Display,
+    ) -> None:
+        super().__init__(study, display)
+        self._ray = ray = _import("ray")
+        if not ray.is_initialized():
+            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        settings = {"num_cpus": 1, "max_retries": RETRIES} | dict(options)
+        task = ray.remote(_work_for_ray).options(retry_exceptions=True, **settings)
+        self._count = count
+        self._jobs = [task.remote(WorkerJob(work)) for _ in range(count)]
+
+    def _done(self) -> Sequence[Any]:
+        done, _ = self._ray.wait(self._jobs, num_returns=len(self._jobs), timeout=TURN)
+        return list(done)
+
+    def _result(self, job: Any) -> Any:
+        return self._ray.get(job)
+
+    def _cancel(self, job: Any) -> None:
+        # It arrives as a KeyboardInterrupt, at which a worker gives its trial back.
+        self._ray.cancel(job, force=False)
+
+
+def _work_for_ray(job: WorkerJob) -> int:
+    return job()
+
+
+class SlurmWorkers(_Jobs):
+    """Each worker is a SLURM job, submitted by submitit, and requeued where it is preempted.
+
+    Args:
+        work: Be a worker; it must be picklable.
+        count: How many workers.
+        options: For `submitit.AutoExecutor.update_parameters`, such as timeout_min, gpus_per_node,
+            slurm_partition; "cluster" chooses submitit's engine ("slurm", "local", "debug").
+        study: The exploration.
+        display: Told what happens.
+        folder: Where submitit keeps scripts and logs; all machines must see it.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        count: int,
+        options: Mapping[str, Any],
+        study: Study,
+        display: Display,
+        folder: Path,
+    ) -> None:
+        super().__init__(study, display)
+        submitit = _import("submitit")
+        settings = {"name": study.study_name, "timeout_min": 24 * 60} | dict(options)
+        executor = submitit.AutoExecutor(
+            folder=folder,
+            cluster=settings.pop("cluster", None),
+            slurm_max_num_timeout=TIMEOUTS,
+            local_max_num_timeout=TIMEOUTS,
+        )
+        executor.update_parameters(**settings)
+        self._count = count
+        self._jobs = [executor.submit(WorkerJob(work)) for _ in range(count)]
+        self._display.say(f"{count} jobs submitted to {executor.cluster}; their logs: {folder}")
+
+    def _done(self) -> Sequence[Any]:
+        time.sleep(TURN)
+        return [job for job in self._jobs if job.done()]
+
+    def _result(self, job: Any) -> Any:
+        return job.result()
+
+    def _cancel(self, job: Any) -> None:
+        job.cancel()
+
+
+def _import(name: str) -> Any:
+    """An engine's package.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    extra = {"ray": "ray", "submitit": "slurm"}[name]
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"run.launcher = '{extra}' needs {name}: pip install 'autocompress[{extra}]'."
+        ) from error

@@ -1,0 +1,349 @@
+"""Worker processes, on real studies: counted, joined from elsewhere, hung, killed, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import typer
+from optuna.trial import TrialState
+
+from autocompress import study as command_line
+from autocompress.database import open_storage
+from autocompress.errors import AutocompressError, ConfigError
+from autocompress.joining import Place, read_settings
+from autocompress.progress import NullDisplay
+from autocompress.slots import WORKER, running
+from autocompress.store import load_study, trials_spent
+from autocompress.workers import (
+    CORES_EACH,
+    Launch,
+    Pool,
+    count_workers,
+    last_words,
+    shares,
+    visible_gpus,
+)
+
+MODULE = '''
+"""A network and images of the user's own."""
+import os, time
+from pathlib import Path
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from conftest import TinyNet, make_images
+
+HERE = Path(__file__).parent
+
+
+def net():
+    return TinyNet()
+
+
+class Loader(DataLoader):
+    def __iter__(self):
+        for batch in super().__iter__():
+            hang = HERE / "hang"
+            if os.environ.get("CHILD") and hang.exists():
+                hang.unlink()
+                time.sleep(1000)
+            yield batch
+
+
+def data():
+    train = Loader(TensorDataset(*make_images(512, 1)), batch_size=32, shuffle=True)
+    val = DataLoader(TensorDataset(*make_images(256, 2)), batch_size=64)
+    test = DataLoader(TensorDataset(*make_images(256, 3)), batch_size=64)
+    return train, val, test
+'''
+
+STUDY = """
+name = "mine"
+delta = 50.0
+[model]
+source = "owncode:net"
+[data]
+source = "owncode:data"
+[baseline]
+epochs = 3
+[search]
+include = ["*"]
+channels = false
+trials = {trials}
+annealing_trials = 1
+[finetune]
+epochs = {epochs}
+learning_rate = 0.01
+final_epochs = 1
+gate = 100.0
+[run]
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """The study file of a tiny network and images, made by code beside it."""
+    (tmp_path / "owncode.py").write_text(MODULE)
+    return write(tmp_path)
+
+
+def write(folder: Path, trials: int = 4, epochs: float = 1.0, more: str = "") -> Path:
+    path = folder / "mine.toml"
+    path.write_text(STUDY.format(trials=trials, epochs=epochs) + more)
+    return path
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "AUTOCOMPRESS_HOME": str(folder / "home"),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
+        "CHILD": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autocompress.study", *arguments],
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=folder,
+    )
+
+
+def end(process: subprocess.Popen[str], seconds: float = 240.0) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def run(mine: Path, *more: str) -> tuple[int, str]:
+    return end(start(mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), *more))
+
+
+def exploration(mine: Path) -> optuna.Study:
+    database = mine.parent / "runs" / "mine" / "study.db"
+    study = load_study(open_storage(f"sqlite:///{database}"), "mine", "exploration")
+    assert study is not None
+    return study
+
+
+def wait_for(condition: Any, seconds: float = 120.0) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < last
+        time.sleep(0.05)
+
+
+def begun(mine: Path) -> bool:
+    database = mine.parent / "runs" / "mine" / "study.db"
+    return database.exists() and "layer_table" in exploration_attrs(mine)
+
+
+def exploration_attrs(mine: Path) -> dict[str, Any]:
+    try:
+        return exploration(mine).user_attrs
+    except (AssertionError, ConfigError):
+        return {}
+
+
+def test_two_workers_share_a_study(mine: Path) -> None:
+    write(mine.parent, trials=8)
+    code, output = run(mine, "--workers", "2")
+    assert code == 0, output
+    study = exploration(mine)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 8
+    assert len({t.user_attrs["plan_digest"] for t in study.trials}) == 8
+    names = {t.user_attrs[WORKER] for t in study.trials}
+    assert len(names) == 2 and f"{os.getpid()}" not in str(names)
+    assert "[exploration 8/8]" in output and "Traceback" not in output
+    assert "The study runs code of its own: model.source = 'owncode:net'." in output
+    result = json.loads((mine.parent / "runs/mine/result.json").read_text())
+    assert result["trials"] == {"exploration": 8, "annealing": 1}
+
+
+def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: Any) -> None:
+    """Elsewhere there are the package, the data and the user's code, and nothing of the study."""
+    write(mine.parent, trials=30, epochs=4)
+    first = start(
+        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "0"
+    )
+    wait_for(lambda: begun(mine))
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    with pytest.raises(ConfigError, match="owncode:net.* --code FOLDER"):
+        read_settings(Place(url, "mine"))
+    joins = ("worker", "--study", "mine", "--storage", url, "--workers", "0")
+    code, output = end(start(elsewhere, *joins, "--code", str(mine.parent)))
+    assert code == 0 and "trials ended here" in output, output
+    code, said = end(first)
+    assert code == 0, said
+    study = exploration(mine)
+    assert len(study.trials) == 30 and len(trials_spent(study)) == 30
+    theirs = [t for t in study.trials if t.user_attrs[WORKER] != study.trials[0].user_attrs[WORKER]]
+    assert theirs and all(t.state == TrialState.COMPLETE for t in theirs)
+    assert said.count("/30]") >= 30, "the conductor tells of those, too"
+
+
+def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
+    code, output = run(mine, "--workers", "0", "--stage", "exploration")
+    assert code == 0, output
+    other = tmp_path_factory.mktemp("other")
+    text = MODULE.replace("make_images(256, 2)", "make_images(256, 9)")
+    (other / "owncode.py").write_text(text)
+    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    joins = ("worker", "--study", "mine", "--storage", url, "--workers", "0", "--code", str(other))
+    code, output = end(start(other, *joins))
+    assert code == 2 and "The data here is not that of study 'mine'" in output
+
+
+def test_a_trial_that_hangs_is_ended_and_the_study_goes_on(mine: Path) -> None:
+    write(mine.parent, trials=3, more="workers = 1\nstall_limit = 0.1\n")
+    first = start(mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"))
+    wait_for(lambda: begun(mine) and running(exploration(mine)))
+    (mine.parent / "hang").touch()
+    code, output = end(first)
+    assert code == 0, output
+    failed = [t for t in exploration(mine).trials if t.state == TrialState.FAIL]
+    assert [t.user_attrs["reason"] for t in failed] == [
+        "TrialTimeout: it hung: no step in 0.1 minutes (run.stall_limit). A data loader that waits "
+        "for ever does that."
+    ]
+    assert len(exploration(mine).trials) == 3 and "ended a trial that hung" in output
+
+
+def test_a_trial_has_a_limit(mine: Path) -> None:
+    write(mine.parent, trials=2, epochs=500.0, more="workers = 0\ntrial_limit = 0.02\n")
+    code, output = run(mine, "--stage", "exploration")
+    assert code == 2 and "2 trials of the exploration failed" in output
+    assert "more than 0.02 minutes (run.trial_limit)" in output
+
+
+@pytest.mark.slow
+def test_ten_killed_workers_of_a_real_study_lose_nothing(mine: Path) -> None:
+    write(mine.parent, trials=14, epochs=8)
+    first = start(
+        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "2"
+    )
+    wait_for(lambda: begun(mine))
+    study = exploration(mine)
+    killed: set[int] = set()
+    while len(killed) < 10 and first.poll() is None:
+        for trial in running(study):
+            pid = int(trial.user_attrs[WORKER].rpartition("/")[2])
+            if pid not in killed and "plan" in trial.user_attrs:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+                time.sleep(1.0)
+                break
+        time.sleep(0.1)
+    code, output = end(first, 600)
+    assert code == 0, output
+    spent = trials_spent(exploration(mine))
+    assert len(spent) == 14 and len(killed) == 10
+    assert all(
+        t.state == TrialState.COMPLETE or "its worker died 3 times" in t.user_attrs["reason"]
+        for t in spent
+    )
+    print(len(killed), [t.state.name for t in exploration(mine).trials])
+
+
+def test_how_many_workers() -> None:
+    assert count_workers(3, "cpu", 0, 64) == 3 and count_workers(0, "cuda", 8, 64) == 0
+    assert count_workers(None, "auto", 8, 64) == 8 and count_workers(None, "cuda", 2, 64) == 2
+    assert count_workers(None, "cuda:1", 8, 64) == 1
+    assert count_workers(None, "cpu", 8, 4 * CORES_EACH) == 4
+    assert count_workers(None, "auto", 0, 1) == 1
+
+
+def test_each_worker_has_its_gpu_and_its_share_of_the_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = shares(3, "auto", ["0", "1"], 8)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["0", "1", "0"]
+    assert {env["OMP_NUM_THREADS"] for env in found} == {"2"}
+    (only,) = shares(1, "cuda:1", ["4", "6"], 8)
+    assert only["CUDA_VISIBLE_DEVICES"] == "6"
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in shares(2, "cpu", ["0"], 1)] == ["", ""]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert visible_gpus(2) == ["4", "6"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert visible_gpus(2) == ["0", "1"]
+
+
+def test_what_an_exit_code_says() -> None:
+    assert last_words(3) == "exit code 3"
+    assert "SIGKILL (out of memory?)" in last_words(-9) and last_words(-11) == "SIGSEGV"
+
+
+class Said(NullDisplay):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.lines.append(message)
+
+
+def test_a_worker_that_dies_again_and_again_is_given_up() -> None:
+    code = "import sys; sys.exit('no such data here')"
+    display = Said()
+    pool = Pool(
+        [Launch([sys.executable, "-c", code])] * 2,
+        lambda: [],
+        display,
+        max_deaths=2,
+        longest_pause=0.1,
+    )
+    with pytest.raises(AutocompressError, match="All 2 workers died 2 times .*no such data here"):
+        while True:
+            pool.tend()
+    pool.stop()
+    assert sum("It is given up" in line for line in display.lines) == 2
+    assert sum("It is started again" in line for line in display.lines) == 2
+
+
+def test_what_does_not_end_when_it_is_told_to_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocompress.workers.STOPPING", 0.3)
+    pool = Pool(
+        [Launch([sys.executable, "-c", "import time; time.sleep(1000)"])], lambda: [], Said()
+    )
+    pool.tend()
+    assert pool.alive == 1
+    pool.stop()
+    assert pool.alive == 0
+
+
+def test_a_password_does_not_stay_among_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of processes shows the arguments of all programs to everyone."""
+    url = "postgresql://me:s3cret@host/db"
+    called: list[tuple[Any, ...]] = []
+
+    class Replaced(Exception):
+        pass
+
+    def execve(*arguments: Any) -> None:
+        called.append(arguments)
+        raise Replaced
+
+    monkeypatch.setattr(os, "execve", execve)
+    for form in (["--storage", url], [f"--storage={url}"]):
+        argv = ["study", "worker", "--study", "mine", *form]
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(Replaced):
+            typer.main.get_command(command_line.app)(argv[1:], standalone_mode=False)
+        _, command, environ = called.pop()
+        assert "s3cret" not in " ".join(command) and command[-3:] == ["worker", "--study", "mine"]
+        assert environ["AUTOCOMPRESS_STORAGE"] == url
