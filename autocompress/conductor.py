@@ -43,7 +43,6 @@ from autocompress.preparation import (
     COST_NAMES,
     DATA,
     FINGERPRINTS,
-    PLACE,
     SETTINGS,
     WEIGHTS,
     describe_study,
@@ -55,10 +54,11 @@ from autocompress.progress import Beside, Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
 from autocompress.selection import conclude
-from autocompress.slots import cut_off, is_gone, running, take, top_up
+from autocompress.slots import WORKER, cut_off, host_name, is_gone, running, take, top_up
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import (
+    PLACE,
     StudyFolder,
     check_same,
     excuse,
@@ -81,6 +81,8 @@ REHEARSED_FROM = 6
 With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
+LOOK = 5.0
+"""Seconds between two looks at what happens on other machines."""
 MAX_FAILURES = 5
 """A study in which this many trials in a row fail has a fault that no further trial will cure."""
 
@@ -161,16 +163,20 @@ def run_study(
     with folder.lock(), _log_to(folder.log):
         url = folder.storage_url(config.run.storage)
         storage = open_storage(url)
-        with sole(storage, config.name):
+        storage.say = display.say
+        with sole(storage, config.name) as hold:
             if config.run.storage is not None:
                 # From here on the settings are written to files.
                 run = config.run.model_copy(update={"storage": hide_password(url)})
                 config = config.model_copy(update={"run": run})
                 command = command.replace(url, hide_password(url))
-            place = config.run.artifacts or str(folder.artifacts.resolve())
+            place = config.run.artifacts or str(folder.artifacts)
+            place = place if "://" in place else str(Path(place).expanduser().resolve())
             watch = watch or Watch()
             watch.limit = None if config.run.trial_limit is None else 60 * config.run.trial_limit
-            setting = _Setting(config, task, display, folder, storage, url, place, watch, modules)
+            setting = _Setting(
+                config, task, display, folder, storage, url, place, watch, modules, hold
+            )
             return _run(setting, command)
 
 
@@ -188,6 +194,7 @@ class _Setting:
         place: Where the artifacts are.
         watch: What this process was told from outside.
         modules: The folder of the user's own modules.
+        hold: Sees to it that this process is the one that conducts the study.
     """
 
     config: StudyConfig
@@ -199,6 +206,7 @@ class _Setting:
     place: str
     watch: Watch
     modules: Path | None
+    hold: Callable[[], None]
 
 
 def _check_workers(config: StudyConfig, task: Task) -> None:
@@ -258,7 +266,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
             if config.search.stage == "both":
                 length = annealing_length(bench.finetune, config.search.annealing_trials)
                 later = length / max(bench.finetune.epochs, 0.1)
-            _run_stage(bench, exploration_stage(bench, config, space), crew, later)
+            _run_stage(setting, bench, exploration_stage(bench, config, space), crew, later)
         if bench.annealed:
             annealing = _anneal(setting, bench, space, bound, prepared.facts, crew)
         exploration.set_user_attr(SEARCHING, False)
@@ -439,6 +447,7 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
 
 
 def _run_stage(
+    setting: _Setting,
     bench: Bench,
     stage: Stage,
     crew: Crew,
@@ -465,7 +474,7 @@ def _run_stage(
         )
 
     show()
-    stale = StaleWatch()
+    stale, looked = StaleWatch(), -LOOK
     shown = {trial.number for trial in trials_spent(study)}
     while True:
         top_up(study, stage.total)
@@ -484,8 +493,20 @@ def _run_stage(
         if between(len(ended)):
             show()
         crew.tend(stage)
-        for trial in stale.stale(study):
-            cut_off(study, trial, "it gave no sign of life any more")
+        if time.monotonic() - looked > LOOK:
+            looked = time.monotonic()
+            setting.hold()
+            for trial in stale.stale(study):
+                cut_off(study, trial, "it gave no sign of life any more")
+            _show_others(study, display)
+
+
+def _show_others(study: Study, display: Display) -> None:
+    """Show which trials run on other machines."""
+    for trial in running(study):
+        host, _, _ = trial.user_attrs.get(WORKER, "").rpartition("/")
+        if host not in ("", host_name()):
+            display.step(f"on {host}", 0, 1, worker=f"{host}, trial {trial.number}")
 
 
 def _end_of(trial: FrozenTrial) -> datetime:
@@ -550,7 +571,7 @@ def _anneal(
             return False
         return crew.beside(partial(_rehearse, setting, bench, annealing))
 
-    _run_stage(bench, stage, crew, between=rehearse_early)
+    _run_stage(setting, bench, stage, crew, between=rehearse_early)
     return annealing
 
 

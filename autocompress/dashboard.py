@@ -12,7 +12,8 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 import optuna_dashboard
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
+from optuna.artifacts import get_all_artifact_meta
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -81,13 +82,13 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
 
 
 def build_server(
-    storage: str, artifact_dir: Path | None, host: str = "127.0.0.1", port: int | None = None
+    storage: str, store: ArtifactStore | None, host: str = "127.0.0.1", port: int | None = None
 ) -> WSGIServer:
     """A bound server that answers once `serve_forever()` runs; stop it with `shutdown()`.
 
     Args:
         storage: SQLAlchemy URL.
-        artifact_dir: Folder of the artifact store; None shows no artifacts.
+        store: The artifact store; None shows no artifacts.
         host: Address to listen on; the default is reachable from this machine only.
         port: None takes a free one.
 
@@ -95,9 +96,6 @@ def build_server(
         ConfigError: Database or port is missing.
     """
     _check_database(storage)
-    store = None
-    if artifact_dir is not None and artifact_dir.is_dir():
-        store = FileSystemArtifactStore(artifact_dir)
     app = optuna_dashboard.wsgi(open_storage(storage), artifact_store=store)
     try:
         return make_server(host, port or 0, app, _ThreadedServer, _QuietHandler)
@@ -111,7 +109,7 @@ def build_server(
 
 def serve(
     storage: str,
-    artifact_dir: Path | None,
+    store: ArtifactStore | None,
     host: str = "127.0.0.1",
     port: int | None = None,
     open_browser: bool = False,
@@ -121,13 +119,13 @@ def serve(
 
     Args:
         storage: SQLAlchemy URL.
-        artifact_dir: Folder of the artifact store; None shows no artifacts.
+        store: The artifact store; None shows no artifacts.
         host: Address to listen on; the default is reachable from this machine only.
         port: None takes a free one.
         open_browser: Open the address in the user's browser.
         on_ready: Called once with the address, when connections are accepted.
     """
-    with build_server(storage, artifact_dir, host, port) as server:
+    with build_server(storage, store, host, port) as server:
         url = f"http://{_in_url(host)}:{server.server_port}/"
         if on_ready is not None:
             on_ready(url)

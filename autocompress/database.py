@@ -8,7 +8,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -28,7 +28,7 @@ from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy import text
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -357,44 +357,82 @@ def end_if(
     return _set_state(study, trial_id, before, after, attrs)
 
 
-def sole(storage: RDBStorage, name: str) -> AbstractContextManager[None]:
+@contextmanager
+def sole(storage: PatientStorage, name: str) -> Iterator[Callable[[], None]]:
     """A block in which this process conducts a study, and no other one, on any machine.
 
     PostgreSQL frees the lock when the process or its connection dies. On SQLite, whose file one
     machine has, the lock is a file beside it.
 
+    Yields:
+        A function to call from time to time: it takes the lock again if the connection was lost.
+
     Raises:
-        ConfigError: If another process conducts it.
+        ConfigError: If another process conducts it, or has taken it since.
     """
-    taken = ConfigError(
+    engine = storage.engine
+    if engine.name == "postgresql":
+        lock = _Advisory(engine, name)
+        try:
+            storage.patiently(lock.hold)
+            yield lambda: storage.patiently(lock.hold)
+        finally:
+            lock.free()
+    elif engine.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
+        with _locked(Path(f"{engine.url.database}.{name}.lock"), name):
+            yield lambda: None
+    else:
+        yield lambda: None
+
+
+def _taken(name: str) -> ConfigError:
+    return ConfigError(
         f"Study '{name}' is being run by another process; wait for it or stop it. To add workers "
         f"to it: python -m autocompress.study worker --study {name} --storage URL."
     )
-    engine = storage.engine
-    if engine.name == "postgresql":
-        return _advisory(engine, name, taken)
-    if engine.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
-        return _locked(Path(f"{engine.url.database}.{name}.lock"), taken)
-    return nullcontext()
+
+
+class _Advisory:
+    """A lock of PostgreSQL, which a connection of its own holds."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self._name = engine, name
+        digest = hashlib.sha256(f"autocompress/{name}".encode()).digest()
+        self._key = int.from_bytes(digest[:8], "big", signed=True)
+        self._connection: Connection | None = None
+
+    def hold(self) -> None:
+        """Hold the lock, on a new connection if there is none or it was lost."""
+        if self._connection is not None:
+            try:
+                self._connection.execute(text("SELECT 1"))
+                return
+            except SQLAlchemyError:
+                self.free()
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        query = text("SELECT pg_try_advisory_lock(:key)")
+        if not connection.execute(query, {"key": self._key}).scalar():
+            connection.close()
+            raise _taken(self._name)
+        self._connection = connection
+
+    def free(self) -> None:
+        """End the connection, and the lock with it."""
+        if self._connection is not None:
+            with suppress(SQLAlchemyError):
+                # Not back into the pool, where it would hold the lock.
+                self._connection.invalidate()
+            with suppress(SQLAlchemyError):
+                self._connection.close()
+            self._connection = None
 
 
 @contextmanager
-def _advisory(engine: Engine, name: str, taken: ConfigError) -> Iterator[None]:
-    key = int.from_bytes(hashlib.sha256(f"autocompress/{name}".encode()).digest()[:8], signed=True)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if not connection.execute(text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar():
-            raise taken
-        yield
-        with suppress(SQLAlchemyError):
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": key})
-
-
-@contextmanager
-def _locked(path: Path, taken: ConfigError) -> Iterator[None]:
+def _locked(path: Path, name: str) -> Iterator[None]:
     try:
         lock = FileLock(path).acquire(timeout=0)
     except Timeout as error:
-        raise taken from error
+        raise _taken(name) from error
     with lock:
         yield
 

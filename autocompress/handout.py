@@ -79,7 +79,9 @@ def export_trial(
                 f"Trial {label} has no weights: {trial.user_attrs.get('reason', trial.state.name)}."
             )
         plan = Plan.from_json(trial.user_attrs["plan"])
-        state = fetch_weights(trial.user_attrs[WEIGHTS], folder.artifact_store())
+        state = fetch_weights(
+            trial.user_attrs[WEIGHTS], folder.artifact_store(studies["exploration"])
+        )
         accuracy = trial.user_attrs["metrics"]["accuracy"]
         latency = trial.user_attrs.get(LATENCY)
     base = build_model(origin["source"], origin["arguments"], None, study_folder)

@@ -31,7 +31,6 @@ from autocompress.observation import observe_layers
 from autocompress.preparation import (
     BASELINE,
     DATA,
-    PLACE,
     SETTINGS,
     TABLE,
     Prepared,
@@ -45,7 +44,7 @@ from autocompress.profiler import Profile
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sensitivity import LayerTable
 from autocompress.sources import task_from_config
-from autocompress.store import STAGES, load_study
+from autocompress.store import PLACE, STAGES, load_study
 from autocompress.task import Task
 from autocompress.watch import Orders, Watch
 from autocompress.weights import fetch_weights

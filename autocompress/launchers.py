@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -165,7 +166,8 @@ class RayWorkers(_Jobs):
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
         settings = {"num_cpus": 1, "max_retries": RETRIES} | dict(options)
-        task = ray.remote(_work_for_ray).options(retry_exceptions=True, **settings)
+        with _checked(settings):
+            task = ray.remote(_work_for_ray).options(retry_exceptions=True, **settings)
         self._count = count
         self._jobs = [task.remote(WorkerJob(work)) for _ in range(count)]
 
@@ -216,7 +218,8 @@ class SlurmWorkers(_Jobs):
             slurm_max_num_timeout=TIMEOUTS,
             local_max_num_timeout=TIMEOUTS,
         )
-        executor.update_parameters(**settings)
+        with _checked(settings):
+            executor.update_parameters(**settings)
         self._count = count
         self._jobs = [executor.submit(WorkerJob(work)) for _ in range(count)]
         self._display.say(f"{count} jobs submitted to {executor.cluster}; their logs: {folder}")
@@ -230,6 +233,23 @@ class SlurmWorkers(_Jobs):
 
     def _cancel(self, job: Any) -> None:
         job.cancel()
+
+
+@contextmanager
+def _checked(settings: Mapping[str, Any]) -> Iterator[None]:
+    """What the engine says of its options, in our words.
+
+    Raises:
+        ConfigError: If it refuses them.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Each engine has errors of its own for that.
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"run.launcher_options = {dict(settings)} are refused: {words[0]}"
+        ) from error
 
 
 def _import(name: str) -> Any:

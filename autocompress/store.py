@@ -12,15 +12,18 @@ from uuid import uuid4
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.artifacts._protocol import ArtifactStore
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from autocompress.artifacts import FolderStore, write_text
+from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.trials import EXCUSED, counted
 
+PLACE = "artifacts"
+"""User attribute of the exploration: where its artifacts are."""
 STAGES = ("exploration", "annealing")
 
 
@@ -98,9 +101,15 @@ class StudyFolder:
         """The database's URL: the one given, or SQLite in the folder."""
         return url or f"sqlite:///{self.database.resolve()}"
 
-    def artifact_store(self) -> FolderStore:
-        """Optuna's artifact store in the folder."""
-        return FolderStore(self.artifacts)
+    def artifact_store(self, exploration: Study) -> ArtifactStore:
+        """The study's artifact store: a bucket, or the folder here, which may have been moved.
+
+        Raises:
+            ConfigError: If it can't be reached.
+        """
+        place = str(exploration.user_attrs.get(PLACE, self.artifacts))
+        elsewhere = "://" in place or not self.artifacts.exists()
+        return open_artifacts(place if elsewhere else str(self.artifacts))
 
 
 def study_name(name: str, stage: str) -> str:

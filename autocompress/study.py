@@ -506,10 +506,12 @@ def dashboard(
 
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
-    for one in _studies(config).values():
+    studies = _studies(config)
+    for one in studies.values():
         annotate(one)
     url = folder.storage_url(config.run.storage)
-    serve(url, folder.artifacts, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
+    store = folder.artifact_store(studies["exploration"])
+    serve(url, store, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
 
 
 @app.command()

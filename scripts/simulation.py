@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from autocompress.database import PatientStorage, open_storage
+from autocompress.database import PatientStorage, open_storage, write_proposal
 from autocompress.heartbeat import Heartbeat, StaleWatch
 from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow, work
 from autocompress.progress import Display, NullDisplay
@@ -83,14 +85,41 @@ class Tally:
     seconds: float = 0.0
 
 
+class Lots(RandomSampler):
+    """Proposes a transform and a rank fraction for each layer by lot, all at once."""
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The parameters of a plan."""
+        space: dict[str, BaseDistribution] = {}
+        for layer in range(LAYERS):
+            kinds = CategoricalDistribution(["keep", "svd", "tucker2"])
+            space[f"layer{layer}.transform"] = kinds
+            space[f"layer{layer}.rank_fraction"] = FloatDistribution(0.0, 1.0)
+        return space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """A value for each."""
+        return {
+            name: self.sample_independent(study, trial, name, one)
+            for name, one in search_space.items()
+        }
+
+
 def open_simulated(url: str, name: str) -> Study:
     """The study of that name, which is made if it is not there."""
-    return open_study(open_storage(url), name, STAGE, bound={}, cost_name="parameters")
+    study = open_study(open_storage(url), name, STAGE, bound={}, cost_name="parameters")
+    study.sampler = Lots()
+    return study
 
 
 def carry_out(study: Study, trial: Trial, seconds: float, watch: Watch) -> bool:
     """A trial as `objective.run_trial` records it, with a pause instead of the fine-tuning."""
     try:
+        write_proposal(trial)
         for layer in range(LAYERS):
             trial.suggest_categorical(f"layer{layer}.transform", ["keep", "svd", "tucker2"])
             trial.suggest_float(f"layer{layer}.rank_fraction", 0.0, 1.0)
@@ -115,6 +144,7 @@ def be_worker(name: str, seconds: float) -> None:
     follow(watch.orders, sys.stdin)
     study = load_study(open_storage(os.environ[STORAGE_VARIABLE], waits=True), name, STAGE)
     assert study is not None
+    study.sampler = Lots()
 
     def one(trial: Trial) -> bool:
         display.trial_started(trial.number)

@@ -75,7 +75,7 @@ def run(tmp_path: Path) -> tuple[str, Path, optuna.Study]:
 def address(run: tuple[str, Path, optuna.Study]) -> Iterator[str]:
     url, artifacts, study = run
     dashboard.annotate(study, FileSystemArtifactStore(artifacts))
-    server = dashboard.build_server(url, artifacts)
+    server = dashboard.build_server(url, FileSystemArtifactStore(artifacts))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"

@@ -154,6 +154,7 @@ def test_ray_begins_a_worker_anew_that_died(ray: Any, study: optuna.Study, tmp_p
     assert len(study.trials) == TOTAL + 1, "the one with which it died came again"
 
 
+@pytest.mark.slow
 def test_a_slurm_job_is_submitted_again_when_its_time_is_over(
     study: optuna.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,15 +165,15 @@ def test_a_slurm_job_is_submitted_again_when_its_time_is_over(
     (tmp_path / "first").touch()
     url = f"sqlite:///{tmp_path / 'study.db'}"
     workers = SlurmWorkers(
-        partial(be_worker, url, str(tmp_path), 1.0),
+        partial(be_worker, url, str(tmp_path), 6.0),
         1,
-        # The signal that SLURM sends before it takes the machine away comes after 6 s.
-        {"cluster": "local", "timeout_min": 9 / 60, "local_signal_delay_s": 3},
+        # The signal that SLURM sends before it takes the machine away comes after 30 s.
+        {"cluster": "local", "timeout_min": 1},
         study,
         NullDisplay(),
         tmp_path / "cluster",
     )
-    stale, last = StaleWatch(grace=4.0), time.monotonic() + 120
+    stale, last = StaleWatch(grace=12.0), time.monotonic() + 200
     while len(trials_spent(study)) < TOTAL:
         assert time.monotonic() < last
         top_up(study, TOTAL)
@@ -202,3 +203,18 @@ def test_a_missing_engine_is_named(
             RayWorkers(partial(fail), 1, {}, study, NullDisplay())
         else:
             SlurmWorkers(partial(fail), 1, {}, study, NullDisplay(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ray", "slurm"])
+def test_options_that_an_engine_does_not_know_are_refused(
+    name: str, study: optuna.Study, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    options = {"cluster": "local"} if name == "slurm" else {}
+    pytest.importorskip("submitit") if name == "slurm" else request.getfixturevalue("ray")
+    with pytest.raises(ConfigError, match=r"run.launcher_options .*num_gpsu"):
+        if name == "ray":
+            RayWorkers(partial(fail), 1, {"num_gpsu": 1}, study, NullDisplay())
+        else:
+            SlurmWorkers(
+                partial(fail), 1, options | {"num_gpsu": 1}, study, NullDisplay(), tmp_path
+            )

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
 from autocompress import objective
+from autocompress.artifacts import FolderStore
 from autocompress.baseline import Baseline
 from autocompress.database import open_storage
 from autocompress.evaluation import evaluate
@@ -38,7 +39,7 @@ from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
 from autocompress.slots import cut_off, running
 from autocompress.space import SearchSpace
-from autocompress.store import StudyFolder, open_study
+from autocompress.store import open_study
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
 from autocompress.trials import INTERRUPTED, PARENT
@@ -88,7 +89,7 @@ def make_bench(task: Task, tmp_path: Path, **settings: Any) -> Bench:
         confidence=0.5,
         objective="params",
         seed=0,
-        store=StudyFolder(tmp_path).artifact_store(),
+        store=FolderStore(tmp_path / "artifacts"),
         identity="tiny",
         display=Ends(),
         studies={"exploration": study},

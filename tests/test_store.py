@@ -20,7 +20,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.artifacts import write_text
+from autocompress.artifacts import FolderStore, write_text
 from autocompress.database import open_storage, write_proposal
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.store import (
@@ -171,8 +171,8 @@ def test_weights_go_to_the_artifact_store_and_back(tmp_path: Path) -> None:
     study, model = opened(tmp_path), TinyNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     folder = StudyFolder(tmp_path)
     trial = study.ask()
-    artifact = save_weights(model, trial, folder.artifact_store())
-    state = fetch_weights(artifact, folder.artifact_store())
+    artifact = save_weights(model, trial, FolderStore(folder.artifacts))
+    state = fetch_weights(artifact, FolderStore(folder.artifacts))
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
