@@ -16,6 +16,8 @@ from autocompress.errors import DamagedArtifact
 
 logger = logging.getLogger("autocompress")
 
+NAME = "checkpoint.pt"
+
 
 class Checkpoint:
     """Keeps the latest state of one run.
@@ -55,18 +57,18 @@ class Checkpoint:
         self._last = self._clock()
         try:
             with TemporaryDirectory() as folder:
-                path = Path(folder) / "checkpoint.pt"
+                path = Path(folder) / NAME
                 torch.save({"run": dict(run), "state": dict(state)}, path)
                 self._keep(path)
-        except (OSError, RuntimeError) as error:
-            # torch.save tells of a full disk by a RuntimeError.
+        except (OSError, RuntimeError, pickle.PicklingError, AttributeError, TypeError) as error:
+            # torch.save tells of a full disk by a RuntimeError, and of functions by the others.
             logger.warning("A checkpoint could not be kept: %s", error)
 
     def load(self, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """The latest state of a run; None if there is none of this run that can be read."""
         try:
             with TemporaryDirectory() as folder:
-                path = Path(folder) / "checkpoint.pt"
+                path = Path(folder) / NAME
                 if not self._fetch(path):
                     return None
                 kept = torch.load(path, map_location="cpu", weights_only=True)

@@ -230,6 +230,12 @@ def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
         yield _cut(batch, slice(start, start + size))
 
 
+def part_of(batch: Batch, index: int, count: int) -> Batch:
+    """Part `index`, from 0, of `count` parts of `batch` that are as even as can be."""
+    size = samples_in(batch)
+    return _cut(batch, slice(index * size // count, (index + 1) * size // count))
+
+
 def _cut(batch: Batch, place: slice) -> Batch:
     if isinstance(batch, Tensor):
         return batch[place] if batch.ndim else batch

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -19,6 +21,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.checkpoint import Checkpoint
 from autocompress.config import FinetuneConfig
+from autocompress.distributed import (
+    ask_first,
+    mean_over_group,
+    rank,
+    share_buffers,
+    share_state,
+    shared_gradient,
+    world,
+)
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import recalibrate
 from autocompress.models import load_state
@@ -32,6 +43,8 @@ from autocompress.task import (
     samples_in,
     to_device,
 )
+
+logger = logging.getLogger("autocompress")
 
 MAX_GRADIENT_NORM = 5.0
 """A freshly factored layer can send one huge gradient; longer ones are scaled to this length."""
@@ -47,8 +60,9 @@ learning rate of 0.01 end with 2.3 points lost so, and with 3.7 otherwise (three
 WORTH_CAPTURING = 20
 """Steps in the shortest run for which a CUDA graph is recorded, which takes as long as a few."""
 
-PATIENCE = 1.0
-"""Seconds between two calls of `on_step` at most, where a step is not longer."""
+LOOK_STEPS = 10
+LOOK_SECONDS = 1.0
+"""`fit` looks at the loss, and whether to go on, after so many steps, or about so many seconds."""
 
 NARROW = 16
 """Floats in the longest vector of a CPU."""
@@ -109,7 +123,7 @@ class FitResult:
         steps: Batches that were learned from.
         loss: Mean loss over the last tenth of them.
         images_per_second: Images learned from, per second.
-        seconds: Time spent, without that at rungs.
+        seconds: Time spent on them, without that at rungs and for checkpoints.
         stopped: Whether it ended at a rung.
     """
 
@@ -136,6 +150,9 @@ def fit(
 ) -> FitResult:
     """Train `model` in place on the task's training data.
 
+    The processes of a group (`join_group`) train it together: each calls `fit` alike, and ends with
+    the same weights. `on_step`, `hopeless` and `checkpoint` count on rank 0 only.
+
     Args:
         model: The network; moved to the task's device, left in evaluation mode, with batch-norm
             statistics of its last weights (save where a rung ended the run). In between its kernels
@@ -146,11 +163,14 @@ def fit(
         seed: Fixes the order of the data (where the loader can be reseeded) and dropout.
         teacher: The baseline, for distillation.
         distillation: Share of the distillation loss in the whole, 0 to 1.
-        on_step: Told about the progress after every batch.
+        on_step: Told about the progress, every ten steps or about once a second. If it raises
+            KeyboardInterrupt, a checkpoint is saved first.
         rungs: Shares of the length, 0 to 1, rising, at which `hopeless` is asked.
         hopeless: Whether to end at a rung; it may evaluate the network.
-        checkpoint: Keeps the run's state from time to time, and when `on_step` raises a
-            KeyboardInterrupt; a run that is there goes on, and its rungs are not asked for again.
+        checkpoint: Keeps the state of the run now and then. If it holds one of a run with this
+            seed, length, learning rate and network, the run goes on from there. On the CPU in
+            float32 it ends with the very weights of a run that was never interrupted, where the
+            order of the data follows from the seed.
 
     Raises:
         TrainingDiverged: If the loss stops being finite.
@@ -163,187 +183,307 @@ def fit(
         teacher.to(task.device).eval()
     optimizer = task.optimizer(model, learning_rate)
     scheduler = task.scheduler(optimizer, learning_rate, steps)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = _loss(model, task, teacher, distillation)
+    marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
     with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        run = _Run(model, task, optimizer, scheduler, _Data(task.train, seed))
-        name = {"seed": seed, "steps": steps, "learning_rate": learning_rate}
-        kept = None if checkpoint is None else checkpoint.load(name)
-        if kept is not None:
-            run.restore(kept)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradient = _gradient(model, task, teacher, distillation)
-        captured: CapturedGradient | None = None
-        if steps >= WORTH_CAPTURING and _can_be_captured(task):
-            gradient = captured = CapturedGradient(gradient, parameters)
-        marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
-        stopped = False
-        told = time.perf_counter()
-        for batch in islice(run.batches(), steps - run.step):
-            batch = to_device(batch, task.device)
-            optimizer.zero_grad(set_to_none=True)
-            loss = gradient(batch)
-            nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-            optimizer.step()
-            scheduler.step()
-            run.count(loss, samples_in(batch))
-            if run.step % 10 == 1 or run.step == steps or time.perf_counter() - told > PATIENCE:
-                told = time.perf_counter()
-                value = float(loss)
-                if not isfinite(value):
-                    raise TrainingDiverged(
-                        f"The loss became {value} at step {run.step} of {steps} with learning rate "
-                        f"{learning_rate:g}; lower the learning rate."
-                    )
-                try:
-                    if on_step is not None:
-                        on_step(run.step / len(task.train), epochs, value)
-                except KeyboardInterrupt:
-                    if checkpoint is not None:
-                        checkpoint.save(name, run.state())
-                    raise
-                if checkpoint is not None and checkpoint.due():
-                    checkpoint.save(name, run.state())
-            if hopeless is not None and run.step in marks:
-                with run.paused():
-                    stopped = hopeless(marks[run.step])
-                if stopped:
-                    break
-        tail = torch.stack(run.losses[-max(1, steps // 10) :]).mean().item()
-        seconds = run.seconds()
-    if captured is not None:
-        captured.release()
+        # Dropout differs from process to process.
+        torch.manual_seed(seed + rank())
+        data = _Data(task.train, seed)
+        progress = _Progress(model, optimizer, scheduler, data, task.device, learning_rate, steps)
+        progress.resume(checkpoint)
+        look = _Look(progress, epochs, marks, on_step, hopeless, checkpoint)
+        with _learning(model, task, loss, parameters, steps - progress.step) as gradient:
+            look.begin()
+            while progress.step < steps and not look.stopped:
+                batch = next(data)
+                optimizer.zero_grad(set_to_none=True)
+                progress.losses.append(gradient(batch))
+                nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
+                optimizer.step()
+                scheduler.step()
+                progress.images += samples_in(batch)
+                progress.step += 1
+                if progress.step == look.next:
+                    look()
+            tail = progress.tail().mean().item()
     _lay_out(model, torch.contiguous_format).eval()
-    if not stopped:
+    if not look.stopped:
         recalibrate(model, task, LAST_BATCHES)
-    return FitResult(run.step, tail, run.images / seconds, seconds, stopped)
+    share_buffers(model)
+    speed = progress.images / progress.seconds
+    return FitResult(progress.step, tail, speed, progress.seconds, look.stopped)
 
 
-class _Data:
-    """Batches without end; another process can go on with them where one was.
+@dataclass
+class _Progress:
+    """A run of `fit`, as far as it has come: what its steps change, and what it is.
 
-    Args:
-        loader: The batches of one pass.
-        seed: The order starts anew from it where the loader allows that.
+    Attributes:
+        losses: Those that the result is made of, each a part of a batch's in a group.
+        step: Batches that were learned from.
+        images: Samples in them.
+        seconds: Spent on them, as of the last look.
     """
 
-    def __init__(self, loader: Loader, seed: int) -> None:
-        self._loader = loader
-        if hasattr(loader, "reseed"):
-            loader.reseed(seed)
-        self._passes = self._read = 0
-        self._random = torch.get_rng_state()
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    data: _Data
+    device: torch.device
+    learning_rate: float
+    steps: int
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            # What a loader draws by lot it draws from here on.
-            torch.set_rng_state(self._random)
-            skip = self._read
-            for read, batch in enumerate(self._loader, 1):
-                self._read = read
-                if read > skip:
-                    yield batch
-            self._passes, self._read = self._passes + 1, 0
-            self._random = torch.get_rng_state()
+    def __post_init__(self) -> None:
+        self.losses: deque[Tensor] = deque(maxlen=max(1, self.steps // 10))
+
+    def tail(self) -> Tensor:
+        """The losses of the last steps, at most a tenth of all, over the whole group."""
+        return mean_over_group(torch.stack(list(self.losses)))
 
     def state(self) -> dict[str, Any]:
-        """Where the batches are."""
-        return {"passes": self._passes, "read": self._read, "random": self._random}
+        """All of that, as tensors and plain values; every process of a group must ask."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "images": self.images,
+            "seconds": self.seconds,
+            "losses": self.tail(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "data": self.data.state(),
+            "random": torch.get_rng_state(),
+            "random_gpu": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there: batches that were read are read again and passed over."""
-        if hasattr(self._loader, "reseed"):
-            for _ in range(state["passes"]):
-                iter(self._loader)
-        self._passes, self._read = state["passes"], state["read"]
-        self._random = state["random"]
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from rank 0's checkpoint, if it holds one of this run."""
+        state = share_state(checkpoint.load(self.run()) if checkpoint and rank() == 0 else None)
+        if state is None:
+            return
+        logger.info("Training goes on after step %d of %d.", state["step"], self.steps)
+        self.data.resume(state["data"])
+        # Weights are copied into the memory that they have, which CUDA graphs and optimizers know.
+        load_state(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.losses.extend(state["losses"].to(self.device).unbind())
+        self.step, self.images = state["step"], state["images"]
+        self.seconds = state["seconds"]
+        if rank() > 0:
+            torch.manual_seed(self.data.seed + rank() + world() * self.step)
+            return
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and state["random_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_gpu"], self.device)
+
+    def run(self) -> dict[str, Any]:
+        """What tells this run's checkpoints from others'."""
+        return {
+            "seed": int(self.data.seed),
+            "steps": self.steps,
+            "learning_rate": float(self.learning_rate),
+            "network": {
+                name: list(value.shape)
+                for name, value in self.model.state_dict().items()
+                if isinstance(value, Tensor)
+            },
+            "optimizer": type(self.optimizer).__name__,
+            "scheduler": type(self.scheduler).__name__,
+            "groups": [len(group["params"]) for group in self.optimizer.param_groups],
+        }
 
 
-class _Run:
-    """What changes while `fit` runs."""
+class _Look:
+    """A look at a run between two steps, at which all that isn't training happens.
+
+    It reads the loss, which waits for the GPU, so there isn't one after every step.
+
+    Attributes:
+        next: The step after which the next look is due, counted from 1; the same in each process.
+        stopped: Whether a rung ended the run.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        task: Task,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        data: _Data,
+        progress: _Progress,
+        epochs: float,
+        marks: Mapping[int, int],
+        on_step: OnStep | None,
+        hopeless: Hopeless | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
-        self._model, self._device = model, task.device
-        self._optimizer, self._scheduler, self._data = optimizer, scheduler, data
-        self.step, self.images = 0, 0
-        self.losses: list[Tensor] = []
-        self._random: Mapping[str, Tensor] | None = None
-        self._start = time.perf_counter()
+        self._progress, self._epochs, self._marks = progress, epochs, marks
+        self._on_step, self._hopeless, self._checkpoint = on_step, hopeless, checkpoint
+        self._interrupt: KeyboardInterrupt | None = None
+        self.next, self.stopped = 0, False
 
-    def batches(self) -> Iterator[Batch]:
-        """The batches that are left."""
-        for batch in self._data:
-            if self._random is not None:
-                # The batches that were passed over drew fewer lots than the network had.
-                self._set_random(self._random)
-                self._random = None
-            yield batch
+    def begin(self) -> None:
+        """Start the clock."""
+        self.next = self._progress.step + 1
+        self._first, self._start = self._progress.step, time.perf_counter()
 
-    def count(self, loss: Tensor, images: int) -> None:
-        """A step is done."""
-        self.losses.append(loss)
-        self.step += 1
-        self.images += images
+    def __call__(self) -> None:
+        """Look, and see to what is due.
 
-    def seconds(self) -> float:
-        """Time spent, without that in pauses."""
-        return time.perf_counter() - self._start
+        Raises:
+            TrainingDiverged: If the loss isn't finite.
+            KeyboardInterrupt: As `on_step` raised it; a checkpoint has been saved.
+        """
+        progress = self._progress
+        value = float(mean_over_group(progress.losses[-1]))
+        spent = time.perf_counter() - self._start
+        progress.seconds += spent
+        if not isfinite(value):
+            raise TrainingDiverged(
+                f"The loss became {value} at step {progress.step} of {progress.steps} with "
+                f"learning rate {progress.learning_rate:g}; lower the learning rate."
+            )
+        pace = spent / (progress.step - self._first)
+        found = ask_first(lambda: self._decide(value, pace))
+        self.stopped, self.next = found["stopped"], found["next"]
+        if found["save"]:
+            state = progress.state()
+            if self._checkpoint is not None and rank() == 0:
+                self._checkpoint.save(progress.run(), state)
+        if found["interrupted"]:
+            raise self._interrupt or KeyboardInterrupt
+        self._first, self._start = progress.step, time.perf_counter()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The block's time is not counted."""
-        begun = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - begun
+    def _decide(self, value: float, pace: float) -> dict[str, Any]:
+        """What rank 0 says for all processes.
 
-    def state(self) -> dict[str, Any]:
-        """All that another process needs to go on, as tensors and plain values."""
-        random = {"cpu": torch.get_rng_state()}
-        if self._device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self._device)
+        Args:
+            value: The loss.
+            pace: Seconds for each step since the last look.
+        """
+        progress = self._progress
+        step, steps = progress.step, progress.steps
+        # A rung comes first, so that a run that goes on from here needn't ask again.
+        stopped = False
+        if self._hopeless is not None and step in self._marks:
+            stopped = bool(self._hopeless(self._marks[step]))
+        if self._on_step is not None and not stopped:
+            try:
+                self._on_step(step * self._epochs / steps, self._epochs, value)
+            except KeyboardInterrupt as error:
+                self._interrupt = error
+        interrupted = self._interrupt is not None
+        ahead = LOOK_STEPS if pace * LOOK_STEPS <= LOOK_SECONDS else int(LOOK_SECONDS / pace)
         return {
-            "model": self._model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scheduler": self._scheduler.state_dict(),
-            "data": self._data.state(),
-            "random": random,
-            "step": self.step,
-            "images": self.images,
-            "losses": torch.stack(self.losses).cpu(),
-            "seconds": self.seconds(),
+            "stopped": stopped,
+            "interrupted": interrupted,
+            "save": self._checkpoint is not None
+            and not stopped
+            and (interrupted or self._checkpoint.due()),
+            "next": min(step + max(1, ahead), steps, *(m for m in self._marks if m > step)),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from the state of another process."""
-        load_state(self._model, state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scheduler.load_state_dict(state["scheduler"])
-        self._data.restore(state["data"])
-        self._random = state["random"]
-        self.step, self.images = state["step"], state["images"]
-        self.losses = list(state["losses"].to(self._device))
-        self._start -= state["seconds"]
 
-    def _set_random(self, random: Mapping[str, Tensor]) -> None:
-        torch.set_rng_state(random["cpu"])
-        if self._device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self._device)
+class _Data:
+    """Batches without end, with random numbers of their own.
+
+    However many of them the network draws, the order stays: in a run that goes on after it was
+    interrupted, and in all processes of a group.
+
+    Args:
+        loader: The batches of one pass.
+        seed: The order starts anew from it, where the loader allows that or has no numbers itself.
+    """
+
+    def __init__(self, loader: Loader, seed: int) -> None:
+        self.seed = seed
+        self._loader = loader
+        if hasattr(loader, "reseed"):
+            loader.reseed(seed)
+        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._passes = self._read = 0
+        self._begun = self._random
+        self._batches: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        others = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            return self._next()
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(others)
+
+    def _next(self) -> Batch:
+        while True:
+            if self._batches is None:
+                self._begun = torch.get_rng_state()
+                self._batches = iter(self._loader)
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                self._batches, self._read = None, 0
+                self._passes += 1
+            else:
+                self._read += 1
+                return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are: passes, batches of the last one, and how that began."""
+        return {"passes": self._passes, "read": self._read, "random": self._begun}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; what was read of the last pass is read again."""
+        if hasattr(self._loader, "reseed"):
+            for _ in range(state["passes"]):
+                next(iter(self._loader), None)
+        self._passes, self._random = state["passes"], state["random"]
+        for _ in range(state["read"]):
+            next(self)
 
 
-def _gradient(
+@contextmanager
+def _learning(
+    model: nn.Module,
+    task: Task,
+    loss: Callable[[Batch], Tensor],
+    parameters: Sequence[nn.Parameter],
+    steps: int,
+) -> Iterator[Gradient]:
+    """A step's forward and backward pass: shared with other processes, as a CUDA graph, or plain.
+
+    Args:
+        model: The network.
+        task: Where and how it is trained.
+        loss: `loss(batch)` runs it.
+        parameters: Those that get gradients.
+        steps: How many steps there will be.
+    """
+    if world() > 1:
+        yield shared_gradient(model, loss, task.device)
+        return
+    gradient = _gradient(loss)
+    captured: CapturedGradient | None = None
+    if steps >= WORTH_CAPTURING and _can_be_captured(task):
+        gradient = captured = CapturedGradient(gradient, parameters)
+    try:
+        yield lambda batch: gradient(to_device(batch, task.device))
+    finally:
+        if captured is not None:
+            captured.release()
+
+
+def _loss(
     model: nn.Module, task: Task, teacher: nn.Module | None, distillation: float
-) -> Gradient:
-    """One batch's forward and backward pass, and the teacher's forward pass."""
+) -> Callable[[Batch], Tensor]:
+    """One batch's loss: the network's forward pass, and the teacher's."""
     imitate = task.distillation
     share = distillation if teacher is not None and imitate is not None else 0.0
 
-    def gradient(batch: Batch) -> Tensor:
+    def loss_of(batch: Batch) -> Tensor:
         with autocast(task):
             output = _as_float(task.forward(model, batch))
         loss = task.loss(output, batch)
@@ -352,8 +492,18 @@ def _gradient(
             with torch.no_grad(), autocast(task):
                 target = _as_float(task.forward(teacher, batch))
             loss = (1 - share) * loss + share * imitate(output, target)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        return loss
+
+    return loss_of
+
+
+def _gradient(loss: Callable[[Batch], Tensor]) -> Gradient:
+    """A loss with its backward pass."""
+
+    def gradient(batch: Batch) -> Tensor:
+        value = loss(batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
 
     return gradient
 
@@ -385,7 +535,7 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
         trial = deepcopy(task.model).to(task.device)
         _lay_out(trial, _fastest_format(trial, task.device)).train()
         amp, task.amp_dtype = task.amp_dtype, dtype
-        gradient = _gradient(trial, task, None, 0.0)
+        gradient = _gradient(_loss(trial, task, None, 0.0))
         captured: CapturedGradient | None = None
         count = steps
         if _can_be_captured(task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from postgres import Postgres, Unavailable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autocompress.checkpoint import Checkpoint
 from autocompress.config import StudyConfig, parse_config
 from autocompress.task import Loader, Task
 
@@ -90,6 +92,18 @@ def count_reads(loader: Loader) -> tuple[Loader, list[str]]:
             return len(loader)
 
     return Counted(), reads
+
+
+def kept_in(folder: Path, **settings: Any) -> Checkpoint:
+    """A checkpoint in a folder."""
+    place = folder / "kept.pt"
+
+    def fetch(path: Path) -> bool:
+        if place.exists():
+            shutil.copy(place, path)
+        return place.exists()
+
+    return Checkpoint(lambda path: shutil.copy(path, place) and None, fetch, **settings)
 
 
 def watch_fits(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,8 @@ def test_rungs_that_were_passed_are_not_asked_for_again(tmp_path: Path) -> None:
 def test_a_state_is_kept_from_time_to_time(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "kept.pt", every=0.0)
     run(new_task(array_loader()), kept)
-    steps = round(EPOCHS * 16)
-    state = kept.load({"seed": 3, "steps": steps, "learning_rate": 0.05})
-    assert state is not None and state["step"] == steps
+    state = torch.load(tmp_path / "kept.pt", weights_only=True)["state"]
+    assert state["step"] == round(EPOCHS * 16)
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"learning_rate": 0.1}, {"epochs": 3.0}])
@@ -199,3 +199,29 @@ def test_a_full_disk_costs_the_state_and_not_the_run(
     full = Checkpoint(keep, lambda path: False, every=0.0)
     assert run(new_task(array_loader()), full).steps == round(EPOCHS * 16)
     assert "No space left" in caplog.text
+
+
+def test_a_full_disk_as_pytorch_tells_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(tmp_path / "kept.pt")
+    kept.save({}, {"step": 1})
+    monkeypatch.setattr("autocompress.checkpoint.TemporaryDirectory", lambda: nullcontext("/dev"))
+    monkeypatch.setattr("autocompress.checkpoint.NAME", "full")
+    kept.save({}, {"step": 2, "weight": torch.zeros(1_000_000)})
+    monkeypatch.undo()
+    assert "could not be kept" in caplog.text and kept.load({}) == {"step": 1}
+
+
+def test_what_holds_functions_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = Kept(tmp_path / "kept.pt")
+    kept.save({}, {"schedule": lambda step: 0.1})
+    assert "could not be kept" in caplog.text and kept.load({}) is None
+
+
+def test_the_next_state_is_due_so_long_after_the_last_one() -> None:
+    now = iter([100.0, 159.0, 160.0, 500.0, 559.0, 560.0])
+    checkpoint = Checkpoint(lambda path: None, lambda path: False, 60.0, lambda: next(now))
+    assert [checkpoint.due(), checkpoint.due()] == [False, True]
+    checkpoint.save({}, {})
+    assert [checkpoint.due(), checkpoint.due()] == [False, True]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, make_images, make_loader
+from conftest import TinyNet, kept_in, make_images, make_loader
+from test_distributed import assert_equal, run_cases
 from torch import Tensor, nn
 
 import autocompress
@@ -101,6 +102,63 @@ def test_a_network_that_reads_values_back_is_trained_as_usual(gpu: torch.device)
     task = Task(Reading(), *loaders, device=gpu)
     fit(task.model, task, epochs=6, learning_rate=0.1, seed=0)
     assert evaluate(task.model, task, task.val).accuracy > 80
+
+
+def test_a_run_on_the_gpu_goes_on_where_it_was_interrupted(
+    gpu: torch.device, tmp_path: Path
+) -> None:
+    def fresh() -> Task:
+        torch.manual_seed(0)
+        loaders = (make_loader(512, 1), make_loader(256, 2), make_loader(256, 3))
+        return Task(TinyNet(), *loaders, device=gpu)
+
+    told: list[int] = []
+
+    def on_step(done: float, total: float, loss: float) -> None:
+        told.append(round(done / total * 96))
+        if told[-1] == 41:
+            raise KeyboardInterrupt
+
+    start, whole, task = fresh(), fresh(), fresh()
+    fit(whole.model, whole, epochs=6, learning_rate=0.05, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            *(task.model, task),
+            epochs=6,
+            learning_rate=0.05,
+            seed=0,
+            on_step=on_step,
+            # So that there is a look after step 41, however fast the steps are.
+            rungs=(41 / 96,),
+            hopeless=lambda rung: False,
+            checkpoint=kept_in(tmp_path),
+        )
+    task = fresh()
+    told.clear()
+    result = fit(
+        *(task.model, task),
+        epochs=6,
+        learning_rate=0.05,
+        seed=0,
+        on_step=on_step,
+        checkpoint=kept_in(tmp_path),
+    )
+    assert told[0] == 42 and result.steps == 96
+    assert evaluate(task.model, task, task.val).accuracy > 80
+    flat = [
+        nn.utils.parameters_to_vector(one.model.to(gpu).parameters())
+        for one in (start, whole, task)
+    ]
+    assert (flat[2] - flat[1]).norm() < 0.1 * (flat[1] - flat[0]).norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_one_network(tmp_path: Path) -> None:
+    found = run_cases(tmp_path, "cuda")
+    for name in ("averages", "learns", "ends_at_a_rung", "goes_on"):
+        assert_equal(found[name][0]["state"], found[name][1]["state"])
+    assert found["learns"][0]["accuracy"] > 80
+    assert found["stops"][1]["ended"].startswith("KeyboardInterrupt")
 
 
 def test_fine_tuning_again_and_again_takes_no_more_memory(task: Task, gpu: torch.device) -> None:

@@ -1,15 +1,25 @@
+import subprocess
+import sys
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, make_loader
-from torch import nn
+from conftest import TinyNet, kept_in, make_images, make_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.config import FinetuneConfig
 from autocompress.errors import TrainingDiverged
 from autocompress.evaluation import evaluate
-from autocompress.task import Task, check_outputs, logit_distillation
-from autocompress.training import Recipe, fit
+from autocompress.loaders import ArrayLoader
+from autocompress.task import Loader, Task, check_outputs, logit_distillation
+from autocompress.training import FitResult, OnStep, Recipe, fit
+
+LENGTH = {"epochs": 2.5, "learning_rate": 0.1}
+STEPS = 20
 
 
 def untrained() -> Task:
@@ -200,3 +210,240 @@ def test_kernels_are_channels_last_where_that_is_safe(conv: nn.Conv2d, last: boo
     )
     result = fit(model, task, epochs=2, learning_rate=0.01, seed=0)
     assert result.steps == 8 and seen == [not last] * 8
+
+
+class DropoutNet(TinyNet):
+    """`TinyNet` whose training draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.3, self.training))
+
+
+def augmented() -> Loader:
+    pixels, labels = make_images(256, 1)
+    pixels = pixels.sub(pixels.min()).mul(20).byte()
+    return ArrayLoader(pixels, labels, 32, [0.5], [0.2], "crop-flip", True)
+
+
+def plain() -> Loader:
+    return DataLoader(TensorDataset(*make_images(256, 1)), batch_size=32, shuffle=True)
+
+
+LOADERS: dict[str, Callable[[], Loader]] = {"augmented": augmented, "plain": plain}
+
+
+def dropping(loader: Loader) -> Task:
+    torch.manual_seed(0)
+    return Task(DropoutNet(), loader, make_loader(128, 2), make_loader(128, 3))
+
+
+def stop_after(step: int) -> OnStep:
+    """Stops the run as a worker does that is told to end."""
+
+    def on_step(done: float, total: float, loss: float) -> None:
+        if round(done / total * STEPS) == step:
+            raise KeyboardInterrupt
+
+    return on_step
+
+
+def state_of(task: Task) -> dict[str, Tensor]:
+    return deepcopy(task.model.state_dict())
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if steps took seconds."""
+    monkeypatch.setattr("autocompress.training.LOOK_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("stops", [(1,), (3, 8, 9), (16, 19), (20,)])
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(
+    name: str, stops: tuple[int, ...], tmp_path: Path
+) -> None:
+    whole = dropping(LOADERS[name]())
+    expected = fit(whole.model, whole, **LENGTH, seed=3)
+    for stop in stops:
+        task = dropping(LOADERS[name]())
+        with pytest.raises(KeyboardInterrupt):
+            fit(
+                *(task.model, task),
+                **LENGTH,
+                seed=3,
+                on_step=stop_after(stop),
+                checkpoint=kept_in(tmp_path),
+            )
+        torch.rand(7)  # another process's random numbers are elsewhere
+    task = dropping(LOADERS[name]())
+    result = fit(task.model, task, **LENGTH, seed=3, checkpoint=kept_in(tmp_path))
+    found = state_of(task)
+    assert all(torch.equal(found[key], value) for key, value in state_of(whole).items())
+    assert (result.steps, result.loss) == (STEPS, expected.loss) and result.seconds > 0
+
+
+@pytest.mark.usefixtures("every_step")
+def test_another_process_goes_on_with_a_run(tmp_path: Path) -> None:
+    whole = dropping(augmented())
+    fit(whole.model, whole, **LENGTH, seed=3)
+    stop, checkpoint = stop_after(13), kept_in(tmp_path)
+    task = dropping(augmented())
+    with pytest.raises(KeyboardInterrupt):
+        fit(task.model, task, **LENGTH, seed=3, on_step=stop, checkpoint=checkpoint)
+    subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, timeout=300)
+    found = torch.load(tmp_path / "end.pt", weights_only=True)
+    assert all(torch.equal(found[key], value) for key, value in state_of(whole).items())
+
+
+def go_on(folder: Path) -> None:
+    """What the other process does."""
+    torch.set_num_threads(1)
+    task = dropping(augmented())
+    steps: list[float] = []
+    fit(
+        *(task.model, task),
+        **LENGTH,
+        seed=3,
+        on_step=lambda done, total, loss: steps.append(done / total * STEPS),
+        checkpoint=kept_in(folder),
+    )
+    assert round(steps[0]) == 14, steps
+    torch.save(state_of(task), folder / "end.pt")
+
+
+def test_a_loader_that_goes_its_own_way_is_no_obstacle(tmp_path: Path, every_step: None) -> None:
+    """Its order can't be started anew, so other images are seen, but as many."""
+    task = dropping(make_loader(256, 1, shuffle=True))
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            *(task.model, task),
+            **LENGTH,
+            seed=3,
+            on_step=stop_after(11),
+            checkpoint=kept_in(tmp_path),
+        )
+    seen: list[float] = []
+    result = fit(
+        *(task.model, task),
+        **LENGTH,
+        seed=3,
+        on_step=lambda done, total, loss: seen.append(done),
+        checkpoint=kept_in(tmp_path),
+    )
+    assert result.steps == STEPS and len(seen) == 9
+    assert evaluate(task.model, task, task.val).accuracy > 60
+
+
+@pytest.mark.usefixtures("every_step")
+def test_rungs_that_were_passed_are_not_asked_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def run(task: Task, on_step: OnStep | None) -> FitResult:
+        return fit(
+            *(task.model, task),
+            **LENGTH,
+            seed=3,
+            on_step=on_step,
+            rungs=(0.25, 0.5, 0.75),
+            hopeless=lambda rung: asked.append(rung) or rung == 3,
+            checkpoint=kept_in(tmp_path),
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(dropping(augmented()), stop_after(10))  # at the second one itself
+    assert asked == [1, 2]
+    result = run(dropping(augmented()), None)
+    assert asked == [1, 2, 3] and result.stopped and result.steps == 15
+
+
+def test_a_checkpoint_is_saved_when_it_is_due(tmp_path: Path) -> None:
+    task = dropping(augmented())
+    fit(task.model, task, **LENGTH, seed=3, checkpoint=kept_in(tmp_path))
+    assert not (tmp_path / "kept.pt").exists()
+    fit(task.model, task, **LENGTH, seed=3, checkpoint=kept_in(tmp_path, every=0.0))
+    kept = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert kept["state"]["step"] == STEPS
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"seed": 4},
+    {"learning_rate": 0.2},
+    {"epochs": 2.0},
+    {"model": TinyNet(8)},
+    {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))},
+    {"optimizer": lambda model, rate: torch.optim.Adam(model.parameters(), lr=rate)},
+]
+
+
+@pytest.mark.parametrize("change", OTHERS, ids=lambda change: next(iter(change)))
+def test_another_runs_checkpoint_is_not_used(
+    change: dict[str, Any], tmp_path: Path, every_step: None
+) -> None:
+    task = dropping(augmented())
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            *(task.model, task),
+            **LENGTH,
+            seed=3,
+            on_step=stop_after(9),
+            checkpoint=kept_in(tmp_path),
+        )
+    settings = {**LENGTH, "seed": 3}
+    settings.update({key: change[key] for key in change.keys() & settings.keys()})
+    ends = []
+    for checkpoint in (None, kept_in(tmp_path)):
+        task = dropping(augmented())
+        task.model = deepcopy(change.get("model", task.model))
+        task.optimizer = change.get("optimizer", task.optimizer)
+        fit(task.model, task, **settings, checkpoint=checkpoint)
+        ends.append(state_of(task))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+class Peculiar(torch.optim.lr_scheduler.ConstantLR):
+    """A scheduler whose state holds an object."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "home": Path()}
+
+
+def test_a_state_that_cant_be_read_safely_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, every_step: None
+) -> None:
+    seen: list[float] = []
+    for on_step in (stop_after(9), lambda done, total, loss: seen.append(done)):
+        task = dropping(augmented())
+        task.scheduler = lambda optimizer, rate, steps: Peculiar(optimizer)
+        try:
+            fit(
+                *(task.model, task),
+                **LENGTH,
+                seed=3,
+                on_step=on_step,
+                checkpoint=kept_in(tmp_path),
+            )
+        except KeyboardInterrupt:
+            assert (tmp_path / "kept.pt").exists()
+    assert len(seen) == STEPS and "begins anew" in caplog.text
+
+
+def test_progress_is_told_now_and_then_where_steps_are_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("autocompress.training.LOOK_SECONDS", 1e9)
+    task = dropping(augmented())
+    told: list[int] = []
+    fit(
+        *(task.model, task),
+        **LENGTH,
+        seed=3,
+        on_step=lambda done, total, loss: told.append(round(done / total * STEPS)),
+        rungs=(0.7,),
+        hopeless=lambda rung: False,
+    )
+    assert told == [1, 11, 14, 20]
+
+
+if __name__ == "__main__":
+    go_on(Path(sys.argv[1]))
