@@ -7,6 +7,7 @@ store; only the data must be here.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from autocompress.artifacts import fetch_text, open_artifacts
 from autocompress.baseline import Baseline
 from autocompress.config import StudyConfig, flatten, own_code, parse_config
 from autocompress.database import open_storage
+from autocompress.distributed import join_group, leave_group, rank
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.evaluation import evaluate
 from autocompress.launchers import RayWorkers, SlurmWorkers, Workers
@@ -43,12 +45,12 @@ from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow
 from autocompress.profiler import Profile
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sensitivity import LayerTable
-from autocompress.sources import task_from_config
+from autocompress.sources import pick_device, task_from_config
 from autocompress.store import PLACE, STAGES, load_study
 from autocompress.task import Task
 from autocompress.watch import Orders, Watch
 from autocompress.weights import fetch_weights
-from autocompress.worker import Worker
+from autocompress.worker import Worker, follow_first
 from autocompress.workers import Launch, Pool, cores, count_workers, shares, visible_gpus
 
 
@@ -137,6 +139,9 @@ def serve(place: Place, child: bool) -> int:
         follow(watch.orders, sys.stdin)
         return _work(place, config, study, watch, EventDisplay(lines))
     with make_display() as display:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun has started the processes already.
+            place = replace(place, workers=0)
         config, study = read_settings(place)
         watch = Watch()
         with watch.orders.listening(display.say), watch.orders.patient():
@@ -195,13 +200,22 @@ def start_workers(
 
 
 def _work(place: Place, config: StudyConfig, study: Study, watch: Watch, display: Display) -> int:
-    """Be a worker."""
+    """Be a worker, or a part of one: a process of a group that torchrun started."""
+    device = join_group(pick_device(config.run.device))
+    config = config.model_copy(
+        update={"run": config.run.model_copy(update={"device": str(device)})}
+    )
     watch.stall = 60 * config.run.stall_limit
     watch.limit = None if config.run.trial_limit is None else 60 * config.run.trial_limit
-    with watch.orders.listening(display.say), watch.orders.patient():
-        prepared = join(config, study, display, place.code)
-        prepared.bench.watch = watch
-        return Worker(prepared.bench, config, prepared.space, place.patience).run()
+    try:
+        with watch.orders.listening(display.say), watch.orders.patient():
+            prepared = join(config, study, display, place.code)
+            prepared.bench.watch = watch
+            if rank() > 0:
+                return follow_first(prepared.bench)
+            return Worker(prepared.bench, config, prepared.space, place.patience).run()
+    finally:
+        leave_group()
 
 
 def _supervise(workers: Workers, orders: Orders) -> int:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from optuna.artifacts._protocol import ArtifactStore
@@ -23,6 +24,7 @@ from autocompress.artifacts import fetch_file, put_file, remove_artifact, save_t
 from autocompress.baseline import Baseline
 from autocompress.checkpoint import Checkpoint
 from autocompress.database import write_proposal
+from autocompress.distributed import share
 from autocompress.errors import AutocompressError, DamagedArtifact, DatabaseLost
 from autocompress.evaluation import (
     Evaluation,
@@ -52,6 +54,7 @@ from autocompress.trials import (
     CHECKPOINT,
     EARLY,
     PARENT,
+    SEED,
     WEIGHTS,
     has_weights,
     lost,
@@ -264,12 +267,14 @@ def _carry_out(
     """The trial's values (drop in points, cost) and the reason if it was stopped at the gate."""
     watch = Stopwatch()
     task, finetune = bench.task, bench.finetune
-    seed = trial_seed(bench.seed, trial.number + 1_000_000 * STAGES.index(stage))
+    # One that comes again has the seed that it had.
+    own = trial_seed(bench.seed, trial.number + 1_000_000 * STAGES.index(stage))
+    seed = int(trial.user_attrs.get(SEED, own))
     write_proposal(trial)
     plan = space.suggest(trial)
     trial.set_user_attr("plan", plan.to_json())
     trial.set_user_attr("plan_digest", plan.digest)
-    trial.set_user_attr("seed", seed)
+    trial.set_user_attr(SEED, seed)
     trial.set_user_attr("stage", stage)
     trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
@@ -304,18 +309,23 @@ def _carry_out(
 
     bench.watch.step()
     if not closed:
+        job: dict[str, Any] = {
+            "epochs": bench.epochs(stage),
+            "learning_rate": finetune.learning_rate,
+            "distillation": finetune.distillation,
+            "seed": seed,
+        }
+        # The other processes of a group, which know nothing of trials, train along.
+        share({"plan": plan.to_json(), "fit": job})
         result = fit(
             model,
             task,
-            epochs=bench.epochs(stage),
-            learning_rate=finetune.learning_rate,
-            seed=seed,
             teacher=bench.baseline.model,
-            distillation=finetune.distillation,
             on_step=on_step,
             rungs=RUNGS,
             hopeless=hopeless,
             checkpoint=checkpoint,
+            **job,
         )
         watch.lap("finetune")
     if gate.reason is not None:
@@ -337,6 +347,14 @@ def _carry_out(
     watch.lap("store")
     _record(trial, watch, after.accuracy, drop, bound, profile, latency, full)
     return (drop, cost), None
+
+
+def train_along(bench: Bench, job: Mapping[str, Any]) -> None:
+    """Do the part of a trial's fine-tuning that is this process's, as rank 0 told it to."""
+    model = build_plan(bench.baseline.model, Plan.from_json(job["plan"])).to(bench.task.device)
+    # Rank 0 has the weights, the rungs and the checkpoint, and records how it ends.
+    with suppress(AutocompressError, KeyboardInterrupt):
+        fit(model, bench.task, teacher=bench.baseline.model, rungs=RUNGS, **job["fit"])
 
 
 def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:

@@ -19,7 +19,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.database import end_if, take_waiting
-from autocompress.trials import CHECKPOINT, EARLY, INTERRUPTED, PARENT, counted
+from autocompress.trials import CHECKPOINT, EARLY, INTERRUPTED, PARENT, SEED, counted
 
 logger = logging.getLogger("autocompress")
 
@@ -37,7 +37,7 @@ STOPPED, DIED = "stopped", "died"
 """Why a trial was cut off: its worker was told to end, or it died."""
 
 _COPIED_SYSTEM = ("autocompress:knobs",)
-_COPIED_USER = (PARENT, CHECKPOINT, EARLY)
+_COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY)
 
 
 def host_name() -> str:

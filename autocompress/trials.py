@@ -17,6 +17,8 @@ WEIGHTS = "weights"
 INTERRUPTED = "interrupted"
 """User attribute of a trial that was cut off from outside, and by what; once it has failed, it does
 not count."""
+SEED = "seed"
+"""User attribute of a trial: the seed of its fine-tuning."""
 EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
 CHECKPOINT = "checkpoint"

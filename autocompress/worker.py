@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Callable
 
@@ -11,13 +12,17 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.config import StudyConfig
 from autocompress.database import end_if
+from autocompress.distributed import share
 from autocompress.heartbeat import Heartbeat
-from autocompress.objective import Bench, announce, run_trial
+from autocompress.objective import Bench, announce, run_trial, train_along
 from autocompress.process import EXIT_HUNG, SEARCHING, work
 from autocompress.slots import take, worker_name
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import load_study
+
+WAIT, END = "wait", "end"
+"""What rank 0 of a group tells the others besides the fine-tunings."""
 
 Hung = Callable[[Stage, Trial, str], None]
 
@@ -61,6 +66,22 @@ def end_process(stage: Stage, trial: Trial, reason: str) -> None:
     os._exit(EXIT_HUNG)
 
 
+def follow_first(bench: Bench) -> int:
+    """Be a process of a group that trains along with rank 0, which has the trials.
+
+    Signals are for rank 0, which tells the others at the next step.
+
+    Returns:
+        0: how many trials ended here.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    while (job := share(None)) != END:
+        if job != WAIT:
+            train_along(bench, job)
+    return 0
+
+
 class Worker:
     """Runs trials of a study until none is left, or it is told to end.
 
@@ -82,7 +103,10 @@ class Worker:
     def run(self) -> int:
         """Work; returns how many trials ended here."""
         orders = self._bench.watch.orders
-        return work(self._take, self._carry_out, orders, self._over, self._patience)
+        try:
+            return work(self._find, self._carry_out, orders, self._over, self._patience)
+        finally:
+            share(END)
 
     def _over(self) -> bool:
         return not self._exploration.user_attrs.get(SEARCHING, False)
@@ -92,6 +116,13 @@ class Worker:
         if ended is not None:
             announce(self._bench, ended)
         return ended is not None
+
+    def _find(self) -> tuple[Stage, Trial] | None:
+        found = self._take()
+        if found is None:
+            # So that the other processes of a group don't take this one for dead.
+            share(WAIT)
+        return found
 
     def _take(self) -> tuple[Stage, Trial] | None:
         """A waiting trial, those of the later stage first."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +17,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from torch import nn
 
 from autocompress import objective
-from autocompress.artifacts import FolderStore
+from autocompress.artifacts import FolderStore, fetch_file
 from autocompress.baseline import Baseline
 from autocompress.database import open_storage
+from autocompress.errors import AutocompressError, DamagedArtifact
 from autocompress.evaluation import evaluate
 from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import inspect_layers
@@ -33,16 +37,19 @@ from autocompress.objective import (
 )
 from autocompress.observation import observe_layers
 from autocompress.outlook import REHEARSAL
+from autocompress.plan import Plan
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
-from autocompress.slots import cut_off, running
+from autocompress.slots import RETRY, cut_off, running, take, top_up
 from autocompress.space import SearchSpace
-from autocompress.store import open_study
+from autocompress.store import open_study, trials_spent
+from autocompress.surgery import apply_plan
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
-from autocompress.trials import INTERRUPTED, PARENT
+from autocompress.trials import CHECKPOINT, INTERRUPTED, PARENT
+from autocompress.watch import Watch
 from autocompress.weights import save_weights
 
 
@@ -249,6 +256,112 @@ def test_an_interruption_that_the_database_does_not_take_goes_on_too(
     study = bench.studies["exploration"]
     (trial,) = running(study)
     assert cut_off(study, trial)
+
+
+def test_a_trial_that_runs_out_of_memory_is_a_failure_and_the_next_one_runs(bench: Bench) -> None:
+    loss = bench.task.loss
+
+    def full(output: Any, batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench.task.loss = full
+    frozen = run(bench)
+    assert frozen.state == TrialState.FAIL
+    assert frozen.user_attrs["reason"] == "OutOfMemoryError: CUDA out of memory"
+    bench.task.loss = loss
+    assert run(bench).state == TrialState.COMPLETE
+
+
+def test_a_full_disk_is_no_fault_of_the_trial(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objective, "save_weights", full)
+        with pytest.raises(AutocompressError, match="no room left on the disk .* the same command"):
+            run(bench)
+    study = bench.studies["exploration"]
+    assert study.trials[0].user_attrs[INTERRUPTED] and not trials_spent(study)
+    # It comes again with its plan.
+    assert top_up(study, 1) == 1
+    trial = take(study)
+    assert trial is not None
+    again = run_trial(bench, "exploration", space_of(bench), trial)
+    assert again is not None and again.state == TrialState.COMPLETE
+    assert again.params == study.trials[0].params and again.user_attrs[RETRY]["of"] == 0
+
+
+def test_a_trial_goes_on_from_its_checkpoint_with_another_worker(bench: Bench) -> None:
+    """It ends as it would have, rungs and all."""
+    bench.finetune = replace(bench.finetune, epochs=3.0)
+    calls: list[int] = []
+
+    class Ordered(Watch):
+        def step(self) -> None:
+            calls.append(1)
+            if len(calls) == 4:
+                self.orders.ask_to_stop()
+            super().step()
+
+    study = bench.studies["exploration"]
+    top_up(study, 1)
+    bench.watch = Ordered()
+    first = take(study)
+    assert first is not None
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(bench, "exploration", space_of(bench), first)
+    assert CHECKPOINT in study.trials[0].user_attrs
+    bench.watch = Watch()
+    top_up(study, 1)
+    second = take(study)
+    assert second is not None
+    steps: list[float] = []
+    bench.display.step = lambda phase, done, *_: steps.append(done)  # type: ignore[method-assign]
+    ended = run_trial(bench, "exploration", space_of(bench), second)
+    assert ended is not None and ended.state == TrialState.COMPLETE
+    assert min(steps) > 0.5, "it didn't begin anew"
+    assert len(ended.user_attrs["early_drops"]) == 3
+    # The file is of no use any more.
+    with pytest.raises(DamagedArtifact):
+        fetch_file(ended.user_attrs[CHECKPOINT], Path("unused"), bench.store)
+
+
+def test_a_trial_that_others_have_ended_is_dropped(bench: Bench) -> None:
+    study = bench.studies["exploration"]
+
+    class Taken(Watch):
+        def step(self) -> None:
+            (trial,) = running(study)
+            cut_off(study, trial, "it gave no sign of life")
+            self._taken = lambda: True
+            self._began = 0.0
+            super().step()
+
+    top_up(study, 1)
+    trial = take(study)
+    assert trial is not None
+    bench.watch = Taken()
+    assert run_trial(bench, "exploration", space_of(bench), trial) is None
+    assert study.trials[0].state == TrialState.FAIL and study.trials[0].values is None
+
+
+def test_a_child_of_damaged_weights_is_built_from_the_baseline(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    frozen = run(bench)
+    study = bench.studies["exploration"]
+    plan = Plan.from_json(frozen.user_attrs["plan"])
+    bench.store.write(frozen.user_attrs["weights"], io.BytesIO(b"cut"))
+    child = study.ask()
+    child.set_user_attr(PARENT, "exploration/0")
+    model = objective._build(bench, plan, child)
+    expected = apply_plan(bench.baseline.model, plan, bench.cache)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
+    assert child.user_attrs[PARENT] is None and "can't be a parent" in caplog.text
 
 
 def test_a_trial_has_the_seconds_of_its_phases(bench: Bench) -> None:

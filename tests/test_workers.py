@@ -198,6 +198,36 @@ def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: An
     assert said.count("/30]") >= 30, "the conductor tells of those, too"
 
 
+@pytest.mark.slow
+def test_a_group_of_processes_is_one_worker(mine: Path) -> None:
+    """As torchrun starts them: each trial is fine-tuned by both."""
+    write(mine.parent, trials=30, epochs=6)
+    first = start(
+        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "0"
+    )
+    wait_for(lambda: begun(mine))
+    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m autocompress.study"
+    joins = ("worker", "--study", "mine", "--storage", url, "--code", str(mine.parent))
+    group = subprocess.Popen(
+        [sys.executable, *torchrun.split(), *joins, "--device", "cpu"],
+        env=environment(mine.parent),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=mine.parent,
+    )
+    code, output = end(group)
+    assert code == 0, output
+    ended = [int(line.split()[0]) for line in output.splitlines() if "trials ended here" in line]
+    assert sorted(ended)[0] == 0 < sorted(ended)[1], "rank 0 has the trials"
+    assert end(first)[0] == 0
+    spent = trials_spent(exploration(mine))
+    names = {t.user_attrs[WORKER] for t in spent}
+    assert len(spent) == 30 and len(names) == 2
+    assert all(t.state == TrialState.COMPLETE for t in spent)
+
+
 def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
     code, output = run(mine, "--workers", "0", "--stage", "exploration")
     assert code == 0, output
