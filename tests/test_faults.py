@@ -58,9 +58,9 @@ def simulate(
 
 
 def test_killed_workers_lose_no_trial(url: str) -> None:
-    killer = simulation.Killer(4, 1.0)
-    study = simulate(url, 12, 2, 0.6, killer)
-    assert killer.left == 0
+    killer = simulation.Killer(4, 0.5)
+    study = simulate(url, 14, 2, 0.8, killer)
+    assert killer.left <= 1
     assert sum(INTERRUPTED in t.user_attrs for t in study.trials) >= 2
 
 
