@@ -431,6 +431,7 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
             lambda: list(bench.studies.values()),
             setting.folder.path / "cluster",
             setting.display,
+            conducts=True,
         )
     with orders.patient():
         if workers is None:

@@ -146,7 +146,8 @@ def serve(place: Place, child: bool) -> int:
         watch = Watch()
         with watch.orders.listening(display.say), watch.orders.patient():
             folder = Path(config.run.out) / config.name / "cluster"
-            workers = start_workers(place, config, study, partial(_stages, study), folder, display)
+            studies = partial(_stages, study)
+            workers = start_workers(place, config, study, studies, folder, display, conducts=False)
             if workers is None:
                 return _work(place, config, study, watch, display)
             return _supervise(workers, watch.orders)
@@ -164,6 +165,7 @@ def start_workers(
     studies: Callable[[], list[Study]],
     folder: Path,
     display: Display,
+    conducts: bool,
 ) -> Workers | None:
     """Start the workers that a study file asks for; None where trials run in this process.
 
@@ -174,22 +176,25 @@ def start_workers(
         studies: Gives the studies of both stages.
         folder: For the logs of a cluster's jobs.
         display: Told what happens.
+        conducts: Whether this is the process that conducts the study.
 
     Raises:
         ConfigError: If the launcher isn't installed, or their number isn't given for a cluster.
     """
-    run = config.run
+    run, gpus = config.run, torch.cuda.device_count()
     if run.launcher != "local":
         if not run.workers:
             raise ConfigError(
                 f"run.launcher = '{run.launcher}': give the number of workers, --workers N."
             )
         work = partial(serve_here, replace(place, launcher="local", options={}))
+        told = (study, display, conducts)
         if run.launcher == "slurm":
-            return SlurmWorkers(work, run.workers, run.launcher_options, study, display, folder)
-        options = {"num_gpus": 0 if run.device == "cpu" else 1} | run.launcher_options
-        return RayWorkers(work, run.workers, options, study, display)
-    gpus = torch.cuda.device_count()
+            return SlurmWorkers(work, run.workers, run.launcher_options, *told, folder)
+        on_gpus = run.device.startswith("cuda") or (run.device == "auto" and gpus > 0)
+        return RayWorkers(
+            work, run.workers, {"num_gpus": int(on_gpus)} | run.launcher_options, *told
+        )
     count = count_workers(run.workers, run.device, gpus, cores())
     if count == 0:
         return None

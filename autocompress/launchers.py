@@ -88,8 +88,8 @@ class WorkerJob:
 class _Jobs:
     """What the engines have in common: jobs that end, and a word in the database to end them."""
 
-    def __init__(self, study: Study, display: Display) -> None:
-        self._study, self._display = study, display
+    def __init__(self, study: Study, display: Display, conducts: bool) -> None:
+        self._study, self._display, self._conducts = study, display, conducts
         self._jobs: list[Any] = []
         self._failed: list[str] = []
         self._count = 0
@@ -120,7 +120,9 @@ class _Jobs:
             )
 
     def drain(self) -> None:
-        self._study.set_user_attr(SEARCHING, False)
+        # Workers that others started for this study are none of a mere worker's business.
+        if self._conducts:
+            self._study.set_user_attr(SEARCHING, False)
 
     def stop(self) -> None:
         self.drain()
@@ -151,6 +153,7 @@ class RayWorkers(_Jobs):
         options: For the task, such as num_gpus and num_cpus.
         study: The exploration.
         display: Told what happens.
+        conducts: Whether the process that conducts the study starts them.
     """
 
     def __init__(
@@ -160,8 +163,9 @@ class RayWorkers(_Jobs):
         options: Mapping[str, Any],
         study: Study,
         display: Display,
+        conducts: bool,
     ) -> None:
-        super().__init__(study, display)
+        super().__init__(study, display, conducts)
         self._ray = ray = _import("ray")
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
@@ -197,6 +201,7 @@ class SlurmWorkers(_Jobs):
             slurm_partition; "cluster" chooses submitit's engine ("slurm", "local", "debug").
         study: The exploration.
         display: Told what happens.
+        conducts: Whether the process that conducts the study starts them.
         folder: Where submitit keeps scripts and logs; all machines must see it.
     """
 
@@ -207,9 +212,10 @@ class SlurmWorkers(_Jobs):
         options: Mapping[str, Any],
         study: Study,
         display: Display,
+        conducts: bool,
         folder: Path,
     ) -> None:
-        super().__init__(study, display)
+        super().__init__(study, display, conducts)
         submitit = _import("submitit")
         settings = {"name": study.study_name, "timeout_min": 24 * 60} | dict(options)
         executor = submitit.AutoExecutor(

@@ -51,7 +51,12 @@ def work(
                 break
             time.sleep(PAUSE)
             continue
-        count += carry_out(found)
+        try:
+            count += carry_out(found)
+        except KeyboardInterrupt:
+            if orders.stop:  # as it was told
+                break
+            raise
         since = time.monotonic()
     return count
 

@@ -89,14 +89,14 @@ Make = Callable[[Callable[[], int], optuna.Study], Workers]
 def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     if request.param == "ray":
         request.getfixturevalue("ray")
-        return lambda job, study: RayWorkers(job, 2, {}, study, NullDisplay())
+        return lambda job, study: RayWorkers(job, 2, {}, study, NullDisplay(), True)
     pytest.importorskip("submitit")
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     options = {"cluster": "local", "timeout_min": 5}
     return lambda job, study: SlurmWorkers(
-        job, 2, options, study, NullDisplay(), tmp_path / "cluster"
+        job, 2, options, study, NullDisplay(), True, tmp_path / "cluster"
     )
 
 
@@ -141,7 +141,7 @@ def test_all_that_fail_are_an_error(make: Make, study: optuna.Study, tmp_path: P
 
 def test_ray_begins_a_worker_anew_that_died(ray: Any, study: optuna.Study, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    workers = RayWorkers(partial(be_worker, url, str(tmp_path)), 1, {}, study, NullDisplay())
+    workers = RayWorkers(partial(be_worker, url, str(tmp_path)), 1, {}, study, NullDisplay(), True)
     stale = StaleWatch(grace=3.0)
     last = time.monotonic() + 120
     while len(trials_spent(study)) < TOTAL:
@@ -171,6 +171,7 @@ def test_a_slurm_job_is_submitted_again_when_its_time_is_over(
         {"cluster": "local", "timeout_min": 1},
         study,
         NullDisplay(),
+        True,
         tmp_path / "cluster",
     )
     stale, last = StaleWatch(grace=12.0), time.monotonic() + 200
@@ -200,9 +201,9 @@ def test_a_missing_engine_is_named(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"pip install 'autocompress\[{extra}\]'"):
         if name == "ray":
-            RayWorkers(partial(fail), 1, {}, study, NullDisplay())
+            RayWorkers(partial(fail), 1, {}, study, NullDisplay(), True)
         else:
-            SlurmWorkers(partial(fail), 1, {}, study, NullDisplay(), tmp_path)
+            SlurmWorkers(partial(fail), 1, {}, study, NullDisplay(), True, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ray", "slurm"])
@@ -213,8 +214,8 @@ def test_options_that_an_engine_does_not_know_are_refused(
     pytest.importorskip("submitit") if name == "slurm" else request.getfixturevalue("ray")
     with pytest.raises(ConfigError, match=r"run.launcher_options .*num_gpsu"):
         if name == "ray":
-            RayWorkers(partial(fail), 1, {"num_gpsu": 1}, study, NullDisplay())
+            RayWorkers(partial(fail), 1, {"num_gpsu": 1}, study, NullDisplay(), True)
         else:
             SlurmWorkers(
-                partial(fail), 1, options | {"num_gpsu": 1}, study, NullDisplay(), tmp_path
+                partial(fail), 1, options | {"num_gpsu": 1}, study, NullDisplay(), True, tmp_path
             )

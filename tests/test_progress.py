@@ -12,6 +12,7 @@ from rich.console import Console
 
 from autocompress.progress import (
     STEP_INTERVAL,
+    Beside,
     Display,
     LiveDisplay,
     NullDisplay,
@@ -90,6 +91,49 @@ def test_plain_keeps_long_and_odd_text_on_one_clean_line() -> None:
     assert lines[1].endswith("best 6.00x")
     assert len(lines) == 2
     assert "\x1b" not in written(console) and "\r" not in written(console)
+
+
+def test_each_worker_has_a_line_of_its_own() -> None:
+    console, clock = terminal(), HandClock()
+    display = LiveDisplay(console, clock)
+    display.stage("exploration", 9, delta=1.0)
+    for number in range(3):
+        display.trial_started(number, f"worker {number}")
+        display.step("fine-tune", 0.1 * number, 1.0, "loss 0.5", f"worker {number}")
+    display.trial_finished(1, 0.5, 4.0, True, "COMPLETE", None)
+    Beside(display, "rehearsal").step("fine-tune", 3.0, 10.0)
+    lines = shown(display)
+    rows = [line for line in lines if "of 1," in line or "rehearsal" in line]
+    assert [row.split()[:2] for row in rows[1:]] == [["trial", "0"], ["trial", "2"]]
+    assert "rehearsal 3 of 10" in rows[0]
+    Beside(display, "rehearsal").close()
+    display.step("", 0, 0, worker="worker 2")
+    assert sum("trial" in line and "fine-tune" in line for line in shown(display)) == 1
+    for number in range(10, 30):
+        display.trial_started(number, f"worker {number}")
+    assert any("and 13 more" in line for line in shown(display))
+    display.close()
+
+
+def shown(display: LiveDisplay) -> list[str]:
+    """The lines at the bottom, on 80 columns."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(display.render())
+    return written(console).splitlines()
+
+
+def test_a_plain_log_names_the_worker() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    display.stage("exploration", 4)
+    for number in range(2):
+        display.trial_started(number, f"worker {number}")
+    clock.now += STEP_INTERVAL
+    for number in range(2):
+        display.step("fine-tune", 0.5, 1.0, worker=f"worker {number}")
+    lines = written(console).splitlines()[1:]
+    assert lines[0].startswith("[exploration 0/4] worker 0  trial 0  fine-tune 0.5/1")
+    assert lines[1].startswith("[exploration 0/4] worker 1  trial 1  fine-tune 0.5/1")
 
 
 def test_plain_steps_are_throttled() -> None:
