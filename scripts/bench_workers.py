@@ -5,8 +5,8 @@
     python scripts/bench_workers.py faults [--postgres URL] [--kills 200]
 
 throughput: simulated trials, which only wait, on SQLite and on an empty PostgreSQL database. The
-clock runs from the first trial's start to the last one's end, the processes' start not counted;
-perfect would be the number of workers.
+clock runs while all workers work, so the start of the processes doesn't count; perfect would be
+the number of workers.
 real: the exploration of a study, anew for each number of workers, with the same baseline.
 faults: workers of a study of simulated trials are killed at random instants; every trial of the
 budget must be there in the end.
@@ -29,6 +29,7 @@ from optuna.study import Study
 from simulation import Killer, conduct, open_simulated, tally
 
 from autocompress.database import open_storage
+from autocompress.slots import WORKER
 from autocompress.store import load_study, trials_spent
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--postgres", help="URL of an empty PostgreSQL database")
     parser.add_argument("--workers", type=int, nargs="+")
     parser.add_argument("--seconds", type=float, default=2.0, help="length of a simulated trial")
-    parser.add_argument("--each", type=int, default=12, help="simulated trials for each worker")
+    parser.add_argument("--each", type=int, default=15, help="simulated trials for each worker")
     parser.add_argument("--trials", type=int, default=8, help="real trials")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--out", default="runs/workers")
@@ -73,17 +74,28 @@ def throughput(urls: dict[str, str], workers: Sequence[int], seconds: float, eac
 
 
 def per_hour(study: Study) -> float:
-    """Trials an hour, from the first start to the last end."""
-    spent = trials_spent(study)
-    starts = [moment(trial.datetime_start) for trial in spent]
-    ends = [moment(trial.datetime_complete) for trial in spent]
-    return 3600 * len(spent) / (max(ends) - min(starts)).total_seconds()
+    """Trials an hour while all workers work: from the last one's first start to the first's end.
+
+    A trial that lies in that time by a part counts by that part.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for trial in trials_spent(study):
+        start, end = moment(trial.datetime_start), moment(trial.datetime_complete)
+        spans.setdefault(trial.user_attrs[WORKER], []).append((start, end))
+    begin = max(min(start for start, _ in own) for own in spans.values())
+    close = min(max(end for _, end in own) for own in spans.values())
+    parts = [
+        max(0.0, min(end, close) - max(start, begin)) / (end - start)
+        for own in spans.values()
+        for start, end in own
+    ]
+    return 3600 * sum(parts) / (close - begin)
 
 
-def moment(time: datetime | None) -> datetime:
-    """A time that a finished trial has."""
+def moment(time: datetime | None) -> float:
+    """A time that a finished trial has, in seconds."""
     assert time is not None
-    return time
+    return time.timestamp()
 
 
 def real(study: str, workers: Sequence[int], trials: int, out: Path) -> None:
