@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from copy import deepcopy
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from optuna.distributions import distribution_to_json
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
+    StudyModel,
     TrialHeartbeatModel,
     TrialModel,
     TrialParamModel,
+    TrialSystemAttributeModel,
     TrialUserAttributeModel,
 )
 from optuna.storages._rdb.storage import _create_scoped_session
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy import text
-from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
+    IntegrityError,
     InterfaceError,
     NoSuchModuleError,
     OperationalError,
     PendingRollbackError,
     SQLAlchemyError,
 )
+from sqlalchemy.orm import Session
 
 from autocompress.errors import ConfigError, DatabaseLost
 
@@ -55,6 +63,23 @@ RACE = 10.0
 """Seconds in which a new database is opened anew, where several processes make its tables."""
 RACES = ("already exists", "duplicate key", "UNIQUE constraint", "database is locked")
 """What that looks like."""
+LASTING = ("authentication failed", "does not exist", "no pg_hba.conf entry", "permission denied")
+"""What a server says that is there, and that won't let this process in later either."""
+SECRETS = ("password", "sslpassword")
+"""Options at the end of a URL that are not shown."""
+MADE = "autocompress:made"
+"""System attribute of a trial: a mark by which the call that made it finds it again."""
+LIBPQ = {
+    "application_name": "autocompress",
+    # A machine that vanished doesn't say so: seconds until that is noticed, connecting, idle, and
+    # (in ms) while an answer is awaited. Without these it takes minutes to hours.
+    "connect_timeout": 10,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,
+}
+"""Options of PostgreSQL's client library, where the URL doesn't give them."""
 
 
 class _Connection(sqlite3.Connection):
@@ -73,8 +98,10 @@ class PatientStorage(RDBStorage):
     """Optuna's storage, which waits while the database is away and then goes on.
 
     A call is repeated when the connection was lost, the server is being restarted, or an SQLite
-    file is locked or its disk is full; for all but making studies and trials it makes no difference
-    whether the lost call was carried out. Who makes trials has to count them again.
+    file is locked or its disk is full. Whether the lost call was carried out makes no difference to
+    most; those that make a trial or end one look first. A study that is made without a name is not
+    made again. A call of Optuna's that takes a waiting trial, and whose answer is lost, says that
+    it has not got it: such a trial has no heartbeat, and is found by that (`take_waiting` knows).
 
     Args:
         url: The database's URL.
@@ -124,6 +151,46 @@ class PatientStorage(RDBStorage):
                 self.say(f"The database is back after {time.monotonic() - begun:.0f} s.")
             return found
 
+    def create_new_study(
+        self, directions: Sequence[StudyDirection], study_name: str | None = None
+    ) -> int:
+        """As Optuna's; if an answer was lost, there is one of that name: `load_if_exists` takes it.
+
+        Raises:
+            DuplicatedStudyError: If there is a study of that name.
+        """
+
+        def call() -> int:
+            return RDBStorage.create_new_study(self, directions, study_name)
+
+        return call() if study_name is None else self.patiently(call)
+
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ) -> FrozenTrial:
+        """As Optuna's, which repeats a lost call blindly and may make two trials of one."""
+        trial = deepcopy(template_trial or create_trial(state=TrialState.RUNNING))
+        mark = uuid4().hex
+        trial.system_attrs = {**trial.system_attrs, MADE: mark}
+        found: list[tuple[int, int]] = []
+        calls = 0
+
+        def call() -> None:
+            nonlocal calls
+            calls += 1
+            with _create_scoped_session(self.scoped_session) as session:
+                # One after another: the trial's number is a count. A lost call that the server
+                # still works on is waited for here, too.
+                StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+                made = _marked(session, study_id, mark) if calls > 1 else None
+                if made is None:
+                    made = self._get_prepared_new_trial(study_id, trial, session)
+                found.append((int(made.number), int(made.trial_id)))
+
+        self.patiently(call)
+        trial.number, trial._trial_id = found[-1]
+        return trial
+
     def set_trial_state_values(
         self, trial_id: int, state: TrialState, values: Sequence[float] | None = None
     ) -> bool:
@@ -142,6 +209,17 @@ class PatientStorage(RDBStorage):
                 raise
 
         return self.patiently(call)
+
+
+def _marked(session: Session, study_id: int, mark: str) -> TrialModel | None:
+    return (
+        session.query(TrialModel)
+        .join(TrialSystemAttributeModel)
+        .filter(TrialModel.study_id == study_id)
+        .filter(TrialSystemAttributeModel.key == MADE)
+        .filter(TrialSystemAttributeModel.value_json == json.dumps(mark))
+        .one_or_none()
+    )
 
 
 def _has(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> bool:
@@ -176,6 +254,7 @@ for _name in (
     "get_trial_param",
     "set_trial_user_attr",
     "set_trial_system_attr",
+    "set_trial_intermediate_value",
     "get_trial_id_from_study_id_trial_number",
     "get_trial",
     "get_all_trials",
@@ -197,7 +276,8 @@ def _transient(error: Exception) -> str | None:
         brief = any(word in words[0] for word in ("locked", "busy", "full", "disk I/O"))
         return words[0] if brief else None
     lost = isinstance(cause, (OperationalError, InterfaceError)) or cause.connection_invalidated
-    return words[0] if lost else None
+    lasting = any(word in str(cause.orig) for word in LASTING)
+    return words[0] if lost and not lasting else None
 
 
 def open_storage(url: str, patience: float = PATIENCE, waits: bool = False) -> PatientStorage:
@@ -235,40 +315,83 @@ class _Away(Exception):
 
 
 def _open(url: str, patience: float) -> PatientStorage:
+    parsed = _parsed(url)
+    with _explained(url):
+        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            path = Path(str(parsed.database))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with sqlite3.connect(path, timeout=60) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.close()
+        full = parsed.render_as_string(hide_password=False)
+        return PatientStorage(full, patience, engine_kwargs=_engine_arguments(parsed))
+
+
+def _engine_arguments(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"connect_args": {"timeout": 60, "factory": _Connection}}
+    # A process has few threads, and the server may have many processes.
+    arguments: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 2, "max_overflow": 20}
+    if url.get_driver_name() in ("psycopg", "psycopg2"):
+        given = {key: value for key, value in LIBPQ.items() if key not in url.query}
+        arguments["connect_args"] = given
+    return arguments
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What goes wrong in connecting, in words, without the password.
+
+    Raises:
+        ConfigError: If it would go wrong again.
+        _Away: If not, perhaps.
+    """
+    shown = f"run.storage = {hide_password(url)!r}"
     try:
-        arguments: dict[str, Any] = {
-            "pool_pre_ping": True,
-            "connect_args": {"application_name": "autocompress", "keepalives_idle": 30},
-        }
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite":
-            arguments = {"connect_args": {"timeout": 60, "factory": _Connection}}
-            if parsed.database and parsed.database != ":memory:":
-                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-                with sqlite3.connect(parsed.database, timeout=60) as connection:
-                    connection.execute("PRAGMA journal_mode=WAL")
-                connection.close()
-        elif parsed.get_backend_name() != "postgresql":
-            arguments = {"pool_pre_ping": True}
-        return PatientStorage(_full_url(url), patience, engine_kwargs=arguments)
-    except (ArgumentError, NoSuchModuleError) as error:
-        raise ConfigError(
-            f"run.storage = {hide_password(url)!r} is no database URL; give one such as "
-            "sqlite:///study.db or postgresql://user@host/database."
-        ) from error
+        yield
+    except NoSuchModuleError as error:
+        raise _no_url(url) from error
     except RuntimeError as error:
-        # Optuna's words: the database has the tables of another version.
+        # Optuna's words for tables of another version.
+        if "pip install -U optuna" in str(error):
+            raise ConfigError(f"{shown} {NEWER}") from error
         raise ConfigError(
-            f"run.storage = {hide_password(url)!r}: {str(error).strip().splitlines()[0]} "
-            "python -m autocompress.study upgrade brings an older one to the version here."
+            f"{shown} has the tables of an older Optuna. python -m autocompress.study upgrade "
+            "brings it to the version here, which older ones can't read then."
         ) from error
     except (SQLAlchemyError, ImportError, sqlite3.Error, OSError) as error:
         cause = str(getattr(error, "orig", error)).strip().splitlines()[0]
         raise _Away(
-            f"run.storage = {hide_password(url)!r} can't be opened: {cause}. Check that the "
-            "database runs and its driver is installed (pip install 'autocompress[postgres]').",
+            f"{shown} can't be opened: {cause}. Check that the database runs and its driver is "
+            "installed (pip install 'autocompress[postgres]').",
             any(word in cause for word in RACES),
         ) from error
+
+
+NEWER = "has the tables of a newer Optuna than the one here: pip install --upgrade optuna."
+
+
+def _no_url(url: str) -> ConfigError:
+    return ConfigError(
+        f"run.storage = {hide_password(url)!r} is no database URL; give one such as "
+        "sqlite:///study.db or postgresql://user@host/database."
+    )
+
+
+def _parsed(url: str) -> URL:
+    """The parts of a URL; PostgreSQL is reached by psycopg 3.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        # Not the cause: SQLAlchemy's text may hold the password.
+        raise _no_url(url) from None
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed
 
 
 def write_proposal(trial: Trial) -> None:
@@ -305,7 +428,11 @@ def write_proposal(trial: Trial) -> None:
                 if name not in known
             )
 
-    _patiently(backend, write)
+    try:
+        _patiently(backend, write)
+    except IntegrityError:
+        # A lost call was carried out only now.
+        _patiently(backend, write)
     for name, value in fresh.items():
         kept.distributions[name], kept.params[name] = space[name], value
 
@@ -315,10 +442,10 @@ def _patiently(storage: RDBStorage, call: Callable[[], T]) -> T:
 
 
 def hide_password(url: str) -> str:
-    """`url` with its password masked."""
+    """`url` with its password masked; one among its options is left out."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
+        return make_url(url).difference_update_query(SECRETS).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):
         return "***" if "@" in url else url
 
 
@@ -458,7 +585,9 @@ def _set_state(
     study: Study, trial_id: int, before: TrialState, after: TrialState, attrs: Mapping[str, Any]
 ) -> bool:
     backend = _backend(study)
+    # The columns, which hold UTC; the attributes of these names convert it.
     when = "datetime_complete" if after.is_finished() else "datetime_start"
+    now = datetime.now(UTC).replace(tzinfo=None)
     calls = 0
 
     def change() -> bool:
@@ -473,24 +602,27 @@ def _set_state(
                 changed = (
                     session.query(TrialModel)
                     .filter(TrialModel.trial_id == trial_id, TrialModel.state == before)
-                    .update({"state": after, when: datetime.now()}, synchronize_session=False)
+                    .update({"state": after, when: now}, synchronize_session=False)
                 )
                 if not changed:
                     # Nothing of this is written then.
                     raise UpdateFinishedTrialError
         except UpdateFinishedTrialError:
-            # A call whose connection was lost may have done it.
-            return calls > 1 and _was_set(backend, trial_id, after, attrs)
+            # A call whose answer was lost may have done it.
+            return calls > 1 and _was_set(backend, trial_id, after, when, now)
         return True
 
     return _patiently(backend, change)
 
 
 def _was_set(
-    storage: RDBStorage, trial_id: int, state: TrialState, attrs: Mapping[str, Any]
+    storage: RDBStorage, trial_id: int, state: TrialState, when: str, now: datetime
 ) -> bool:
-    trial = storage.get_trial(trial_id)
-    return trial.state == state and attrs.items() <= trial.user_attrs.items()
+    """Whether it was just this change; its time is no other process's."""
+    with _create_scoped_session(storage.scoped_session) as session:
+        column = TrialModel.__table__.c[when]
+        found = session.query(TrialModel).filter(TrialModel.trial_id == trial_id, column == now)
+        return found.filter(TrialModel.state == state).count() == 1
 
 
 def _backend(study: Study) -> RDBStorage:
@@ -504,21 +636,42 @@ def upgrade(url: str) -> str:
 
     Returns:
         What was done, in a line.
+
+    Raises:
+        ConfigError: If the database can't be reached, or a newer Optuna made it.
     """
-    storage = RDBStorage(_full_url(url), skip_compatibility_check=True)
+    parsed, shown = _parsed(url), hide_password(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        raise ConfigError(f"run.storage = {shown!r}: there is no such file.")
+    try:
+        with _explained(url):
+            full = parsed.render_as_string(hide_password=False)
+            storage = RDBStorage(full, _engine_arguments(parsed), skip_compatibility_check=True)
+    except _Away as error:
+        raise ConfigError(str(error)) from error.__cause__
     try:
         before, head = storage.get_current_version(), storage.get_head_version()
         if before == head:
-            return f"{hide_password(url)} has Optuna's schema {head} already; nothing to do."
-        storage.upgrade()
-        return f"{hide_password(url)}: Optuna's schema {before} became {head}."
+            return f"{shown} has Optuna's schema {head} already; nothing to do."
+        if before not in storage.get_all_versions():
+            raise ConfigError(f"run.storage = {shown!r} {NEWER}")
+        with _quiet_upgrade():
+            storage.upgrade()
+        return f"{shown}: Optuna's schema {before} became {head}."
     finally:
         storage.remove_session()
         storage.engine.dispose()
 
 
-def _full_url(url: str) -> str:
-    parsed = make_url(url)
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    return parsed.render_as_string(hide_password=False)
+@contextmanager
+def _quiet_upgrade() -> Iterator[None]:
+    """Alembic sets up logging where nobody has, and disables all loggers that there are."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            # Reading the old forms of distributions, which is what an upgrade is for.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from threading import Thread
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import optuna
 import pytest
+from optuna.distributions import BaseDistribution, FloatDistribution, distribution_to_json
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages._rdb.models import TrialParamModel
 from optuna.trial import TrialState, create_trial
 from postgres import Postgres
+from sqlalchemy import event, insert
 
 from autocompress.database import (
     PatientStorage,
@@ -27,6 +34,7 @@ from autocompress.database import (
     sole,
     take_waiting,
     upgrade,
+    write_proposal,
 )
 from autocompress.errors import ConfigError, DatabaseLost
 from autocompress.store import open_study
@@ -69,6 +77,98 @@ def test_a_trial_is_ended_once_and_only_from_the_state_that_is_meant(url: str) -
     assert trial.user_attrs == {"reason": "b"} and trial.datetime_complete is not None
 
 
+@pytest.fixture
+def _far_from_utc() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("_far_from_utc")
+def test_times_are_kept_as_optuna_keeps_them(url: str) -> None:
+    study, before = opened(url), datetime.now()
+    trial_id = waiting(study)
+    take_waiting(study, trial_id, {})
+    end_if(study, trial_id, TrialState.RUNNING, TrialState.FAIL, {})
+    trial = study._storage.get_trial(trial_id)
+    assert trial.datetime_start is not None and trial.datetime_complete is not None
+    assert before <= trial.datetime_start <= trial.datetime_complete <= datetime.now()
+
+
+def backend(study: optuna.Study) -> PatientStorage:
+    found = study._storage._backend  # type: ignore[attr-defined]
+    assert isinstance(found, PatientStorage)
+    return found
+
+
+def lose(study: optuna.Study, carried_out: bool = True) -> None:
+    """The connection of the next transaction is lost, once it was carried out or before."""
+    dialect: Any = backend(study).engine.dialect
+    real = dialect.do_commit
+
+    def commit(connection: object) -> None:
+        dialect.do_commit = real
+        if carried_out:
+            real(connection)
+        raise dialect.loaded_dbapi.OperationalError("disk I/O error")
+
+    dialect.do_commit = commit
+
+
+both = pytest.mark.parametrize("carried_out", [True, False])
+
+
+def test_a_trial_that_was_taken_though_the_answer_was_lost(url: str) -> None:
+    study = opened(url)
+    trial_id = waiting(study)
+    lose(study)
+    assert take_waiting(study, trial_id, {"w": 1})
+    assert not take_waiting(study, trial_id, {"w": 1})
+    lose(study)
+    assert end_if(study, trial_id, TrialState.RUNNING, TrialState.FAIL, {})
+
+
+def test_a_trial_that_another_takes_while_the_connection_is_lost(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, other = opened(url), opened(url)
+    trial_id = waiting(study)
+    monkeypatch.setattr(time, "sleep", lambda _: take_waiting(other, trial_id, {}))
+    lose(study, False)
+    assert not take_waiting(study, trial_id, {})
+    assert study._storage.get_trial(trial_id).state == TrialState.RUNNING
+
+
+@both
+def test_a_trial_is_made_once_whatever_is_lost(url: str, carried_out: bool) -> None:
+    study = opened(url)
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"n": 0}))
+    lose(study, carried_out)
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"n": 1}))
+    lose(study, carried_out)
+    trials = opened(url).trials
+    assert [(trial.number, trial.user_attrs) for trial in trials] == [(0, {"n": 0}), (1, {"n": 1})]
+    lose(study, carried_out)
+    asked = study._storage.create_new_trial(study._study_id)
+    assert [trial._trial_id for trial in opened(url).trials[2:]] == [asked]
+    kept = study._storage.get_trial(asked)
+    assert (kept.number, kept.state) == (2, TrialState.RUNNING)
+    assert kept.datetime_start is not None
+
+
+@both
+def test_a_study_is_made_once_whatever_is_lost(url: str, carried_out: bool) -> None:
+    study = opened(url)
+    lose(study, carried_out)
+    other = optuna.create_study(
+        study_name="other", storage=study._storage, directions=["minimize"] * 2, load_if_exists=True
+    )
+    assert sorted(optuna.get_all_study_names(study._storage)) == ["one-exploration", "other"]
+    assert other.directions == study.directions
+
+
 def test_heartbeats_are_those_of_running_trials(url: str) -> None:
     study = opened(url)
     first, second, third = study.ask(), study.ask(), study.ask()
@@ -109,10 +209,10 @@ def test_many_processes_open_a_new_database_at_once(url: str) -> None:
     )
     runs = [
         subprocess.Popen([sys.executable, "-c", code, url], stderr=subprocess.PIPE, text=True)
-        for _ in range(4)
+        for _ in range(8)
     ]
     ends = [(run.wait(timeout=120), run.communicate()[1]) for run in runs]
-    assert [code for code, _ in ends] == [0] * 4, ends
+    assert [code for code, _ in ends] == [0] * 8, ends
 
 
 def test_a_restarted_server_is_waited_for(server: Postgres) -> None:
@@ -128,6 +228,7 @@ def test_a_restarted_server_is_waited_for(server: Postgres) -> None:
         while time.monotonic() < end:
             trial.set_user_attr(f"a{count}", count)
             study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+            study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"of": trial.number}))
             count += 1
             time.sleep(0.02)
         study.tell(trial, [1.0, float(count)])
@@ -140,7 +241,9 @@ def test_a_restarted_server_is_waited_for(server: Postgres) -> None:
         time.sleep(2)
         server.start()
         written = list(counts)
-    for trial, count in zip(study.trials, written, strict=True):
+    made = [trial.user_attrs["of"] for trial in study.trials[4:]]
+    assert [made.count(number) for number in range(4)] == written
+    for trial, count in zip(study.trials[:4], written, strict=True):
         assert trial.state == TrialState.COMPLETE and trial.values == [1.0, float(count)]
         assert trial.user_attrs == {f"a{n}": n for n in range(count)}
     assert any("The database is away" in line for line in said)
@@ -180,36 +283,72 @@ def test_a_locked_file_is_waited_for(tmp_path: Path) -> None:
     assert study.user_attrs["a"] == 1
 
 
-def after_commit(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The next call of a method of Optuna's storage is carried out, and its answer is lost."""
-    real: Callable[..., object] = getattr(optuna.storages.RDBStorage, name)
-    lost: list[bool] = []
-
-    def losing(self: object, *args: object, **kwargs: object) -> object:
-        found = real(self, *args, **kwargs)
-        if not lost:
-            lost.append(True)
-            from sqlalchemy.exc import OperationalError
-
-            raise StorageInternalError("lost") from OperationalError("", {}, Exception("lost"))
-        return found
-
-    monkeypatch.setattr(optuna.storages.RDBStorage, name, losing)
-
-
-def test_an_end_whose_answer_was_lost_is_an_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = opened(f"sqlite:///{tmp_path / 'study.db'}")
+def test_an_end_whose_answer_was_lost_is_an_end(url: str) -> None:
+    study = opened(url)
     trial, other = study.ask(), study.ask()
-    after_commit(monkeypatch, "set_trial_state_values")
-    study.tell(trial, [1.0, 2.0])
+    storage = study._storage
+    lose(study)
+    assert storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, [1.0, 2.0])
     assert study.trials[0].values == [1.0, 2.0]
     # Another end than the one that is there is an error still.
-    after_commit(monkeypatch, "set_trial_state_values")
-    study.tell(other, state=TrialState.FAIL)
+    storage.set_trial_state_values(other._trial_id, TrialState.FAIL)
     with pytest.raises(UpdateFinishedTrialError):
         study._storage.set_trial_state_values(other._trial_id, TrialState.COMPLETE, [1.0, 2.0])
+
+
+class Proposing(optuna.samplers.RandomSampler):
+    """Proposes one parameter."""
+
+    space: ClassVar[dict[str, BaseDistribution]] = {"a": FloatDistribution(0.0, 1.0)}
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        return self.space
+
+    def sample_relative(self, *_: object) -> dict[str, float]:
+        return {"a": 0.25}
+
+
+@both
+def test_a_proposal_is_written_once_whatever_is_lost(url: str, carried_out: bool) -> None:
+    study = opened(url)
+    study.sampler = Proposing()
+    trial = study.ask()
+    lose(study, carried_out)
+    write_proposal(trial)
+    assert opened(url).trials[0].params == {"a": 0.25} == trial.params
+
+
+def test_a_proposal_that_a_lost_call_writes_only_now(url: str) -> None:
+    study = opened(url)
+    study.sampler = Proposing()
+    trial = study.ask()
+    row = {
+        "trial_id": trial._trial_id,
+        "param_name": "a",
+        "param_value": 0.25,
+        "distribution_json": distribution_to_json(Proposing.space["a"]),
+    }
+
+    def late(*_: object) -> None:
+        with backend(study).engine.begin() as connection:
+            connection.execute(insert(TrialParamModel), [row])
+
+    event.listen(backend(study).scoped_session.session_factory, "before_flush", late, once=True)
+    write_proposal(trial)
+    assert opened(url).trials[0].params == {"a": 0.25}
+
+
+def test_a_server_that_lets_nobody_in_is_not_away(server: Postgres) -> None:
+    name = f"d{uuid4().hex}"
+    study = opened(server.new_database(name))
+    backend(study).remove_session()
+    backend(study).engine.dispose()
+    other = open_storage(server.new_database(f"d{uuid4().hex}")).engine
+    with other.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"ALTER DATABASE {name} RENAME TO {name}2")
+    with pytest.raises(StorageInternalError) as error:
+        study.set_user_attr("a", 1)
+    assert "does not exist" in str(error.value.__cause__)
 
 
 def test_other_errors_are_raised_at_once(tmp_path: Path) -> None:
@@ -225,19 +364,37 @@ def test_other_errors_are_raised_at_once(tmp_path: Path) -> None:
     [
         ("nonsense", "is no database URL"),
         ("nosuchdb://u:secret@host/x", "is no database URL"),
+        ("postgresql://u:secret@host:port/x", "is no database URL"),
         ("postgresql://user:secret@127.0.0.1:1/x", "can't be opened"),
-        ("sqlite:////proc/nowhere/study.db", "can't be opened"),
+        ("postgresql://user@127.0.0.1:1/x?password=secret", "can't be opened"),
+        ("sqlite:////proc/nowhere/study.db", "can't be opened|there is no such file"),
     ],
 )
-def test_a_database_that_can_not_be_opened(url: str, words: str) -> None:
+@pytest.mark.parametrize("call", [open_storage, upgrade])
+def test_a_database_that_can_not_be_opened(
+    call: Callable[[str], object], url: str, words: str
+) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        open_storage(url)
-    assert "secret" not in str(error.value)
+        call(url)
+    shown: traceback.TracebackException | None
+    shown = traceback.TracebackException.from_exception(error.value)
+    while shown is not None:
+        assert "secret" not in "".join(shown.format_exception_only())
+        shown = shown.__cause__ or (None if shown.__suppress_context__ else shown.__context__)
 
 
 def test_passwords_are_hidden() -> None:
     assert hide_password("postgresql://u:secret@h/d") == "postgresql://u:***@h/d"
     assert hide_password("://u:secret@h") == "***"
+    assert hide_password("postgresql://u@h/d?password=secret&host=i") == "postgresql://u@h/d?host=i"
+
+
+def test_what_a_url_says_of_the_connection_goes_before_our_own(server: Postgres) -> None:
+    url = server.new_database(f"d{uuid4().hex}")
+    query = "SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+    for asked, name in (("", "autocompress"), ("?application_name=mine", "mine")):
+        with open_storage(url + asked).engine.connect() as connection:
+            assert connection.exec_driver_sql(query).scalar() == name
 
 
 def test_an_older_schema_is_upgraded_on_request(url: str) -> None:
@@ -252,3 +409,23 @@ def test_an_older_schema_is_upgraded_on_request(url: str) -> None:
     assert older in said and storage.get_head_version() in said and "s3cret" not in said
     open_storage(url)
     assert "nothing to do" in upgrade(url)
+
+
+def test_an_upgrade_leaves_logging_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    storage = open_storage(url)
+    with storage.engine.begin() as connection:
+        older = storage.get_all_versions()[1]
+        connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{older}'")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    upgrade(url)
+    assert logging.getLogger().handlers == []
+    assert not logging.getLogger("autocompress").disabled
+
+
+def test_a_newer_schema_is_refused(url: str) -> None:
+    with open_storage(url).engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
+    for call in (open_storage, upgrade):
+        with pytest.raises(ConfigError, match="newer Optuna than the one here: pip install"):
+            call(url)
