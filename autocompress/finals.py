@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.config import StudyConfig
-from autocompress.errors import TrainingDiverged
+from autocompress.errors import DamagedArtifact, TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
 from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
@@ -84,7 +84,7 @@ def choose_finalists(
             break
         options = tuned.networks(label)
         if within_delta(labelled[label]):
-            options = [*options, _before(bench, label)]
+            options = [*options, *_before(bench, label, display)]
         options = [option for option in options if option.bound <= config.delta]
         if options:
             best = min(options, key=lambda option: option.bound)
@@ -226,11 +226,15 @@ def _finals(
     return Finals(labelled, bench.outlook, config.seed, tune)
 
 
-def _before(bench: Bench, label: str) -> Finalist:
-    """A trial's network as the trial left it."""
-    model, plan = load_trial_model(bench, label)
+def _before(bench: Bench, label: str, display: Display) -> list[Finalist]:
+    """A trial's network as the trial left it; none if its weights can't be read any more."""
+    try:
+        model, plan = load_trial_model(bench, label)
+    except DamagedArtifact as error:
+        display.say(f"{label} is passed over: {error}")
+        return []
     val = evaluate(model, bench.task, bench.task.val)
-    return Finalist(label, model, plan, val, *bench.judge(model, val))
+    return [Finalist(label, model, plan, val, *bench.judge(model, val))]
 
 
 def _final_fit(
@@ -241,9 +245,13 @@ def _final_fit(
     seed: int,
     display: Display,
 ) -> Finalist | None:
-    """A trial's network after a long fine-tuning; None if that diverged."""
+    """A trial's network after a long fine-tuning; None if that diverged, or can't begin."""
     task, recipe = bench.task, bench.finetune
-    model, plan = load_trial_model(bench, label)
+    try:
+        model, plan = load_trial_model(bench, label)
+    except DamagedArtifact as error:
+        display.say(f"{label} is passed over: {error}")
+        return None
     name = "-".join(
         (
             bench.identity,

@@ -428,14 +428,14 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     try:
         parent, parent_plan = load_trial_model(bench, label)
+        rehearsal = rehearsal_of(bench.studies)
+        if rehearsal is not None and rehearsal["trial"] == label and rehearsal["weights"]:
+            # It was fine-tuned at length, which its children may have the good of.
+            load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
     except DamagedArtifact as error:
         logger.warning("%s can't be a parent: %s", label, error)
         trial.set_user_attr(PARENT, None)
         return apply_plan(bench.baseline.model, plan, bench.cache)
-    rehearsal = rehearsal_of(bench.studies)
-    if rehearsal is not None and rehearsal["trial"] == label and rehearsal["weights"]:
-        # It was fine-tuned at length, which its children may have the good of.
-        load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
     return inherit(parent, parent_plan, plan, bench.baseline.model, bench.observations)
 
 

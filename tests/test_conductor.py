@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 import autocompress
 from autocompress import finals, latency, objective, preparation, selection
 from autocompress.conductor import Outcome, check_places, run_study
-from autocompress.database import open_storage
+from autocompress.database import open_storage, sole
 from autocompress.errors import (
     AutocompressError,
     ConfigError,
@@ -30,7 +30,7 @@ from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.sensitivity import LayerTable
 from autocompress.space import SearchSpace
-from autocompress.store import load_study, trials_spent
+from autocompress.store import StudyFolder, load_study, trials_spent
 from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
 from autocompress.trials import INTERRUPTED, PARENT
@@ -294,6 +294,39 @@ def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path
     name = f"-{stage}-{number}-2-"
     weights = [path.name for path in outcome.folder.joinpath("finals").iterdir()]
     assert any(name in one for one in weights)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"annealing_trials": 0, "search.stage": "exploration"}
+    first = run_study(tiny_config(tmp_path, trials=4, **settings), task, NullDisplay())
+    assert first.met
+    best = first.summary["best"]["trial"]
+    study = studies_of(tmp_path / "tiny")["exploration"]
+    artifact = tmp_path / "tiny" / "artifacts" / study.trials[best].user_attrs["weights"]
+    artifact.write_bytes(artifact.read_bytes()[:1000])
+    for path in (tmp_path / "tiny" / "finals").iterdir():
+        path.unlink()
+    (tmp_path / "tiny" / "result.json").unlink()
+    second = run_study(tiny_config(tmp_path, trials=4, **settings), task, NullDisplay())
+    assert second.met and second.summary["best"]["trial"] != best
+    log = (tmp_path / "tiny" / "study.log").read_text()
+    assert f"exploration/{best} is passed over: The weights in artifact" in log
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_conductor_is_refused(task: Task, tmp_path: Path) -> None:
+    """In the same folder, and with another folder on the same database."""
+    config = tiny_config(tmp_path, trials=1, annealing_trials=0)
+    folder = StudyFolder(tmp_path / "tiny")
+    folder.create()
+    with folder.lock():
+        with pytest.raises(ConfigError, match="is being run by another process"):
+            run_study(config, task, NullDisplay())
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    storage = open_storage(url)
+    with sole(storage, "tiny"), pytest.raises(ConfigError, match="--study tiny"):
+        run_study(tiny_config(tmp_path, **{"run.storage": url}), task, NullDisplay())
 
 
 @pytest.mark.usefixtures("quick")

@@ -69,9 +69,9 @@ def choose(
     final_epochs: float = 2.0,
     known: dict[str, FrozenTrial] | None = None,
 ) -> list[Finalist]:
-    def before(bench: Any, label: str) -> Finalist:
+    def before(bench: Any, label: str, display: Any) -> list[Finalist]:
         lost = DELTA + (known or found)[label].system_attrs["constraints"][0]
-        return Finalist(label, nn.Identity(), Plan({}), EMPTY, lost, lost)
+        return [Finalist(label, nn.Identity(), Plan({}), EMPTY, lost, lost)]
 
     monkeypatch.setattr(finals, "_final_fit", fits)
     monkeypatch.setattr(finals, "_before", before)
