@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import shutil
@@ -27,6 +29,8 @@ from autocompress.errors import ConfigError, DamagedArtifact
 
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _S3 = "s3://"
+PROBE = b"autocompress"
+"""What is written and read to see whether a place can be used."""
 
 
 class FolderStore(FileSystemArtifactStore):
@@ -39,22 +43,47 @@ class FolderStore(FileSystemArtifactStore):
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(folder)
-        self._folder = folder
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         """Write beside, then rename; an error leaves nothing behind."""
-        path = self._get_filepath(artifact_id)
-        handle, beside = tempfile.mkstemp(dir=self._folder, prefix=f".{artifact_id}")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                shutil.copyfileobj(content_body, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(beside)
-            raise
+        with replacing(self._get_filepath(artifact_id)) as beside, beside.open("xb") as file:
+            shutil.copyfileobj(content_body, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class BucketStore(Boto3ArtifactStore):
+    """Optuna's bucket of artifacts, whose errors are those of a disk.
+
+    A bucket that can't be reached costs what a folder does that can't be written then: a checkpoint
+    is left out, and what is to be removed stays.
+    """
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """All of the artifact, so that a connection that is lost on the way is an error here."""
+        with _as_disk_errors(), super().open_reader(artifact_id) as body:
+            return io.BytesIO(body.read())
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Upload it; S3 shows all of an object or nothing."""
+        with _as_disk_errors():
+            super().write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """Remove it; one that is gone is no error."""
+        with _as_disk_errors():
+            super().remove(artifact_id)
+
+
+@contextmanager
+def _as_disk_errors() -> Iterator[None]:
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
 def open_artifacts(place: str) -> ArtifactStore:
@@ -69,21 +98,17 @@ def open_artifacts(place: str) -> ArtifactStore:
     """
     try:
         store = _s3(place) if place.startswith(_S3) else FolderStore(Path(place).expanduser())
-        with tempfile.TemporaryFile() as probe:
-            probe.write(b"autocompress")
-            probe.seek(0)
-            artifact_id = str(uuid4())
-            store.write(artifact_id, probe)
+        artifact_id = str(uuid4())
+        store.write(artifact_id, io.BytesIO(PROBE))
         with store.open_reader(artifact_id) as reader:
-            reader.read()
+            found = reader.read()
         store.remove(artifact_id)
-    except ConfigError:
-        raise
-    except Exception as error:
-        # botocore's errors have no common base that could be named without boto3.
+        if found != PROBE:
+            raise OSError(errno.EIO, "what was written is not what is read")
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"run.artifacts = '{place}' can't be written: {type(error).__name__}: {error}. Give a "
-            "folder, or a bucket that there is and may be written: s3://BUCKET."
+            f"run.artifacts = '{place}' can't be written and read: {error}. Give a folder, or a "
+            "bucket that there is and may be written: s3://BUCKET."
         ) from error
     return store
 
@@ -102,9 +127,10 @@ def _s3(place: str) -> ArtifactStore:
         raise ConfigError(
             f"run.artifacts = '{place}' needs boto3: pip install 'autocompress[s3]'."
         ) from error
+    # One that is away for a moment is asked again, up to eight times.
     retries: Any = {"mode": "standard", "max_attempts": 8}
-    client = boto3.client("s3", config=Config(retries=retries))
-    return Boto3ArtifactStore(bucket, client)
+    with _as_disk_errors():
+        return BucketStore(bucket, boto3.client("s3", config=Config(retries=retries)))
 
 
 def save_text(text: str, name: str, owner: Trial | Study, store: ArtifactStore) -> str:
@@ -133,7 +159,9 @@ def fetch_text(artifact_id: str, store: ArtifactStore) -> str:
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise DamagedArtifact(f"Artifact {artifact_id} is no text ({error}).") from error
+            raise DamagedArtifact(
+                f"Artifact {artifact_id} is no text ({error}); put it back from a copy."
+            ) from error
 
 
 def fetch_file(artifact_id: str, path: Path, store: ArtifactStore) -> None:
@@ -165,15 +193,29 @@ def fetched(artifact_id: str, store: ArtifactStore) -> Iterator[Path]:
             download_artifact(artifact_store=store, artifact_id=artifact_id, file_path=str(path))
         except ArtifactNotFound as error:
             raise DamagedArtifact(
-                f"Artifact {artifact_id} is not there any more; was it removed by hand?"
+                f"Artifact {artifact_id} is not there any more; put it back from a copy."
             ) from error
         yield path
 
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside another, for a file that takes its place at the end of the block.
+
+    After an error nothing of it is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(name, path)
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink()
+        raise

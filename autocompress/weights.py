@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,19 +12,23 @@ from optuna.artifacts import upload_artifact
 from optuna.artifacts._protocol import ArtifactStore
 from optuna.study import Study
 from optuna.trial import Trial
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from autocompress.artifacts import fetched
+from autocompress.artifacts import fetched, replacing
 from autocompress.errors import DamagedArtifact
+
+DIGEST = "digest"
+"""Where a file of weights keeps their digest: a bit that flips is no error for safetensors."""
 
 
 def save_weights(model: nn.Module, owner: Trial | Study, store: ArtifactStore) -> str:
     """Upload a network's weights as safetensors; returns the artifact's id."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
-        save_file(portable_state(model), path)
+        state = portable_state(model)
+        path.write_bytes(save(state, {DIGEST: state_digest(state)}))
         return upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=owner)
 
 
@@ -33,15 +36,21 @@ def fetch_weights(artifact_id: str, store: ArtifactStore) -> dict[str, Tensor]:
     """Download weights that `save_weights` uploaded.
 
     Raises:
-        DamagedArtifact: If they are not there or can't be read.
+        DamagedArtifact: If they are not there, can't be read, or are not those that were uploaded.
     """
+    damaged = f"The weights in artifact {artifact_id} can't be read"
+    cure = "put them back from a copy."
     with fetched(artifact_id, store) as path:
         try:
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                digest = (file.metadata() or {}).get(DIGEST)
+            state = load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
-            raise DamagedArtifact(
-                f"The weights in artifact {artifact_id} can't be read ({error})."
-            ) from error
+            raise DamagedArtifact(f"{damaged} ({error}); {cure}") from error
+    # Weights that were kept before there were digests have none.
+    if digest not in (None, state_digest(state)):
+        raise DamagedArtifact(f"{damaged} (their digest is another); {cure}")
+    return state
 
 
 def portable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +72,6 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a state dict as safetensors, beside and then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(state), beside)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        # By Python: safetensors has an error of its own for a full disk.
+        beside.write_bytes(save(dict(state)))

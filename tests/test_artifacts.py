@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -24,9 +26,16 @@ from autocompress.artifacts import (
     put_file,
     remove_artifact,
     save_text,
+    write_text,
 )
 from autocompress.errors import ConfigError, DamagedArtifact
-from autocompress.weights import fetch_weights, save_weights
+from autocompress.weights import (
+    fetch_weights,
+    portable_state,
+    save_weights,
+    state_digest,
+    write_weights,
+)
 
 BUCKET = "s3://weights"
 
@@ -96,11 +105,52 @@ def test_truncated_weights_are_seen(store: ArtifactStore, part: float) -> None:
         fetch_weights(kept, store)
 
 
+@pytest.mark.parametrize("place", [0.05, 0.2, 0.5, 0.99])
+def test_a_bit_of_weights_that_flips_is_seen(store: ArtifactStore, place: float) -> None:
+    study = optuna.create_study()
+    kept = save_weights(TinyNet(), study, store)
+    flipped = bytearray(read(kept, store))
+    flipped[int(place * len(flipped))] ^= 1
+    rewrite(kept, store, bytes(flipped))
+    with pytest.raises(DamagedArtifact, match=f"{kept} can't be read.* from a copy"):
+        fetch_weights(kept, store)
+
+
+def test_weights_without_a_digest_are_read(store: ArtifactStore, tmp_path: Path) -> None:
+    state = portable_state(TinyNet())
+    write_weights(tmp_path / "old.safetensors", state)
+    found = fetch_weights(put_file(tmp_path / "old.safetensors", store), store)
+    assert state_digest(found) == state_digest(state)
+
+
 @pytest.mark.parametrize("name", ["../study.db", "/etc/passwd", "a/b", ""])
 def test_a_name_that_a_database_makes_up_is_no_path(store: ArtifactStore, name: str) -> None:
     with pytest.raises(DamagedArtifact, match="is no artifact's id"):
         fetch_text(name, store)
     remove_artifact(name, store)
+
+
+def test_a_bucket_that_is_lost_is_as_a_full_disk(s3: str, tmp_path: Path) -> None:
+    boto3 = pytest.importorskip("boto3")
+    boto3.client("s3").create_bucket(Bucket="short-lived")
+    store = open_artifacts("s3://short-lived")
+    (tmp_path / "a").write_bytes(b"abc")
+    kept = put_file(tmp_path / "a", store)
+    store.remove(kept)
+    boto3.client("s3").delete_bucket(Bucket="short-lived")
+    with pytest.raises(OSError, match="NoSuchBucket"):
+        put_file(tmp_path / "a", store)
+    with pytest.raises(DamagedArtifact, match="not there any more"):
+        fetch_text(kept, store)
+    remove_artifact(kept, store)
+
+
+def test_files_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "a.json", "{}")
+    kept = save_weights(TinyNet(), optuna.create_study(), FolderStore(tmp_path))
+    modes = {(tmp_path / name).stat().st_mode for name in ("plain", "a.json", kept)}
+    assert len(modes) == 1
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
@@ -110,6 +160,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         FolderStore(tmp_path).write("an-artifact", Interrupted())
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.json", "\ud800")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,13 +189,48 @@ except OSError as error:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 10_000
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_all_that_is_written_to_a_full_disk(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, study, store = torch.nn.Linear(200, 200), optuna.create_study(), FolderStore(small_disk)
+    kept = save_weights(TinyNet(), study, store)
+    before = list(small_disk.iterdir())
+    calls: list[Callable[[], object]] = [
+        lambda: save_weights(large, study, store),
+        lambda: write_weights(small_disk / "w", portable_state(large)),
+        lambda: write_text(small_disk / "a", "x" * 100_000),
+    ]
+    for call in calls:
+        with pytest.raises(OSError, match="No space left"):
+            call()
+        assert list(small_disk.iterdir()) == before
+    # The disk for temporary files counts, too.
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    with pytest.raises(OSError, match="No space left"):
+        save_weights(large, study, FolderStore(tmp_path / "roomy"))
+    monkeypatch.undo()
+    assert fetch_weights(kept, store).keys() == TinyNet().state_dict().keys()
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("s3://nowhere", "can't be written: "),
+        ("s3://nowhere", "can't be written and read: "),
         ("s3://weights/and/more", "give a bucket and nothing else"),
         ("s3://", "give a bucket and nothing else"),
-        ("/proc/nowhere", "can't be written: "),
+        ("/proc/nowhere", "can't be written and read: "),
     ],
 )
 def test_a_place_that_can_not_be_written_is_refused_at_once(
