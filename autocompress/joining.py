@@ -201,7 +201,7 @@ def start_workers(
     argv = command(place, "cuda" if gpus and run.device != "cpu" else "cpu")
     environments = shares(count, run.device, visible_gpus(gpus), cores())
     launches = [Launch(argv, {**env, STORAGE_VARIABLE: place.url}) for env in environments]
-    return Pool(launches, studies, display)
+    return Pool(launches, studies, display, announces=not conducts)
 
 
 def _work(place: Place, config: StudyConfig, study: Study, watch: Watch, display: Display) -> int:

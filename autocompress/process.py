@@ -132,7 +132,10 @@ class EventDisplay:
         reason: str | None,
     ) -> None:
         """A trial has ended."""
-        self._send("finished", number=number)
+        drops = "" if drop is None else f", drop {drop:.2f}"
+        costs = "" if cost_ratio is None else f", cost {cost_ratio:.2f}x smaller"
+        why = "" if reason is None else f": {reason}"
+        self._send("finished", words=f"trial {number} {state.lower()}{drops}{costs}{why}")
 
     def close(self) -> None:
         """Nothing is on a screen."""

@@ -202,6 +202,8 @@ class Pool:
         clock: Seconds that only go up.
         max_deaths: How often in a row a worker may die without ending a trial.
         longest_pause: Seconds before a dead worker is started again, at most.
+        announces: Whether to tell of trials that ended; the process that conducts a study tells of
+            all of them anyway.
     """
 
     def __init__(
@@ -212,7 +214,9 @@ class Pool:
         clock: Clock = time.monotonic,
         max_deaths: int = MAX_DEATHS,
         longest_pause: float = LONGEST_PAUSE,
+        announces: bool = False,
     ) -> None:
+        self._announces = announces
         self._studies, self._display, self._clock = studies, display, clock
         self._max_deaths, self._longest_pause = max_deaths, longest_pause
         self._places = [_Place(f"worker {n}", launch) for n, launch in enumerate(launches)]
@@ -305,6 +309,8 @@ class Pool:
         elif kind == "finished":
             place.deaths = 0
             self.finished += 1
+            if self._announces:
+                self._display.say(f"{place.name}: {event['words']}")
 
     def _bury(self, place: _Place, code: int) -> None:
         process = place.process
