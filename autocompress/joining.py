@@ -25,7 +25,7 @@ from autocompress.baseline import Baseline
 from autocompress.config import StudyConfig, flatten, own_code, parse_config
 from autocompress.database import open_storage
 from autocompress.distributed import join_group, leave_group, rank
-from autocompress.errors import ConfigError, StudyMismatch
+from autocompress.errors import ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import evaluate
 from autocompress.launchers import RayWorkers, SlurmWorkers, Workers
 from autocompress.models import PRETRAINED, load_state
@@ -38,6 +38,7 @@ from autocompress.preparation import (
     Prepared,
     equip,
     search_space,
+    table_digest,
     time_baseline,
 )
 from autocompress.probe import settle
@@ -310,7 +311,7 @@ def join(config: StudyConfig, study: Study, display: Display, code: Path | None 
     baseline, example = _baseline(task, study, store)
     # What it says of the latency was said when the study began.
     baseline, meter = time_baseline(config, baseline, example, study, NullDisplay())
-    table = LayerTable.from_json(json.loads(fetch_text(facts[TABLE]["artifact"], store)))
+    table = _table(facts[TABLE], store)
     observations = observe_layers(
         baseline.model, task, (*table.layers, *table.others), seed=config.seed
     )
@@ -318,6 +319,16 @@ def join(config: StudyConfig, study: Study, display: Display, code: Path | None 
     space = search_space(config, table, baseline.profile)
     bench.finetune = settle(bench, space, config.finetune, study)
     return Prepared(bench, space, {})
+
+
+def _table(kept: Mapping[str, Any], store: ArtifactStore) -> LayerTable:
+    text = fetch_text(kept["artifact"], store)
+    if table_digest(text) != kept["digest"]:
+        raise DamagedArtifact(
+            f"The layer table in artifact {kept['artifact']} is damaged. Run the study's own "
+            "command again, which makes it anew."
+        )
+    return LayerTable.from_json(json.loads(text))
 
 
 def _baseline(

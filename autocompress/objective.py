@@ -70,6 +70,8 @@ RECALIBRATION_BATCHES = 50
 WORK = ("recalibrate", "gate", "finetune", "evaluate")
 """Phases of a trial in which images go through its network; all else is overhead."""
 
+UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
+"""Seconds after which an upload of weights that failed is tried again."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 COST_METRICS = {
     "params": "params",
@@ -341,7 +343,7 @@ def _carry_out(
     drop, bound = bench.judge(model, after)
     watch.lap("evaluate")
     set_constraint(trial, bound - bench.delta)
-    trial.set_user_attr(WEIGHTS, save_weights(model, trial, bench.store))
+    trial.set_user_attr(WEIGHTS, _keep_weights(model, trial, bench.store))
     save_text(plan.to_json(), "plan.json", trial, bench.store)
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
@@ -381,6 +383,19 @@ def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
         return None
     trial.set_user_attr(LATENCY, asdict(latency))
     return latency.median_ms
+
+
+def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
+    """Upload a trial's weights, which cost too much to be lost with a bucket that is away."""
+    for pause in UPLOAD_PAUSES:
+        try:
+            return save_weights(model, trial, store)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            logger.warning("The weights could not be kept; again in %g s: %s", pause, error)
+            time.sleep(pause)
+    return save_weights(model, trial, store)
 
 
 def _checkpoint(bench: Bench, trial: Trial) -> Checkpoint:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,11 +20,11 @@ from optuna.study import Study
 from safetensors.torch import load_file
 
 from autocompress import __version__
-from autocompress.artifacts import save_text, write_text
+from autocompress.artifacts import fetch_text, save_text, write_text
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, cache_folder
-from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
@@ -439,8 +440,15 @@ def _publish(study: Study, store: ArtifactStore, baseline: Baseline, table: Laye
     if BASELINE not in study.user_attrs:
         study.set_user_attr(BASELINE, save_weights(baseline.model, study, store))
     text = json.dumps(table.to_json())
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    if study.user_attrs.get(TABLE, {}).get("digest") != digest:
-        study.set_user_attr(
-            TABLE, {"artifact": save_text(text, "table.json", study, store), "digest": digest}
-        )
+    kept = study.user_attrs.get(TABLE)
+    if kept is not None and kept["digest"] == table_digest(text):
+        with suppress(DamagedArtifact):
+            if fetch_text(kept["artifact"], store) == text:
+                return
+    artifact = save_text(text, "table.json", study, store)
+    study.set_user_attr(TABLE, {"artifact": artifact, "digest": table_digest(text)})
+
+
+def table_digest(text: str) -> str:
+    """12 hex digits that identify a layer table, as JSON."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -9,19 +9,15 @@ the same plan waits in its place.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Sequence
 
-from optuna.exceptions import StorageInternalError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.database import end_if, take_waiting
 from autocompress.trials import CHECKPOINT, EARLY, INTERRUPTED, PARENT, SEED, counted
-
-logger = logging.getLogger("autocompress")
 
 AHEAD = 64
 """How many trials wait at most: workers go on with so many should the conductor be gone, and each
@@ -76,7 +72,7 @@ def top_up(study: Study, total: int) -> int:
     """Let as many trials wait as are missing to a total, or take back what is too many.
 
     Trials that were cut off come again with their plans. Only for the process that conducts the
-    study; what a lost connection leaves undone is done by the next call.
+    study.
 
     Returns:
         How many trials were added; negative: taken back.
@@ -90,13 +86,8 @@ def top_up(study: Study, total: int) -> int:
     missing = min(missing, AHEAD - len(waiting))
     new = [_repeated(dead) for dead in _unrepeated(trials)[: max(0, missing)]]
     new += [create_trial(state=TrialState.WAITING) for _ in range(missing - len(new))]
-    for added, trial in enumerate(new):
-        try:
-            study.add_trial(trial)
-        except StorageInternalError as error:
-            # It may be there or not. The next call waits for the database, and counts again.
-            logger.warning("A trial was perhaps not added: %s", error)
-            return added
+    for trial in new:
+        study.add_trial(trial)
     return len(new)
 
 

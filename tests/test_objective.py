@@ -293,6 +293,21 @@ def test_a_full_disk_is_no_fault_of_the_trial(
     assert again.params == study.trials[0].params and again.user_attrs[RETRY]["of"] == 0
 
 
+def test_a_bucket_that_is_away_for_a_while_costs_no_weights(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "UPLOAD_PAUSES", (0.01, 0.01))
+    real, calls = objective.save_weights, iter(range(10))
+
+    def away(*arguments: Any) -> str:
+        if next(calls) < 2:
+            raise OSError(errno.EIO, "Could not connect to the endpoint URL")
+        return real(*arguments)
+
+    monkeypatch.setattr(objective, "save_weights", away)
+    assert run(bench).state == TrialState.COMPLETE and next(calls) == 3
+
+
 def test_a_trial_goes_on_from_its_checkpoint_with_another_worker(bench: Bench) -> None:
     """It ends as it would have, rungs and all."""
     bench.finetune = replace(bench.finetune, epochs=3.0)

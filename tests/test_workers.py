@@ -17,9 +17,11 @@ import pytest
 import typer
 from optuna.trial import TrialState
 
+from autocompress import joining
 from autocompress import study as command_line
+from autocompress.artifacts import FolderStore, save_text
 from autocompress.database import open_storage
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact
 from autocompress.joining import Place, read_settings
 from autocompress.progress import NullDisplay
 from autocompress.slots import WORKER, running
@@ -292,6 +294,13 @@ def test_ten_killed_workers_of_a_real_study_lose_nothing(mine: Path) -> None:
         for t in spent
     )
     print(len(killed), [t.state.name for t in exploration(mine).trials])
+
+
+def test_a_damaged_layer_table_is_noticed(tmp_path: Path) -> None:
+    store, study = FolderStore(tmp_path), optuna.create_study()
+    kept = {"artifact": save_text("{}", "table.json", study, store), "digest": "0" * 12}
+    with pytest.raises(DamagedArtifact, match="The layer table .* makes it anew"):
+        joining._table(kept, store)
 
 
 def test_how_many_workers() -> None:
