@@ -15,8 +15,7 @@ from datetime import datetime
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from threading import Thread
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.artifacts._protocol import ArtifactStore
@@ -27,6 +26,7 @@ from torch import nn
 
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings
+from autocompress.crew import Crew, Solo, Team
 from autocompress.dashboard import annotate
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
@@ -34,7 +34,6 @@ from autocompress.finals import rehearse
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
-from autocompress.launchers import Workers
 from autocompress.models import load_state
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
@@ -49,12 +48,12 @@ from autocompress.preparation import (
     prepare,
 )
 from autocompress.probe import settle
-from autocompress.process import PAUSE, SEARCHING
-from autocompress.progress import Beside, Display
+from autocompress.process import SEARCHING
+from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
 from autocompress.selection import conclude
-from autocompress.slots import WORKER, cut_off, host_name, is_gone, running, take, top_up
+from autocompress.slots import WORKER, cut_off, host_name, is_gone, running, top_up
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import (
@@ -72,7 +71,6 @@ from autocompress.training import Recipe
 from autocompress.trials import has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
-from autocompress.worker import perform
 
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
@@ -298,113 +296,6 @@ def _store(study: Study, place: str) -> ArtifactStore:
         )
     study.set_user_attr(PLACE, place)
     return open_artifacts(place)
-
-
-Work = Callable[[Display], None]
-
-
-class Crew(Protocol):
-    """Those who carry out the trials."""
-
-    @property
-    def alive(self) -> int:
-        """How many of them work."""
-        ...
-
-    def tend(self, stage: Stage) -> None:
-        """Give them time to work on a stage, a moment or a trial long."""
-        ...
-
-    def beside(self, work: Work) -> bool:
-        """Do something besides the trials, which is told a display; once, if it is asked again
-        meanwhile.
-
-        Returns:
-            Whether it is done and has used the whole display.
-        """
-        ...
-
-    def drain(self) -> None:
-        """Let them end after their trials."""
-        ...
-
-
-class Solo:
-    """Carries out the trials in this process.
-
-    Args:
-        bench: All that they need.
-    """
-
-    alive = 0
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-
-    def tend(self, stage: Stage) -> None:
-        """Carry out one trial, if one waits."""
-        trial = take(stage.study)
-        if trial is None:  # workers elsewhere have them all
-            time.sleep(PAUSE)
-            return
-        perform(self._bench, stage, trial)
-
-    def beside(self, work: Work) -> bool:
-        """Do it between two trials."""
-        work(self._bench.display)
-        return True
-
-    def drain(self) -> None:
-        """Its trial is over whenever it is asked."""
-
-
-class Team:
-    """Workers in processes of their own.
-
-    Args:
-        workers: They.
-        display: Shows what they do.
-    """
-
-    def __init__(self, workers: Workers, display: Display) -> None:
-        self._workers, self._display = workers, display
-        self._other: Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def alive(self) -> int:
-        """How many work."""
-        return self._workers.alive
-
-    def tend(self, stage: Stage) -> None:
-        """See to them for a moment."""
-        self._workers.tend()
-        if self._error is not None:
-            raise self._error
-
-    def beside(self, work: Work) -> bool:
-        """Do it on another thread, while they go on; not again if it is being or was done."""
-        if self._other is None:
-            self._other = Thread(target=self._do, args=(work,), name="beside", daemon=True)
-            self._other.start()
-        return False
-
-    def drain(self) -> None:
-        """Let them end after their trials."""
-        self._workers.drain()
-
-    def close(self) -> None:
-        """End them, and wait for what is done beside."""
-        self._workers.stop()
-        if self._other is not None:
-            self._other.join()
-
-    def _do(self, work: Work) -> None:
-        with Beside(self._display, "rehearsal") as display:
-            try:
-                work(display)
-            except BaseException as error:
-                self._error = error
 
 
 @contextmanager
