@@ -66,8 +66,8 @@ def test_killed_workers_lose_no_trial(url: str) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_killed_workers_lose_no_trial(url: str) -> None:
-    killer = simulation.Killer(200, 1.2)
-    study = simulate(url, 250, 4, 2.0, killer)
+    killer = simulation.Killer(200, 0.6)
+    study = simulate(url, 120, 4, 1.0, killer)
     assert killer.left == 0
     print(simulation.tally(study))
 
