@@ -15,6 +15,9 @@ from autocompress.slots import take
 from autocompress.stages import Stage
 from autocompress.worker import perform
 
+TURNS = 5
+"""Turns of looking after workers for each look into the database, which takes longer."""
+
 Work = Callable[[Display], None]
 
 
@@ -92,10 +95,14 @@ class Team:
         return self._workers.alive
 
     def tend(self, stage: Stage) -> None:
-        """See to them for a moment."""
-        self._workers.tend()
-        if self._error is not None:
-            raise self._error
+        """See to them until a trial has ended, for about a second at most."""
+        before = self._workers.finished
+        for _ in range(TURNS):
+            self._workers.tend()
+            if self._error is not None:
+                raise self._error
+            if self._workers.finished > before:
+                return
 
     def beside(self, work: Work) -> bool:
         """Do it on another thread, while they go on; not again if it is being or was done."""
