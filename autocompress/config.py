@@ -1,4 +1,4 @@
-"""The study file: some thirty fields, each described, all checked before any work.
+"""The study file: its fields, each described, all checked before any work.
 
 A study file is TOML. `load_config` reads one (or the packaged quickstart) and says everything that
 is wrong with it, one line an error. Nothing here imports torch, so that `--help` stays quick.

@@ -47,8 +47,8 @@ def test_a_gate_below_delta_is_refused() -> None:
         parse_config({**MINIMAL, "delta": 2.0, "finetune.gate": 1.0})
 
 
-def test_every_field_is_described_and_there_are_about_thirty() -> None:
-    assert 20 <= len(fields()) <= 45
+def test_every_field_is_described_and_there_are_few() -> None:
+    assert 20 <= len(fields()) <= 50
     assert all(fields().values())
 
 

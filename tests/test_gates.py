@@ -50,7 +50,7 @@ def test_the_first_gate_is_that_of_the_study_file(task: Task, spoilt: nn.Module)
     gate = Gate(task, base, [], most=30.0, useful=5.0)
     assert not gate.closes(task.model, 0) and gate.drops == [0.0]
     assert gate.closes(spoilt, 0)
-    assert gate.lost == gate.drops[1] > 30 and "before fine-tuning > gate 30" in str(gate.reason)
+    assert gate.lost == gate.drops[0] > 30 and "before fine-tuning > gate 30" in str(gate.reason)
     # At a rung it doesn't count.
     assert not Gate(task, base, [], most=30.0, useful=5.0).closes(spoilt, 1)
 
