@@ -244,7 +244,7 @@ class RunConfig(_Section):
         default=None,
         ge=0,
         description="Processes that run trials on this machine, or 'auto': one for each GPU, or "
-        "for four CPU cores each; 0: trials run in the study's own process, for a debugger.",
+        "for each CPU core (four at most); 0: trials run in the study's process, for a debugger.",
     )
     launcher: Literal["local", "ray", "slurm"] = Field(
         default="local",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from threading import Thread
 from typing import Protocol
 
+import torch
+
 from autocompress.launchers import Workers
 from autocompress.objective import Bench
 from autocompress.process import PAUSE
@@ -122,6 +124,8 @@ class Team:
             self._other.join()
 
     def _do(self, work: Work) -> None:
+        # Several threads that wait for each other beside busy processes are slower than one.
+        torch.set_num_threads(1)
         with Beside(self._display, "rehearsal") as display:
             try:
                 work(display)

@@ -27,7 +27,7 @@ from autocompress.progress import NullDisplay
 from autocompress.slots import WORKER, running
 from autocompress.store import load_study, trials_spent
 from autocompress.workers import (
-    CORES_EACH,
+    MOST_ON_CPU,
     Launch,
     Pool,
     count_workers,
@@ -307,7 +307,8 @@ def test_how_many_workers() -> None:
     assert count_workers(3, "cpu", 0, 64) == 3 and count_workers(0, "cuda", 8, 64) == 0
     assert count_workers(None, "auto", 8, 64) == 8 and count_workers(None, "cuda", 2, 64) == 2
     assert count_workers(None, "cuda:1", 8, 64) == 1
-    assert count_workers(None, "cpu", 8, 4 * CORES_EACH) == 4
+    assert count_workers(None, "cpu", 8, 64) == MOST_ON_CPU
+    assert count_workers(None, "auto", 0, 2) == 2
     assert count_workers(None, "auto", 0, 1) == 1
 
 
