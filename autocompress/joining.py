@@ -197,6 +197,9 @@ def start_workers(
             work, run.workers, {"num_gpus": int(on_gpus)} | run.launcher_options, *told
         )
     count = count_workers(run.workers, run.device, gpus, cores())
+    if run.workers is None and config.objective == "latency" and config.latency.runtime != "cuda":
+        # Latencies on the CPU are those of a machine that does little else.
+        count = 1
     if count == 0:
         return None
     argv = command(place, "cuda" if gpus and run.device != "cpu" else "cpu")

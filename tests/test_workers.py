@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import typer
+from conftest import tiny_config
 from optuna.trial import TrialState
 
 from autocompress import joining
@@ -30,6 +31,7 @@ from autocompress.workers import (
     MOST_ON_CPU,
     Launch,
     Pool,
+    cores,
     count_workers,
     last_words,
     shares,
@@ -310,6 +312,21 @@ def test_how_many_workers() -> None:
     assert count_workers(None, "cpu", 8, 64) == MOST_ON_CPU
     assert count_workers(None, "auto", 0, 2) == 2
     assert count_workers(None, "auto", 0, 1) == 1
+
+
+def test_latencies_on_the_cpu_are_measured_by_one_worker(tmp_path: Path) -> None:
+    study = optuna.create_study()
+
+    def count(**settings: Any) -> int:
+        config = tiny_config(tmp_path, **{"run.device": "cpu", **settings})
+        place = Place("sqlite:///x.db", "tiny", device="cpu")
+        pool = joining.start_workers(place, config, study, lambda: [], tmp_path, Said(), True)
+        assert isinstance(pool, Pool)
+        return len(pool._places)
+
+    assert count(objective="latency") == 1
+    assert count(objective="macs") == count_workers(None, "cpu", 0, cores())
+    assert count(objective="latency", **{"run.workers": 3}) == 3
 
 
 def test_each_worker_has_its_gpu_and_its_share_of_the_threads(
