@@ -78,7 +78,7 @@ def test_a_server_that_crashes_and_comes_back_loses_no_trial(server: Postgres) -
 
 @pytest.mark.slow
 def test_eight_workers_ride_out_restarts_of_the_server(server: Postgres) -> None:
-    self_restarts(server, total=120, workers=8, restarts=5)
+    self_restarts(server, total=400, workers=8, restarts=5)
 
 
 def self_restarts(server: Postgres, total: int, workers: int, restarts: int) -> None:

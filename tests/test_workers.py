@@ -269,7 +269,7 @@ def test_a_trial_has_a_limit(mine: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_killed_workers_of_a_real_study_lose_nothing(mine: Path) -> None:
-    write(mine.parent, trials=30, epochs=4)
+    write(mine.parent, trials=44, epochs=20)
     first = start(
         mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "2"
     )
@@ -284,13 +284,13 @@ def test_ten_killed_workers_of_a_real_study_lose_nothing(mine: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
                 # A worker that dies five times without ending a trial is given up.
-                time.sleep(chance.uniform(2.0, 12.0))
+                time.sleep(chance.uniform(6.0, 12.0))
                 break
         time.sleep(0.1)
     code, output = end(first, 600)
     assert code == 0, output
     spent = trials_spent(exploration(mine))
-    assert len(spent) == 30 and len(killed) == 10
+    assert len(spent) == 44 and len(killed) == 10
     assert all(
         t.state == TrialState.COMPLETE or "its worker died 3 times" in t.user_attrs["reason"]
         for t in spent
