@@ -86,18 +86,21 @@ def _as_disk_errors() -> Iterator[None]:
         raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
-def open_artifacts(place: str) -> ArtifactStore:
-    """The artifact store at a place, after a look whether it can be written and read.
+def open_artifacts(place: str, writes: bool = True) -> ArtifactStore:
+    """The artifact store at a place.
 
     Args:
         place: A folder, or "s3://bucket". boto3 finds credentials and an endpoint of one's own in
             its usual files and variables (`AWS_ENDPOINT_URL`).
+        writes: Whether it is to be written, which is tried then.
 
     Raises:
-        ConfigError: If it can't.
+        ConfigError: If it can't be written and read.
     """
     try:
         store = _s3(place) if place.startswith(_S3) else FolderStore(Path(place).expanduser())
+        if not writes:
+            return store
         artifact_id = str(uuid4())
         store.write(artifact_id, io.BytesIO(PROBE))
         with store.open_reader(artifact_id) as reader:

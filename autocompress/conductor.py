@@ -53,7 +53,7 @@ from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
 from autocompress.selection import conclude
-from autocompress.slots import WORKER, cut_off, host_name, is_gone, running, top_up
+from autocompress.slots import WORKER, cut_off_gone, host_name, running, top_up
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import (
@@ -171,7 +171,7 @@ def run_study(
             place = config.run.artifacts or str(folder.artifacts)
             place = place if "://" in place else str(Path(place).expanduser().resolve())
             watch = watch or Watch()
-            watch.limit = None if config.run.trial_limit is None else 60 * config.run.trial_limit
+            watch.set_limits(config.run)
             setting = _Setting(
                 config, task, display, folder, storage, url, place, watch, modules, hold
             )
@@ -388,8 +388,7 @@ def _run_stage(
         if time.monotonic() - looked > LOOK:
             looked = time.monotonic()
             setting.hold()
-            for trial in stale.stale(study):
-                cut_off(study, trial, "it gave no sign of life any more")
+            stale.cut_off_stale(study)
             _show_others(study, display)
 
 
@@ -515,8 +514,7 @@ def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> O
 
 def _bury(study: Study, stage: str, display: Display) -> None:
     """End the trials whose workers are gone."""
-    gone = [trial for trial in running(study) if is_gone(trial)]
-    dead = sum(cut_off(study, trial, "its process is gone") for trial in gone)
+    dead = cut_off_gone(study)
     spent = len(trials_spent(study))
     if dead:
         display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")

@@ -20,7 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from autocompress.database import heartbeats
-from autocompress.slots import running
+from autocompress.slots import cut_off, running
 
 logger = logging.getLogger("autocompress")
 
@@ -39,17 +39,10 @@ class Heartbeat:
         study: Its study.
         trial_id: The trial.
         every: Seconds between two.
-        also: Called with each, on its thread.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        trial_id: int,
-        every: float = BEAT,
-        also: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._study, self._trial_id, self._every, self._also = study, trial_id, every, also
+    def __init__(self, study: Study, trial_id: int, every: float = BEAT) -> None:
+        self._study, self._trial_id, self._every = study, trial_id, every
         self._end = Event()
         self._taken = Event()
         self._thread = Thread(target=self._run, name="heartbeat", daemon=True)
@@ -77,7 +70,6 @@ class Heartbeat:
         storage = self._study._storage
         while True:
             try:
-                self._also()
                 storage.record_heartbeat(self._trial_id)  # type: ignore[attr-defined]
                 if storage.get_trial(self._trial_id).state.is_finished() and not self._end.is_set():
                     self._taken.set()
@@ -114,3 +106,8 @@ class StaleWatch:
             elif now - known[1] > self._grace:
                 found.append(trial)
         return found
+
+    def cut_off_stale(self, study: Study) -> None:
+        """End them, so that they come again."""
+        for trial in self.stale(study):
+            cut_off(study, trial, "it gave no sign of life any more")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,44 +47,12 @@ from autocompress.profiler import Profile
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sensitivity import LayerTable
 from autocompress.sources import pick_device, task_from_config
-from autocompress.store import PLACE, STAGES, load_study
+from autocompress.store import PLACE, load_stages, load_study
 from autocompress.task import Task
 from autocompress.watch import Orders, Watch
 from autocompress.weights import fetch_weights
 from autocompress.worker import Worker, follow_first
 from autocompress.workers import Launch, Pool, cores, count_workers, shares, visible_gpus
-
-
-def overrides(place: Place) -> dict[str, Any]:
-    """The settings that are others there, by dotted key."""
-    changes = {
-        "data.root": place.data_root,
-        "data.source": place.data_source,
-        "run.artifacts": place.artifacts,
-        "run.device": place.device,
-        "run.workers": place.workers,
-        "run.launcher": place.launcher,
-        "run.launcher_options": dict(place.options) or None,
-    }
-    return {key: value for key, value in changes.items() if value is not None}
-
-
-def command(place: Place, device: str) -> list[str]:
-    """The command of one worker process, without the database's URL."""
-    argv = [sys.executable, "-m", "autocompress.study", "worker", "--child"]
-    options = {
-        "--study": place.study,
-        "--device": device,
-        "--data-root": place.data_root,
-        "--data-source": place.data_source,
-        "--artifacts": place.artifacts,
-        "--code": place.code,
-        "--patience": place.patience / 60,
-    }
-    for option, value in options.items():
-        if value is not None:
-            argv += [option, str(value)]
-    return argv
 
 
 @dataclass(frozen=True)
@@ -117,6 +85,37 @@ class Place:
     launcher: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The settings that are others there, by dotted key."""
+        changes = {
+            "data.root": self.data_root,
+            "data.source": self.data_source,
+            "run.artifacts": self.artifacts,
+            "run.device": self.device,
+            "run.workers": self.workers,
+            "run.launcher": self.launcher,
+            "run.launcher_options": dict(self.options) or None,
+        }
+        return {key: value for key, value in changes.items() if value is not None}
+
+    def command(self, device: str) -> list[str]:
+        """The command of one worker process, without the database's URL."""
+        argv = [sys.executable, "-m", "autocompress.study", "worker", "--child"]
+        options = {
+            "--study": self.study,
+            "--device": device,
+            "--data-root": self.data_root,
+            "--data-source": self.data_source,
+            "--artifacts": self.artifacts,
+            "--code": self.code,
+            "--patience": self.patience / 60,
+        }
+        for option, value in options.items():
+            if value is not None:
+                argv += [option, str(value)]
+        return argv
+
 
 def serve(place: Place, child: bool) -> int:
     """Carry out trials of a study until none is left, or this process is told to end.
@@ -147,8 +146,15 @@ def serve(place: Place, child: bool) -> int:
         watch = Watch()
         with watch.orders.listening(display.say), watch.orders.patient():
             folder = Path(config.run.out) / config.name / "cluster"
-            studies = partial(_stages, study)
-            workers = start_workers(place, config, study, studies, folder, display, conducts=False)
+            workers = start_workers(
+                place,
+                config,
+                study,
+                lambda: load_stages(study._storage, config.name).values(),
+                folder,
+                display,
+                conducts=False,
+            )
             if workers is None:
                 return _work(place, config, study, watch, display)
             return _supervise(workers, watch.orders)
@@ -163,7 +169,7 @@ def start_workers(
     place: Place,
     config: StudyConfig,
     study: Study,
-    studies: Callable[[], list[Study]],
+    studies: Callable[[], Iterable[Study]],
     folder: Path,
     display: Display,
     conducts: bool,
@@ -189,20 +195,19 @@ def start_workers(
                 f"run.launcher = '{run.launcher}': give the number of workers, --workers N."
             )
         work = partial(serve_here, replace(place, launcher="local", options={}))
-        told = (study, display, conducts)
+        told = (study, display, conducts, folder)
         if run.launcher == "slurm":
-            return SlurmWorkers(work, run.workers, run.launcher_options, *told, folder)
+            return SlurmWorkers(work, run.workers, run.launcher_options, *told)
         on_gpus = run.device.startswith("cuda") or (run.device == "auto" and gpus > 0)
-        return RayWorkers(
-            work, run.workers, {"num_gpus": int(on_gpus)} | run.launcher_options, *told
-        )
+        options = {"num_gpus": int(on_gpus)} | run.launcher_options
+        return RayWorkers(work, run.workers, options, *told)
     count = count_workers(run.workers, run.device, gpus, cores())
     if run.workers is None and config.objective == "latency" and config.latency.runtime != "cuda":
         # Latencies on the CPU are those of a machine that does little else.
         count = 1
     if count == 0:
         return None
-    argv = command(place, "cuda" if gpus and run.device != "cpu" else "cpu")
+    argv = place.command("cuda" if gpus and run.device != "cpu" else "cpu")
     environments = shares(count, run.device, visible_gpus(gpus), cores())
     launches = [Launch(argv, {**env, STORAGE_VARIABLE: place.url}) for env in environments]
     return Pool(launches, studies, display, announces=not conducts)
@@ -214,8 +219,7 @@ def _work(place: Place, config: StudyConfig, study: Study, watch: Watch, display
     config = config.model_copy(
         update={"run": config.run.model_copy(update={"device": str(device)})}
     )
-    watch.stall = 60 * config.run.stall_limit
-    watch.limit = None if config.run.trial_limit is None else 60 * config.run.trial_limit
+    watch.set_limits(config.run)
     try:
         with watch.orders.listening(display.say), watch.orders.patient():
             prepared = join(config, study, display, place.code)
@@ -239,13 +243,6 @@ def _supervise(workers: Workers, orders: Orders) -> int:
     return workers.finished
 
 
-def _stages(study: Study) -> list[Study]:
-    """The studies of both stages, as far as they exist."""
-    name = study.study_name.removesuffix("-exploration")
-    found = [load_study(study._storage, name, stage) for stage in STAGES]
-    return [one for one in found if one is not None]
-
-
 def read_settings(place: Place, waits: bool = False) -> tuple[StudyConfig, Study]:
     """The study file and the exploration of a study, from its database.
 
@@ -267,7 +264,7 @@ def read_settings(place: Place, waits: bool = False) -> tuple[StudyConfig, Study
         known |= {f"data.{key}": list(facts["normalization"][key]) for key in ("mean", "std")}
     threads = (facts["baseline"].get("latency") or {}).get("threads")
     config = parse_config(
-        known | {"model.weights": None, "latency.threads": threads} | overrides(place)
+        known | {"model.weights": None, "latency.threads": threads} | place.overrides
     )
     _check_code(config, place.code)
     return config, study

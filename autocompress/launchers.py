@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,15 +86,36 @@ class WorkerJob:
         return DelayedSubmission(self)
 
 
-class _Jobs:
-    """What the engines have in common: jobs that end, and a word in the database to end them."""
+class _Jobs(ABC):
+    """Workers on a cluster: jobs that end, and a word in the database to end them.
 
-    def __init__(self, study: Study, display: Display, conducts: bool) -> None:
+    Args:
+        work: Be a worker; it must be picklable.
+        count: How many workers.
+        options: For the engine.
+        study: The exploration.
+        display: Told what happens.
+        conducts: Whether the process that conducts the study starts them.
+        folder: Where an engine that has no place of its own keeps scripts and logs; all machines
+            must see it.
+    """
+
+    def __init__(
+        self,
+        work: Callable[[], int],
+        count: int,
+        options: Mapping[str, Any],
+        study: Study,
+        display: Display,
+        conducts: bool,
+        folder: Path,
+    ) -> None:
         self._study, self._display, self._conducts = study, display, conducts
-        self._jobs: list[Any] = []
+        self._folder = folder
         self._failed: list[str] = []
-        self._count = 0
+        self._count = count
         self.finished = 0
+        self._jobs = self._submit(WorkerJob(work), options)
 
     @property
     def over(self) -> bool:
@@ -133,47 +155,37 @@ class _Jobs:
             for job in self._done():
                 self._jobs.remove(job)
 
+    @abstractmethod
+    def _submit(self, job: WorkerJob, options: Mapping[str, Any]) -> list[Any]:
+        """Hand the job to the engine, as often as there are workers."""
+
+    @abstractmethod
     def _done(self) -> Sequence[Any]:
         """The jobs that have ended, after a moment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _result(self, job: Any) -> Any:
-        raise NotImplementedError
+        """What an ended job returned; raises what it raised."""
 
+    @abstractmethod
     def _cancel(self, job: Any) -> None:
-        raise NotImplementedError
+        """End a job."""
 
 
 class RayWorkers(_Jobs):
     """Each worker is a Ray task with its share of a node, begun anew where it fails.
 
-    Args:
-        work: Be a worker; it must be picklable.
-        count: How many workers.
-        options: For the task, such as num_gpus and num_cpus.
-        study: The exploration.
-        display: Told what happens.
-        conducts: Whether the process that conducts the study starts them.
+    The options are the task's, such as num_gpus and num_cpus.
     """
 
-    def __init__(
-        self,
-        work: Callable[[], int],
-        count: int,
-        options: Mapping[str, Any],
-        study: Study,
-        display: Display,
-        conducts: bool,
-    ) -> None:
-        super().__init__(study, display, conducts)
+    def _submit(self, job: WorkerJob, options: Mapping[str, Any]) -> list[Any]:
         self._ray = ray = _import("ray")
         if not ray.is_initialized():
             ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
         settings = {"num_cpus": 1, "max_retries": RETRIES} | dict(options)
         with _checked(settings):
             task = ray.remote(_work_for_ray).options(retry_exceptions=True, **settings)
-        self._count = count
-        self._jobs = [task.remote(WorkerJob(work)) for _ in range(count)]
+        return [task.remote(job) for _ in range(self._count)]
 
     def _done(self) -> Sequence[Any]:
         done, _ = self._ray.wait(self._jobs, num_returns=len(self._jobs), timeout=TURN)
@@ -194,41 +206,26 @@ def _work_for_ray(job: WorkerJob) -> int:
 class SlurmWorkers(_Jobs):
     """Each worker is a SLURM job, submitted by submitit, and requeued where it is preempted.
 
-    Args:
-        work: Be a worker; it must be picklable.
-        count: How many workers.
-        options: For `submitit.AutoExecutor.update_parameters`, such as timeout_min, gpus_per_node,
-            slurm_partition; "cluster" chooses submitit's engine ("slurm", "local", "debug").
-        study: The exploration.
-        display: Told what happens.
-        conducts: Whether the process that conducts the study starts them.
-        folder: Where submitit keeps scripts and logs; all machines must see it.
+    The options are those of `submitit.AutoExecutor.update_parameters`, such as timeout_min,
+    gpus_per_node, slurm_partition; "cluster" chooses submitit's engine ("slurm", "local", "debug").
     """
 
-    def __init__(
-        self,
-        work: Callable[[], int],
-        count: int,
-        options: Mapping[str, Any],
-        study: Study,
-        display: Display,
-        conducts: bool,
-        folder: Path,
-    ) -> None:
-        super().__init__(study, display, conducts)
+    def _submit(self, job: WorkerJob, options: Mapping[str, Any]) -> list[Any]:
         submitit = _import("submitit")
-        settings = {"name": study.study_name, "timeout_min": 24 * 60} | dict(options)
+        settings = {"name": self._study.study_name, "timeout_min": 24 * 60} | dict(options)
         executor = submitit.AutoExecutor(
-            folder=folder,
+            folder=self._folder,
             cluster=settings.pop("cluster", None),
             slurm_max_num_timeout=TIMEOUTS,
             local_max_num_timeout=TIMEOUTS,
         )
         with _checked(settings):
             executor.update_parameters(**settings)
-        self._count = count
-        self._jobs = [executor.submit(WorkerJob(work)) for _ in range(count)]
-        self._display.say(f"{count} jobs submitted to {executor.cluster}; their logs: {folder}")
+        jobs = [executor.submit(job) for _ in range(self._count)]
+        self._display.say(
+            f"{self._count} jobs submitted to {executor.cluster}; their logs: {self._folder}"
+        )
+        return jobs
 
     def _done(self) -> Sequence[Any]:
         time.sleep(TURN)

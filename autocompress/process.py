@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from threading import Lock, Thread
-from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
+from autocompress.progress import NullDisplay
 from autocompress.watch import Orders
 
 STORAGE_VARIABLE = "AUTOCOMPRESS_STORAGE"
@@ -78,7 +78,7 @@ def follow(orders: Orders, lines: TextIO) -> None:
     Thread(target=read, name="orders", daemon=True).start()
 
 
-class EventDisplay:
+class EventDisplay(NullDisplay):
     """Tells what happens as lines of JSON, to the process that started this one.
 
     Args:
@@ -97,18 +97,6 @@ class EventDisplay:
     def say(self, message: str) -> None:
         """Show a message that stays."""
         self._send("say", message=message)
-
-    def stage(
-        self,
-        name: str,
-        total: int,
-        done: int = 0,
-        delta: float | None = None,
-        objective: str = "params",
-        best: tuple[float, float] | None = None,
-        later: float = 0.0,
-    ) -> None:
-        """The conductor knows the stages better."""
 
     def trial_started(self, number: int, worker: str = "") -> None:
         """A trial has begun."""
@@ -136,20 +124,6 @@ class EventDisplay:
         costs = "" if cost_ratio is None else f", cost {cost_ratio:.2f}x smaller"
         why = "" if reason is None else f": {reason}"
         self._send("finished", words=f"trial {number} {state.lower()}{drops}{costs}{why}")
-
-    def close(self) -> None:
-        """Nothing is on a screen."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
 
     def _send(self, event: str, **values: Any) -> None:
         with self._lock:

@@ -41,9 +41,10 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def worker_name() -> str:
-    """Names this process among all that work for a study: "<host>/<process>"."""
-    return f"{host_name()}/{os.getpid()}"
+def worker_name(process: int | None = None) -> str:
+    """Names a process of this machine, or this one, among all that work for a study:
+    "<host>/<process>"."""
+    return f"{host_name()}/{process or os.getpid()}"
 
 
 def is_gone(trial: FrozenTrial) -> bool:
@@ -123,6 +124,12 @@ def cut_off(study: Study, trial: FrozenTrial, died: str | None = None) -> bool:
         return _end(study, trial, TrialState.RUNNING, None, reason)
     kind = STOPPED if died is None else DIED
     return _end(study, trial, TrialState.RUNNING, kind, died or "interrupted")
+
+
+def cut_off_gone(study: Study) -> int:
+    """End the running trials whose workers can be seen to be gone; returns how many."""
+    gone = [trial for trial in running(study) if is_gone(trial)]
+    return sum(cut_off(study, trial, "its process is gone") for trial in gone)
 
 
 def running(study: Study) -> list[FrozenTrial]:

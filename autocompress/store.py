@@ -109,7 +109,7 @@ class StudyFolder:
         """
         place = str(exploration.user_attrs.get(PLACE, self.artifacts))
         elsewhere = "://" in place or not self.artifacts.exists()
-        return open_artifacts(place if elsewhere else str(self.artifacts))
+        return open_artifacts(place if elsewhere else str(self.artifacts), writes=False)
 
 
 def study_name(name: str, stage: str) -> str:
@@ -170,6 +170,12 @@ def load_study(storage: BaseStorage, name: str, stage: str) -> Study | None:
         return optuna.load_study(study_name=study_name(name, stage), storage=storage)
     except KeyError:
         return None
+
+
+def load_stages(storage: BaseStorage, name: str) -> dict[str, Study]:
+    """The Optuna studies of both stages by stage, as far as there are any."""
+    found = {stage: load_study(storage, name, stage) for stage in STAGES}
+    return {stage: one for stage, one in found.items() if one is not None}
 
 
 def trials_spent(study: Study) -> list[FrozenTrial]:

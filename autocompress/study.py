@@ -76,6 +76,10 @@ StorageOption = Annotated[
     str | None,
     typer.Option(help="Database URL (SQLAlchemy); SQLite by default.", show_default=False),
 ]
+LauncherOption = Annotated[
+    Literal["local", "ray", "slurm"] | None,
+    typer.Option(help="What starts the workers.", show_default=False),
+]
 
 
 @app.callback()
@@ -119,10 +123,7 @@ def run(
             show_default=False,
         ),
     ] = None,
-    launcher: Annotated[
-        Literal["local", "ray", "slurm"] | None,
-        typer.Option(help="What starts the workers.", show_default=False),
-    ] = None,
+    launcher: LauncherOption = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
@@ -231,10 +232,7 @@ def worker(
     patience: Annotated[
         float, typer.Option(help="Minutes without a trial after which it ends.")
     ] = 60.0,
-    launcher: Annotated[
-        Literal["local", "ray", "slurm"] | None,
-        typer.Option(help="What starts the workers.", show_default=False),
-    ] = None,
+    launcher: LauncherOption = None,
     launcher_option: Annotated[
         list[str] | None,
         typer.Option(help="For Ray's task or submitit's job, e.g. num_gpus=1.", show_default=False),
@@ -616,7 +614,7 @@ def _folder(config: StudyConfig) -> StudyFolder:
 def _studies(config: StudyConfig) -> dict[str, Study]:
     """The stages of a study that has begun, for reading."""
     from autocompress.database import open_storage
-    from autocompress.store import STAGES, load_study
+    from autocompress.store import load_stages
 
     folder = _folder(config)
     if config.run.storage is None and not folder.database.exists():
@@ -625,8 +623,7 @@ def _studies(config: StudyConfig) -> dict[str, Study]:
             "give --out or --storage."
         )
     storage = open_storage(folder.storage_url(config.run.storage))
-    found = {stage: load_study(storage, config.name, stage) for stage in STAGES}
-    present = {stage: one for stage, one in found.items() if one is not None}
+    present = load_stages(storage, config.name)
     if not present:
         raise ConfigError(f"Study '{config.name}' has not begun; run it first.")
     return present

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from types import FrameType
 
+from autocompress.config import RunConfig
 from autocompress.errors import TrialTimeout
 
 Clock = Callable[[], float]
@@ -113,6 +114,11 @@ class Watch:
     _began: float | None = None
     _moved: float = 0.0
     _taken: Callable[[], bool] = lambda: False
+
+    def set_limits(self, run: RunConfig) -> None:
+        """Take the limits of a study file, which are in minutes."""
+        self.limit = None if run.trial_limit is None else 60 * run.trial_limit
+        self.stall = 60 * run.stall_limit
 
     def step(self) -> None:
         """The trial has come a step further.

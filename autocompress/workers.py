@@ -25,7 +25,7 @@ from optuna.study import Study
 from autocompress.errors import AutocompressError
 from autocompress.process import EXIT_HUNG
 from autocompress.progress import Display
-from autocompress.slots import WORKER, cut_off, host_name, running
+from autocompress.slots import WORKER, cut_off, running, worker_name
 
 logger = logging.getLogger("autocompress")
 
@@ -119,7 +119,7 @@ def visible_gpus(count: int) -> list[str]:
 class _Process:
     """One worker's process, and what it says."""
 
-    def __init__(self, launch: Launch, clock: Clock) -> None:
+    def __init__(self, launch: Launch) -> None:
         self.process = subprocess.Popen(
             launch.argv,
             env={**os.environ, **launch.env},
@@ -133,7 +133,6 @@ class _Process:
         )
         self.events: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self.errors: deque[str] = deque(maxlen=LAST_WORDS)
-        self.began = clock()
         self._threads = [
             Thread(target=self._read_events, args=(self.process.stdout,), daemon=True),
             Thread(target=self._read_errors, args=(self.process.stderr,), daemon=True),
@@ -287,7 +286,7 @@ class Pool:
 
     def _start(self, place: _Place) -> None:
         if not (self._ending or place.given_up or place.ended) and self._clock() >= place.start_at:
-            place.process = _Process(place.launch, self._clock)
+            place.process = _Process(place.launch)
 
     def _hear(self, place: _Place) -> None:
         assert place.process is not None
@@ -324,7 +323,7 @@ class Pool:
         died = None if code == 0 else last_words(code)
         for study in self._studies():
             for trial in running(study):
-                if trial.user_attrs.get(WORKER) == f"{host_name()}/{process.pid}":
+                if trial.user_attrs.get(WORKER) == worker_name(process.pid):
                     cut_off(study, trial, died)
         if code == EXIT_HUNG:
             self._display.say(f"{place.name} ended a trial that hung, and is started again.")

@@ -27,7 +27,7 @@ from autocompress.database import PatientStorage, open_storage, write_proposal
 from autocompress.heartbeat import Heartbeat, StaleWatch
 from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow, work
 from autocompress.progress import Display, NullDisplay
-from autocompress.slots import WORKER, cut_off, is_gone, running, take, top_up
+from autocompress.slots import WORKER, cut_off, cut_off_gone, running, take, top_up
 from autocompress.store import load_study, open_study, trials_spent
 from autocompress.trials import INTERRUPTED
 from autocompress.watch import Watch
@@ -184,9 +184,7 @@ def conduct(
     launch = Launch(argv, {STORAGE_VARIABLE: url, "OMP_NUM_THREADS": "1"})
     limits: dict[str, Any] = {"max_deaths": 10**9, "longest_pause": 0.0} if steadfast else {}
     pool = Pool([launch] * workers, lambda: [study], display or NullDisplay(), **limits)
-    for trial in running(study):
-        if is_gone(trial):
-            cut_off(study, trial, "its process is gone")
+    cut_off_gone(study)
     stale, start = StaleWatch(grace), time.perf_counter()
     try:
         while True:
@@ -195,8 +193,7 @@ def conduct(
                 break
             disturb(pool, study)
             pool.tend()
-            for trial in stale.stale(study):
-                cut_off(study, trial, "it gave no sign of life any more")
+            stale.cut_off_stale(study)
         seconds = time.perf_counter() - start
     finally:
         pool.stop()

@@ -33,10 +33,19 @@ def until(condition: object, seconds: float = 10.0) -> bool:
     return bool(condition())
 
 
-def test_a_running_trial_gets_heartbeats(study: optuna.Study) -> None:
+def test_a_running_trial_gets_heartbeats(
+    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial = study.ask()
+    real = study._storage.record_heartbeat  # type: ignore[attr-defined]
     calls: list[int] = []
-    with Heartbeat(study, trial._trial_id, every=0.01, also=lambda: calls.append(1)) as heartbeat:
+
+    def counting(trial_id: int) -> None:
+        calls.append(1)
+        real(trial_id)
+
+    monkeypatch.setattr(study._storage, "record_heartbeat", counting)
+    with Heartbeat(study, trial._trial_id, every=0.01) as heartbeat:
         assert until(lambda: len(calls) > 3)
         assert trial._trial_id in heartbeats(study) and not heartbeat.taken
 

@@ -18,7 +18,7 @@ from autocompress.heartbeat import StaleWatch
 from autocompress.launchers import RayWorkers, SlurmWorkers, WorkerJob, Workers
 from autocompress.process import SEARCHING, work
 from autocompress.progress import NullDisplay
-from autocompress.slots import WORKER, cut_off, take, top_up
+from autocompress.slots import WORKER, take, top_up
 from autocompress.store import load_study, open_study, trials_spent
 from autocompress.watch import Orders
 
@@ -89,7 +89,7 @@ Make = Callable[[Callable[[], int], optuna.Study], Workers]
 def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     if request.param == "ray":
         request.getfixturevalue("ray")
-        return lambda job, study: RayWorkers(job, 2, {}, study, NullDisplay(), True)
+        return lambda job, study: RayWorkers(job, 2, {}, study, NullDisplay(), True, tmp_path)
     pytest.importorskip("submitit")
     here = str(Path(__file__).parent)
     path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
@@ -100,12 +100,15 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     )
 
 
-def conduct(workers: Workers, study: optuna.Study, seconds: float = 90.0) -> None:
-    last = time.monotonic() + seconds
+def conduct(
+    workers: Workers, study: optuna.Study, seconds: float = 90.0, grace: float = 60.0
+) -> None:
+    stale, last = StaleWatch(grace), time.monotonic() + seconds
     while len(trials_spent(study)) < TOTAL:
         assert time.monotonic() < last
         top_up(study, TOTAL)
         workers.tend()
+        stale.cut_off_stale(study)
 
 
 def test_two_workers_do_the_trials(make: Make, study: optuna.Study, tmp_path: Path) -> None:
@@ -141,15 +144,10 @@ def test_all_that_fail_are_an_error(make: Make, study: optuna.Study, tmp_path: P
 
 def test_ray_begins_a_worker_anew_that_died(ray: Any, study: optuna.Study, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    workers = RayWorkers(partial(be_worker, url, str(tmp_path)), 1, {}, study, NullDisplay(), True)
-    stale = StaleWatch(grace=3.0)
-    last = time.monotonic() + 120
-    while len(trials_spent(study)) < TOTAL:
-        assert time.monotonic() < last
-        top_up(study, TOTAL)
-        workers.tend()
-        for trial in stale.stale(study):
-            cut_off(study, trial, "it gave no sign of life")
+    workers = RayWorkers(
+        partial(be_worker, url, str(tmp_path)), 1, {}, study, NullDisplay(), True, tmp_path
+    )
+    conduct(workers, study, 120.0, grace=3.0)
     workers.stop()
     assert len(study.trials) == TOTAL + 1, "the one with which it died came again"
 
@@ -174,13 +172,7 @@ def test_a_slurm_job_is_submitted_again_when_its_time_is_over(
         True,
         tmp_path / "cluster",
     )
-    stale, last = StaleWatch(grace=12.0), time.monotonic() + 200
-    while len(trials_spent(study)) < TOTAL:
-        assert time.monotonic() < last
-        top_up(study, TOTAL)
-        workers.tend()
-        for trial in stale.stale(study):
-            cut_off(study, trial, "it gave no sign of life")
+    conduct(workers, study, 200.0, grace=12.0)
     workers.stop()
     log = "".join(path.read_text() for path in (tmp_path / "cluster").glob("*_log.*"))
     assert "this job is timed-out" in log and "Requeued job" in log
@@ -201,7 +193,7 @@ def test_a_missing_engine_is_named(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"pip install 'autocompress\[{extra}\]'"):
         if name == "ray":
-            RayWorkers(partial(fail), 1, {}, study, NullDisplay(), True)
+            RayWorkers(partial(fail), 1, {}, study, NullDisplay(), True, tmp_path)
         else:
             SlurmWorkers(partial(fail), 1, {}, study, NullDisplay(), True, tmp_path)
 
@@ -214,7 +206,7 @@ def test_options_that_an_engine_does_not_know_are_refused(
     pytest.importorskip("submitit") if name == "slurm" else request.getfixturevalue("ray")
     with pytest.raises(ConfigError, match=r"run.launcher_options .*num_gpsu"):
         if name == "ray":
-            RayWorkers(partial(fail), 1, {"num_gpsu": 1}, study, NullDisplay(), True)
+            RayWorkers(partial(fail), 1, {"num_gpsu": 1}, study, NullDisplay(), True, tmp_path)
         else:
             SlurmWorkers(
                 partial(fail), 1, options | {"num_gpsu": 1}, study, NullDisplay(), True, tmp_path

@@ -135,13 +135,20 @@ def end(process: subprocess.Popen[str], seconds: float = 240.0) -> tuple[int, st
     return process.returncode, output
 
 
+def conductor(mine: Path, *more: str) -> subprocess.Popen[str]:
+    return start(mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), *more)
+
+
 def run(mine: Path, *more: str) -> tuple[int, str]:
-    return end(start(mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), *more))
+    return end(conductor(mine, *more))
+
+
+def storage(mine: Path) -> str:
+    return f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
 
 
 def exploration(mine: Path) -> optuna.Study:
-    database = mine.parent / "runs" / "mine" / "study.db"
-    study = load_study(open_storage(f"sqlite:///{database}"), "mine", "exploration")
+    study = load_study(open_storage(storage(mine)), "mine", "exploration")
     assert study is not None
     return study
 
@@ -183,12 +190,10 @@ def test_two_workers_share_a_study(mine: Path) -> None:
 def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: Any) -> None:
     """Elsewhere there are the package, the data and the user's code, and nothing of the study."""
     write(mine.parent, trials=30, epochs=4)
-    first = start(
-        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "0"
-    )
+    first = conductor(mine, "--workers", "0")
     wait_for(lambda: begun(mine))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    url = storage(mine)
     with pytest.raises(ConfigError, match="owncode:net.* --code FOLDER"):
         read_settings(Place(url, "mine"))
     joins = ("worker", "--study", "mine", "--storage", url, "--workers", "0")
@@ -207,11 +212,9 @@ def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: An
 def test_a_group_of_processes_is_one_worker(mine: Path) -> None:
     """As torchrun starts them: each trial is fine-tuned by both."""
     write(mine.parent, trials=30, epochs=6)
-    first = start(
-        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "0"
-    )
+    first = conductor(mine, "--workers", "0")
     wait_for(lambda: begun(mine))
-    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    url = storage(mine)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m autocompress.study"
     joins = ("worker", "--study", "mine", "--storage", url, "--code", str(mine.parent))
     group = subprocess.Popen(
@@ -239,7 +242,7 @@ def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
     other = tmp_path_factory.mktemp("other")
     text = MODULE.replace("make_images(256, 2)", "make_images(256, 9)")
     (other / "owncode.py").write_text(text)
-    url = f"sqlite:///{mine.parent / 'runs' / 'mine' / 'study.db'}"
+    url = storage(mine)
     joins = ("worker", "--study", "mine", "--storage", url, "--workers", "0", "--code", str(other))
     code, output = end(start(other, *joins))
     assert code == 2 and "The data here is not that of study 'mine'" in output
@@ -247,7 +250,7 @@ def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
 
 def test_a_trial_that_hangs_is_ended_and_the_study_goes_on(mine: Path) -> None:
     write(mine.parent, trials=3, more="workers = 1\nstall_limit = 0.1\n")
-    first = start(mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"))
+    first = conductor(mine)
     wait_for(lambda: begun(mine) and running(exploration(mine)))
     (mine.parent / "hang").touch()
     code, output = end(first)
@@ -270,9 +273,7 @@ def test_a_trial_has_a_limit(mine: Path) -> None:
 @pytest.mark.slow
 def test_ten_killed_workers_of_a_real_study_lose_nothing(mine: Path) -> None:
     write(mine.parent, trials=44, epochs=20)
-    first = start(
-        mine.parent, "run", str(mine), "--out", str(mine.parent / "runs"), "--workers", "2"
-    )
+    first = conductor(mine, "--workers", "2")
     wait_for(lambda: begun(mine))
     study = exploration(mine)
     killed: set[int] = set()
