@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-import re
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from autocompress.batch import tensors_in
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import parse_config
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader, given_loaders, labels_of
 from autocompress.progress import Display, NullDisplay, make_display
-from autocompress.sources import pick_device
-from autocompress.task import Loader, Task, tensors_in
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+from autocompress.sources import functions_text, pick_device
+from autocompress.task import Loader, Task, with_functions
 
 
 def compress(
@@ -66,8 +61,9 @@ def compress(
         settings: Any other field of a study file by its dotted name, e.g.
             `{"finetune.epochs": 2, "objective": "macs"}`.
         **functions: Replacements for the task's `forward`, `loss`, `metric`, `distillation`,
-            `optimizer` and `scheduler`; see `autocompress.Task`. With a loss of your own nothing is
-            distilled, unless you give `distillation` too (`task.logit_distillation` for logits).
+            `optimizer`, `scheduler` and `training`; see `autocompress.Task`. With a loss of your
+            own nothing is distilled, unless you give `distillation` too (`task.logit_distillation`
+            for logits).
 
     Returns:
         The compressed network, its plan, and the study's summary and folder.
@@ -82,13 +78,6 @@ def compress(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, got a {type(model).__name__}.")
-    known = {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
-    if "loss" in functions:
-        # What imitates logits need not suit another loss.
-        functions.setdefault("distillation", None)
-    unknown = sorted(functions.keys() - known)
-    if unknown:
-        raise ConfigError(f"compress() takes no {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
     fields: dict[str, Any] = {
         "name": name,
         "seed": seed,
@@ -123,7 +112,7 @@ def compress(
         fingerprint=_fingerprint(train, val, test, functions),
         device=device,
     )
-    task = replace(task, **functions)
+    task = with_functions(task, functions, "compress()")
     shown = make_display() if display is True else (display or NullDisplay())
     with shown:
         return run_study(config, task, shown, command="autocompress.compress(...)")
@@ -146,19 +135,5 @@ def _fingerprint(train: Loader, val: Loader, test: Loader, functions: Mapping[st
         for value in tensors_in(next(iter(loader), ())):
             plain = value.detach().cpu().contiguous().flatten()
             digest.update(plain.view(torch.uint8).numpy().tobytes())
-    for key in sorted(functions):
-        digest.update(f"{key}={_source(functions[key])}".encode())
+    digest.update(functions_text(functions).encode())
     return digest.hexdigest()[:16]
-
-
-def _source(function: Any) -> str:
-    """The source of a function and the plain values in its closure or partial application."""
-    if isinstance(function, partial):
-        bound = f"{function.args!r} {sorted(function.keywords.items())!r}"
-        return f"{_source(function.func)} {_ADDRESS.sub('', bound)}"
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        source = f"{type(function).__qualname__}"
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return source + repr([value for value in cells if isinstance(value, (bool, int, float, str))])

@@ -49,13 +49,13 @@ def check_better_than_guessing(task: Task, val: Evaluation) -> None:
         ConfigError: If so.
     """
     labels = loader_labels(task.val) if task.metric is correct else None
-    if labels is None or len(labels) != len(val.scores):
+    if labels is None or len(labels) != val.size:
         return
     share = np.bincount(labels).max() / len(labels)
     noise = 2 * (share * (1 - share) / len(labels)) ** 0.5
-    if val.accuracy <= 100 * (share + noise):
+    if val.score <= 100 * (share + noise):
         raise ConfigError(
-            f"The network is right on {val.accuracy:.2f} % of {len(labels)} validation images, no "
+            f"The network is right on {val.score:.2f} % of {len(labels)} validation images, no "
             f"better than always naming the most frequent class ({100 * share:.2f} %). Check its "
             "weights, the order of the classes and data.mean and data.std, or train it "
             "(baseline.epochs)."

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from autocompress.task import Batch, tensors_in
+from autocompress.batch import Batch, tensors_in
 
 logger = logging.getLogger("autocompress")
 

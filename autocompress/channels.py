@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.batch import tensors_in
 from autocompress.errors import ConfigError, UnsupportedLayer
 from autocompress.layers import LayerSpec, is_depthwise
-from autocompress.task import tensors_in
 
 Side = Literal["in", "out", "both"]
 

@@ -155,6 +155,7 @@ def run_study(
     task.model.to(task.device)
     check_names(task.model, config.search)
     check_outputs(task)
+    _check_training(config, task)
     _check_workers(config, task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
@@ -207,6 +208,22 @@ class _Setting:
     hold: Callable[[], None]
 
 
+def _check_training(config: StudyConfig, task: Task) -> None:
+    """Refuse to look for settings of a training loop that isn't ours.
+
+    Raises:
+        ConfigError: If length or learning rate are left open.
+    """
+    if task.training is None:
+        return
+    for key in ("epochs", "learning_rate"):
+        if getattr(config.finetune, key) is None:
+            raise ConfigError(
+                f"finetune.{key} = 'auto' is found by a probe with our training loop, and the "
+                f"task has its own; give finetune.{key}."
+            )
+
+
 def _check_workers(config: StudyConfig, task: Task) -> None:
     """Refuse workers where only this process has the network or the data.
 
@@ -235,6 +252,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
         config.name,
         "exploration",
         bound=bound,
+        drop_name=setting.task.scale.drop_name,
         cost_name=COST_NAMES[config.objective],
     )
     folder.claim(exploration)
@@ -363,6 +381,7 @@ def _run_stage(
             objective=bench.objective,
             best=best_so_far(bench),
             later=later,
+            scale=bench.task.scale,
         )
 
     show()
@@ -445,6 +464,7 @@ def _anneal(
         config.name,
         "annealing",
         bound=bound,
+        drop_name=setting.task.scale.drop_name,
         cost_name=COST_NAMES[config.objective],
     )
     if EPOCHS not in annealing.user_attrs:

@@ -104,6 +104,20 @@ class DataConfig(_Section):
     )
 
 
+class TaskConfig(_Section):
+    """What the network is to do, where that is not classification."""
+
+    source: str | None = Field(
+        default=None,
+        pattern=r"^[^:\s]+:\S+$",
+        description="package.module:function, which returns a dict with any of forward, loss, "
+        "metric, distillation, optimizer, scheduler and training; see autocompress.Task.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of that function."
+    )
+
+
 class BaselineConfig(_Section):
     """How the network is trained before it is compressed."""
 
@@ -206,10 +220,11 @@ class FinetuneConfig(_Section):
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."
     )
-    gate: float = Field(
-        default=50.0,
+    gate: Annotated[float | None, _AutoIsNone] = Field(
+        default=None,
         ge=0,
-        description="Accuracy drop before fine-tuning, in points, at which a trial stops.",
+        description="Drop before fine-tuning at which a trial stops, or 'auto': 50 points; for a "
+        "metric that is no percentage half of the baseline's, or nine times its error.",
     )
 
 
@@ -279,7 +294,9 @@ class StudyConfig(_Section):
         description="Fixes splits, proposals and training.",
     )
     delta: float = Field(
-        default=1.0, ge=0, description="Largest accepted accuracy drop, in points."
+        default=1.0,
+        ge=0,
+        description="Largest accepted drop, in the metric's unit: points of accuracy by default.",
     )
     confidence: float = Field(
         default=0.95,
@@ -300,6 +317,10 @@ class StudyConfig(_Section):
     )
     model: ModelConfig = Field(description="The network to compress.")
     data: DataConfig = Field(description="The images to train, choose and test with.")
+    task: TaskConfig = Field(
+        default_factory=TaskConfig,
+        description="What the network is to do, where that is not classification.",
+    )
     baseline: BaselineConfig = Field(
         default_factory=BaselineConfig, description="How the network is trained beforehand."
     )
@@ -328,8 +349,8 @@ _UNBOUND = {
 }
 
 _UNITS = {
-    "delta": "points of accuracy",
-    "finetune.gate": "points of accuracy",
+    "delta": "points of accuracy, or the metric's unit",
+    "finetune.gate": "points of accuracy, or the metric's unit",
     "finetune.epochs": "passes over the training data",
     "finetune.final_epochs": "passes over the training data",
     "baseline.epochs": "passes over the training data",
@@ -429,7 +450,7 @@ def parse_config(fields: Mapping[str, Any]) -> StudyConfig:
                 f"search.bounds[{index}] bounds nothing for '{bound.layers}': give compression "
                 "(largest ratio, e.g. 4.0), error (largest relative error, e.g. 0.1), or both."
             )
-    if config.finetune.gate < config.delta:
+    if config.finetune.gate is not None and config.finetune.gate < config.delta:
         raise ConfigError(
             f"finetune.gate = {config.finetune.gate:g} must be >= delta = {config.delta:g} (points "
             "of accuracy): a trial within delta before fine-tuning must not stop."
@@ -468,11 +489,15 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
 
 def own_code(config: StudyConfig) -> list[str]:
     """The settings of a study that name functions of the user's own, which it will run."""
-    named = {"model.source": config.model.source, "data.source": config.data.source}
+    named = {
+        "model.source": config.model.source,
+        "data.source": config.data.source,
+        "task.source": config.task.source,
+    }
     return [
         f"{key} = '{source}'"
         for key, source in named.items()
-        if source.partition(":")[0] not in _LIBRARIES
+        if source is not None and source.partition(":")[0] not in _LIBRARIES
     ]
 
 

@@ -29,10 +29,11 @@ from autocompress.report import (
     quantity,
     transform_text,
 )
+from autocompress.scale import Scale
 from autocompress.trials import lost, violation, within_delta
 
 _METRICS = {
-    "accuracy": "accuracy",
+    "score": "",
     "params": "params",
     "size_bytes": "size",
     "macs": "MACs",
@@ -61,7 +62,8 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
         return 0
     delta = float(attributes["delta"])
     metric = OBJECTIVES[str(attributes.get("objective", "params"))][0]
-    names = ["accuracy drop (points)", metric]
+    scale = Scale.from_dict(attributes.get("metric"))
+    names = [scale.drop_name, metric]
     if study.metric_names is None:
         with warnings.catch_warnings():
             # Marked experimental since 3.2; without it the axes of the plots have no names.
@@ -76,7 +78,7 @@ def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
             # FrozenTrial has no storage of its own, so it is passed along.
             metas = get_all_artifact_meta(trial, storage=study._storage)
             files = [meta.filename for meta in metas]
-        note = _trial_note(trial, attributes.get("baseline") or {}, delta, files)
+        note = _trial_note(trial, attributes.get("baseline") or {}, delta, scale, files)
         written += _save_once(_TrialHandle(study, trial), note)
     return written
 
@@ -178,17 +180,18 @@ def _study_note(study: optuna.Study) -> str:
     attributes = study.user_attrs
     baseline = attributes.get("baseline") or {}
     objective = str(attributes.get("objective", "params"))
+    scale = Scale.from_dict(attributes.get("metric"))
     left_alone: Mapping[str, str] = attributes.get("left_alone") or {}
     lines = [
         f"## {_cell(study.study_name)}",
         "",
-        f"Goal: the lowest {objective} with an accuracy drop of at most "
-        f"{attributes.get('delta', 0.0):g} points on validation data"
+        f"Goal: the lowest {objective} with a drop in {_cell(scale.name)} of at most "
+        f"{scale.difference(attributes.get('delta', 0.0))} on validation data"
         f"{', of the int8 file' if _in_int8(attributes) else ''}.",
         "",
         "### Baseline",
         "",
-        *_table(("metric", "value"), _metric_rows(_baseline_metrics(baseline), {})),
+        *_table(("metric", "value"), _metric_rows(_baseline_metrics(baseline), {}, scale)),
     ]
     if left_alone:
         rows = [(f"`{_cell(name)}`", _cell(reason)) for name, reason in left_alone.items()]
@@ -202,7 +205,11 @@ def _in_int8(attributes: Mapping[str, Any]) -> bool:
 
 
 def _trial_note(
-    trial: FrozenTrial, baseline: Mapping[str, Any], delta: float, files: Sequence[str]
+    trial: FrozenTrial,
+    baseline: Mapping[str, Any],
+    delta: float,
+    scale: Scale,
+    files: Sequence[str],
 ) -> str:
     attributes = trial.user_attrs
     errors = attributes.get("layer_errors") or {}
@@ -211,13 +218,13 @@ def _trial_note(
     lines = [
         f"## Trial {trial.number}",
         "",
-        f"Drop {drop:.2f} points, at most {lost(trial, delta):.2f} at the study's "
-        f"confidence: {verdict} the allowed {delta:.2f}.",
+        f"Drop {scale.difference(drop)}, at most {scale.number(lost(trial, delta))} at the "
+        f"study's confidence: {verdict} the allowed {scale.number(delta)}.",
     ]
     if attributes.get("parent"):
         lines += ["", f"Parent: {_cell(attributes['parent'])}"]
     metrics = attributes.get("metrics") or {}
-    rows = _metric_rows(_baseline_metrics(baseline), metrics)
+    rows = _metric_rows(_baseline_metrics(baseline), metrics, scale)
     lines += ["", *_table(("metric", "baseline", "trial", "ratio"), rows)]
     layers = plan_layers(attributes.get("plan"))
     plan_rows = [
@@ -242,15 +249,17 @@ def _trial_note(
 def _baseline_metrics(baseline: Mapping[str, Any]) -> dict[str, Any]:
     """The baseline under the names of a trial's metrics; a profile may lie flat or nested."""
     found = {**baseline, **(baseline.get("profile") or {})}
-    if baseline.get("accuracy") is not None:
-        found["accuracy"] = baseline["accuracy"]
+    if baseline.get("score") is not None:
+        found["score"] = baseline["score"]
     latency = found.get("latency")
     if isinstance(latency, Mapping):
         found["latency_ms"] = latency.get("median_ms")
     return found
 
 
-def _metric_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _metric_rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], scale: Scale
+) -> list[tuple[str, ...]]:
     """Rows (metric, baseline), with (trial, ratio) too if `after` holds anything."""
     rows: list[tuple[str, ...]] = []
     for key, label in _METRICS.items():
@@ -259,10 +268,12 @@ def _metric_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tu
             continue
         if key == "latency_ms" and isinstance(before.get("latency"), Mapping):
             label = latency_label(before["latency"]).replace("Latency", "latency")
-        row: tuple[str, ...] = (label, quantity(was, key))
+        if key == "score":
+            label = _cell(scale.name)
+        row: tuple[str, ...] = (label, quantity(was, key, scale))
         if after:
-            ratio = f"{was / now:.2f}x" if was and now and key != "accuracy" else ""
-            row += (quantity(now, key), ratio)
+            ratio = f"{was / now:.2f}x" if was and now and key != "score" else ""
+            row += (quantity(now, key, scale), ratio)
         rows.append(row)
     return rows
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from autocompress.batch import Batch, part_of, samples_in, to_device
 from autocompress.capture import Gradient
 from autocompress.errors import AutocompressError, ConfigError
-from autocompress.task import Batch, part_of, samples_in, to_device
 
 PATIENCE = timedelta(hours=1)
 """How long a process waits for the others; rank 0 evaluates alone meanwhile."""

@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite, sqrt
-from statistics import NormalDist
+from statistics import NormalDist, stdev
 
 import torch
-from torch import Tensor, nn
+from scipy.special import stdtrit
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.batch import samples_in
 from autocompress.errors import AutocompressError
-from autocompress.task import Loader, Task, batches, checked_scores, scores_of
+from autocompress.metrics import MeanScore, Metric, Records
+from autocompress.task import Loader, Task, batches, correct
+
+JACKKNIFE_GROUPS = 20
+"""Of a metric that is no mean, the interval is told by leaving out one group of samples after the
+other."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one pass over a loader.
+    """What one pass over a loader showed.
 
     Attributes:
-        scores: One score in [0, 1] for each sample, in the loader's order.
+        records: What the metric kept of the samples, in the loader's order.
+        metric: Makes a value of them.
+        samples: Number of samples; None for one for each record.
     """
 
-    scores: Tensor
+    records: Records
+    metric: Metric = MeanScore(correct)
+    samples: int | None = None
+
+    @cached_property
+    def score(self) -> float:
+        """The metric's value: accuracy in percent by default."""
+        return self.metric.value(self.records)
 
     @property
-    def accuracy(self) -> float:
-        """100 times the mean score, in points."""
-        return 100.0 * float(self.scores.double().mean())
+    def size(self) -> int:
+        """Number of samples."""
+        return len(self.records) if self.samples is None else self.samples
+
+    def first(self, count: int) -> Evaluation:
+        """The evaluation of the samples in the first `count` records."""
+        if count >= len(self.records):
+            return self
+        return Evaluation(self.records[:count], self.metric)
+
+    @cached_property
+    def without(self) -> Sequence[float]:
+        """The metric's values over all samples but one group's, for each group.
+
+        Groups are interleaved, so that they are alike even where samples are in order of class.
+        """
+        groups = min(JACKKNIFE_GROUPS, len(self.records))
+        if groups < 2:
+            return ()
+        parts = [self.metric.condense(self.records[index::groups]) for index in range(groups)]
+        return [
+            self.metric.value(self.metric.join([*parts[:index], *parts[index + 1 :]]))
+            for index in range(groups)
+        ]
 
 
 def evaluate(
@@ -35,16 +74,16 @@ def evaluate(
 ) -> Evaluation:
     """Score `model` on the first `batch_count` batches of `loader` (all for None), in float32."""
     was_training = model.training
+    metric, records, samples = task.measure, [], 0
     model.eval()
     try:
         with torch.no_grad():
-            scores = [
-                scores_of(task.forward(model, batch), batch, task.metric)
-                for batch in batches(loader, task.device, batch_count)
-            ]
+            for batch in batches(loader, task.device, batch_count):
+                records.append(metric.observe(task.forward(model, batch), batch))
+                samples += samples_in(batch)
     finally:
         model.train(was_training)
-    return Evaluation(checked_scores(scores))
+    return Evaluation(metric.join(records), metric, samples)
 
 
 def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
@@ -74,68 +113,98 @@ def recalibrate(model: nn.Module, task: Task, batch_count: int = 50) -> None:
         model.train(was_training)
 
 
-def accuracy_drop(baseline: Evaluation, compressed: Evaluation) -> float:
-    """Accuracy of the baseline less that of the compressed network, in points.
+def metric_drop(baseline: Evaluation, compressed: Evaluation) -> float:
+    """By how much the compressed network is worse than the baseline, on the metric's scale.
 
     Both are of the same samples; where the baseline has more, its first ones count. Rounded, so
     that a drop of exactly delta is not above it.
 
     Raises:
-        AutocompressError: If a score is not a finite number.
+        AutocompressError: If it is not a finite number.
     """
-    count = len(compressed.scores)
-    drop = 100.0 * float((baseline.scores[:count].double() - compressed.scores.double()).mean())
+    before = baseline.first(len(compressed.records)).score
+    drop = compressed.metric.scale.drop(before, compressed.score)
     if not isfinite(drop):
-        raise AutocompressError(f"The metric gave a score that makes the accuracy drop {drop}.")
+        raise AutocompressError(
+            f"The metric ({compressed.metric.scale.name}) came to {compressed.score} after "
+            f"{before}, so that the drop is {drop}."
+        )
     return round(drop, 9)
 
 
 def drop_bound(baseline: Evaluation, compressed: Evaluation, confidence: float) -> float:
-    """Upper end of a one-sided confidence interval of the accuracy drop, in points.
+    """Upper end of a one-sided confidence interval of the drop, on the metric's scale.
 
     Args:
         baseline: Where it has more samples, its first ones count.
-        compressed: Its scores of the same samples.
+        compressed: Of the same samples.
         confidence: Probability that the drop on new data is below the bound; 0.5 for the measured
             drop itself.
     """
-    drop = accuracy_drop(baseline, compressed)
-    first = Evaluation(baseline.scores[: len(compressed.scores)])
-    _, bound = _interval(first, compressed, NormalDist().inv_cdf(confidence))
-    return drop if confidence == 0.5 else round(max(drop, bound), 9)
+    drop = metric_drop(baseline, compressed)
+    if confidence == 0.5:
+        return drop
+    _, bound = _interval(baseline.first(len(compressed.records)), compressed, confidence)
+    return round(max(drop, bound), 9)
 
 
 def paired_drop(baseline: Evaluation, compressed: Evaluation) -> tuple[float, float, float]:
-    """The accuracy drop and its 95 % confidence interval, both networks on the same samples.
+    """The drop and its 95 % confidence interval, both networks on the same samples.
 
     Returns:
-        Drop, lower and upper end, in points; positive where the compressed network is worse.
+        Drop, lower and upper end, on the metric's scale; positive where the compressed network is
+        worse.
     """
-    if len(baseline.scores) != len(compressed.scores):
+    if len(baseline.records) != len(compressed.records):
         raise ValueError(
-            f"Paired scores must have one length, got {len(baseline.scores)} and "
-            f"{len(compressed.scores)}."
+            f"Paired scores must have one length, got {len(baseline.records)} and "
+            f"{len(compressed.records)}."
         )
-    drop = 100.0 * float((baseline.scores.double() - compressed.scores.double()).mean())
-    low, high = _interval(baseline, compressed, NormalDist().inv_cdf(0.975))
+    drop = metric_drop(baseline, compressed)
+    low, high = _interval(baseline, compressed, 0.975)
     return drop, min(low, drop), max(high, drop)
 
 
-def _interval(baseline: Evaluation, compressed: Evaluation, width: float) -> tuple[float, float]:
-    """Confidence interval of the drop, `width` standard errors to each side, in points.
+def _interval(
+    baseline: Evaluation, compressed: Evaluation, confidence: float
+) -> tuple[float, float]:
+    """Confidence interval of the drop, each side of which holds with `confidence`.
 
-    For 0/1 scores it is Agresti and Min's (2005, Statistics in Medicine 24:729), which adds half a
-    sample to each cell of the 2 x 2 table and so stays honest when few samples differ; for other
-    scores it is the normal interval of the paired differences.
+    For scores of 0 and 1 it is Agresti and Min's (2005, Statistics in Medicine 24:729), which adds
+    half a sample to each cell of the 2 x 2 table and so stays honest when few samples differ; for
+    other scores it is the normal interval of the paired differences. For a metric that is no mean
+    it is that of the delete-a-group jackknife (Kott 2001, Journal of Official Statistics 17:521),
+    with Student's distribution.
     """
-    difference = baseline.scores.double() - compressed.scores.double()
+    metric = baseline.metric
+    if not isinstance(metric, MeanScore):
+        return _jackknife(baseline, compressed, confidence)
+    width = NormalDist().inv_cdf(confidence)
+    sign = metric.factor * metric.scale.drop(1.0, 0.0)
+    difference = sign * (baseline.records.double() - compressed.records.double())
     count = len(difference)
-    both = torch.cat([baseline.scores, compressed.scores])
+    both = torch.cat([baseline.records, compressed.records])
     if bool(((both == 0) | (both == 1)).all()):
         lost, won = int((difference > 0).sum()), int((difference < 0).sum())
         centre = (lost - won) / (count + 2)
         spread = sqrt(lost + won + 1 - (lost - won) ** 2 / (count + 2)) / (count + 2)
+        centre, spread = metric.factor * centre, metric.factor * spread
     else:
         centre = float(difference.mean())
         spread = float(difference.std()) / sqrt(count) if count > 1 else float("inf")
-    return 100 * (centre - width * spread), 100 * (centre + width * spread)
+    return centre - width * spread, centre + width * spread
+
+
+def _jackknife(
+    baseline: Evaluation, compressed: Evaluation, confidence: float
+) -> tuple[float, float]:
+    scale = baseline.metric.scale
+    drop = scale.drop(baseline.score, compressed.score)
+    pairs = zip(baseline.without, compressed.without, strict=True)
+    drops = [scale.drop(before, after) for before, after in pairs]
+    groups = len(drops)
+    if groups < 2 or not all(map(isfinite, drops)):
+        return float("-inf"), float("inf")
+    error = stdev(drops) * (groups - 1) / sqrt(groups)
+    width = float(stdtrit(groups - 1, confidence)) * error
+    return drop - width, drop + width

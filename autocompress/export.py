@@ -36,13 +36,13 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from autocompress import __version__
+from autocompress.batch import tensors_in
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.models import build_model, load_state
 from autocompress.plan import Plan
 from autocompress.profiler import Example, Profile, size_bytes
 from autocompress.runtime import open_onnx
 from autocompress.surgery import build_plan
-from autocompress.task import tensors_in
 
 SCHEMA_VERSION = 1
 TOLERANCE = 1e-4

@@ -24,8 +24,8 @@ from autocompress.training import fit
 from autocompress.trials import has_weights, stage_of, within_delta
 from autocompress.weights import portable_state, save_weights, write_weights
 
-LOST = 100.0
-"""The drop of a network whose fine-tuning diverged, in points."""
+LOST = 2.0
+"""A network whose fine-tuning diverged has lost so many times what the gate allows."""
 FINALS = 5
 """How many long fine-tunings there are at most, those with a second seed included."""
 
@@ -39,8 +39,8 @@ class Finalist:
         model: The network with its final weights.
         plan: What was done to it.
         val: Its scores on the validation data.
-        drop: The accuracy drop on them that it is judged by, in points.
-        bound: Upper confidence bound of that drop, in points.
+        drop: The drop on them that it is judged by, on the metric's scale.
+        bound: Upper confidence bound of that drop.
         epochs: Length of the final fine-tuning that its weights had.
         seeds: The bounds that the final fine-tuning reached, by its seed.
     """
@@ -102,9 +102,9 @@ def rehearse(
 
     Returns:
         The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
-        drop after, in points, 100 where the fine-tuning diverged; "weights", the artifact of the
-        weights if they are better than the trial's, from which its children may begin. None where
-        no trial promises to come within delta.
+        drop after, both twice the gate where the fine-tuning diverged; "weights", the artifact of
+        the weights if they are better than the trial's, from which its children may begin. None
+        where no trial promises to come within delta.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
@@ -112,7 +112,9 @@ def rehearse(
         return None
     finalist = _final_fit(config, bench, folder, label, config.seed, display)
     before = labelled[label].values[0]
-    found = {"trial": label, "before": before, "after": LOST, "bound": LOST, "weights": None}
+    diverged = LOST * bench.finetune.gate
+    found = {"trial": label, "before": before, "after": diverged, "bound": diverged}
+    found["weights"] = None
     if finalist is not None:
         found |= {"after": finalist.drop, "bound": finalist.bound}
         if finalist.drop < before:
@@ -289,8 +291,9 @@ def _final_fit(
     val = evaluate(model, task, task.val)
     drop, bound = bench.judge(model, val)
     display.say(
-        f"Fine-tuned {label} for {recipe.final_epochs:g} epochs, seed {seed}: {val.accuracy:.2f} % "
-        f"on validation data, a drop of at most {bound:.2f} at confidence {config.confidence:g}"
+        f"Fine-tuned {label} for {recipe.final_epochs:g} epochs, seed {seed}: "
+        f"{task.scale.value(val.score)} on validation data, a drop of at most "
+        f"{task.scale.number(bound)} at confidence {config.confidence:g}"
         f"{' (in int8)' if bench.int8 else ''}."
     )
     return Finalist(label, model, plan, val, drop, bound, recipe.final_epochs, {seed: bound})

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autocompress.task import tensors_in
+from autocompress.batch import tensors_in
 
 _INPUT = 1
 """The mark of what depends on the network's input; layers have the bits above it."""

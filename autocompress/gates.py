@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from autocompress.evaluation import Evaluation, accuracy_drop, evaluate
-from autocompress.task import Task, samples_in
+from autocompress.batch import samples_in
+from autocompress.evaluation import Evaluation, evaluate, metric_drop
+from autocompress.scale import Scale
+from autocompress.task import Task
 
 GATE_IMAGES = 1000
 """About how many validation images a gate looks at."""
@@ -31,13 +33,24 @@ SLACK = 0.5
 it kept."""
 
 
+def usual_gate(scale: Scale, score: float) -> float:
+    """The drop before fine-tuning at which a trial stops, where the study file doesn't say.
+
+    50 points; on another scale than percentages half of the baseline's score, or nine times that
+    of an error.
+    """
+    if scale.unit == "%":
+        return 50.0
+    return abs(score) * (0.5 if scale.higher_is_better else 9.0)
+
+
 @dataclass(frozen=True)
 class Record:
     """What a trial that was carried out to its end had lost on its way.
 
     Attributes:
-        early: Accuracy drop before fine-tuning and at each rung, in points, on the gate's images.
-        lost: Upper confidence bound of the drop at its end, in points.
+        early: Drop before fine-tuning and at each rung, on the gate's images.
+        lost: Upper confidence bound of the drop at its end.
     """
 
     early: Sequence[float]
@@ -50,10 +63,10 @@ def least_loss(records: Sequence[Record], place: int, drop: float) -> float | No
     Args:
         records: Trials of the same stage, and so of the same length.
         place: 0 for before fine-tuning, then 1 for the first rung and so on.
-        drop: What the trial has lost there, in points.
+        drop: What the trial has lost there.
 
     Returns:
-        Points: `SLACK` times the share of its early drop that the luckiest of the trials like it
+        `SLACK` times the share of its early drop that the luckiest of the trials like it
         kept, of `drop`.
     """
     if drop <= 0:
@@ -73,14 +86,14 @@ class Gate:
         task: Gives the validation data.
         baseline: The baseline's scores on them.
         records: How earlier trials of the stage went.
-        most: The most that may be lost before fine-tuning, in points.
-        useful: A trial that loses more than this at its end is of no use, in points.
+        most: The most that may be lost before fine-tuning.
+        useful: A trial that loses more than this at its end is of no use.
         drops: What it had lost at the places where it was looked at before it was cut off.
 
     Attributes:
-        drops: What the network had lost before fine-tuning and at each rung so far, in points.
+        drops: What the network had lost before fine-tuning and at each rung so far.
         reason: Why the trial was stopped, if it was.
-        lost: What then counts as lost, in points.
+        lost: What then counts as lost.
     """
 
     def __init__(
@@ -108,15 +121,18 @@ class Gate:
             place: 0 for before fine-tuning, then 1 for the first rung and so on.
         """
         early = evaluate(model, self._task, self._task.val, self._batches)
-        drop = accuracy_drop(self._baseline, early)
+        drop = metric_drop(self._baseline, early)
         self.drops[place:] = [drop]
         when = f"after {100 * RUNGS[place - 1]:.0f} % of the" if place else "before"
-        words = f"{drop:.1f} points lost {when} fine-tuning"
+        scale = self._task.scale
+        words = f"{scale.difference(drop)} lost {when} fine-tuning"
         least = least_loss(self._records, place, drop)
         if place == 0 and drop > self._most:
-            self.reason = f"{words} > gate {self._most:g}"
+            self.reason = f"{words} > gate {self._most:.4g}"
         elif least is not None and least > self._useful:
-            self.reason = f"{words}: earlier trials tell that {least:.1f} or more would remain"
+            self.reason = (
+                f"{words}: earlier trials tell that {scale.number(least)} or more would remain"
+            )
         self.lost = max(drop, least or 0.0)
         return self.reason is not None
 

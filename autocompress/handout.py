@@ -67,7 +67,7 @@ def export_trial(
         plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
         state = load_file(weights_file)
         stored = json.loads((folder.best / "profile.json").read_text(encoding="utf-8"))
-        accuracy, latency = stored["accuracy"], stored["latency"]
+        score, latency = stored["score"], stored["latency"]
     else:
         try:
             trial = find_trial(studies, label)
@@ -82,7 +82,7 @@ def export_trial(
         state = fetch_weights(
             trial.user_attrs[WEIGHTS], folder.artifact_store(studies["exploration"])
         )
-        accuracy = trial.user_attrs["metrics"]["accuracy"]
+        score = trial.user_attrs["metrics"]["score"]
         latency = trial.user_attrs.get(LATENCY)
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, plan)
@@ -100,7 +100,7 @@ def export_trial(
             example,
             replace(
                 profile_model(model, example, latency=False),
-                accuracy=accuracy,
+                score=score,
                 latency=None if latency is None else Latency(**latency),
             ),
             images=example,
@@ -142,7 +142,7 @@ def _quantized(
         return None
     if found.bound > quantizer.delta:
         say(
-            f"{INT8_FILE} is not within the study's {quantizer.delta:g} points. A study with "
+            f"{INT8_FILE} is not within the study's delta of {quantizer.delta:g}. A study with "
             "int8 = true fine-tunes its winner with the rounding in place."
         )
     return path

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.batch import samples_in, split_batch
 from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
 from autocompress.compensation import InputStatistics, compensate
 from autocompress.damage import damage
 from autocompress.observation import CHUNK, Observations, output_change
-from autocompress.task import Task, samples_in, split_batch
+from autocompress.task import Task
 
 Importance = Literal["outputs", "norm", "bn", "taylor"]
 LEAST = 1 / 8

@@ -83,8 +83,8 @@ def make_int8(
             }
             return Int8(record, finalist.label, path)
         reasons.append(
-            f"{finalist.label} lost at most {found.bound:.2f} points, where {bench.delta:g} are "
-            "allowed"
+            f"{finalist.label} lost at most {bench.task.scale.difference(found.bound)}, where "
+            f"{bench.delta:g} are allowed"
         )
     reason = "; ".join(reasons) + "."
     display.say(f"There is no int8 file within delta: {reason}")
@@ -92,7 +92,7 @@ def make_int8(
 
 
 def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -> dict[str, Any]:
-    """The int8 file's accuracy on test data and its drop; empty where there is no file.
+    """The int8 file's score on test data and its drop; empty where there is no file.
 
     Args:
         bench: The baseline and the data.
@@ -108,12 +108,13 @@ def score_int8(bench: Bench, int8: Int8, before: Evaluation, display: Display) -
         display.say(f"The int8 file was not tested: {type(error).__name__}: {error}")
         return {}
     drop, low, high = paired_drop(before, after)
+    scale = bench.task.scale
     display.say(
-        f"Test data, int8: {after.accuracy:.2f} %, drop {drop:.2f} points (95 % interval "
-        f"{low:.2f} to {high:.2f})."
+        f"Test data, int8: {scale.value(after.score)}, drop {scale.difference(drop)} (95 % "
+        f"interval {scale.number(low)} to {scale.number(high)})."
     )
     return {
-        "test_accuracy": after.accuracy,
+        "test_score": after.score,
         "test_drop": drop,
         "test_drop_interval": [low, high],
     }
@@ -226,7 +227,7 @@ def _describe(finalist: Finalist, attempt: Attempt) -> dict[str, Any]:
         "trial": int(number),
         "calibration": attempt.calibration,
         "rounded_epochs": attempt.epochs,
-        "val_accuracy": attempt.val.accuracy,
+        "val_score": attempt.val.score,
         "val_drop": attempt.drop,
         "val_drop_bound": attempt.bound,
     }

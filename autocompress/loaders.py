@@ -21,8 +21,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from autocompress.batch import tensors_in
 from autocompress.errors import ConfigError
-from autocompress.task import Loader, tensors_in
+from autocompress.task import Loader
 
 Labels = NDArray[np.int64]
 

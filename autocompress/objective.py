@@ -28,9 +28,9 @@ from autocompress.distributed import share
 from autocompress.errors import AutocompressError, DamagedArtifact, DatabaseLost
 from autocompress.evaluation import (
     Evaluation,
-    accuracy_drop,
     drop_bound,
     evaluate,
+    metric_drop,
     recalibrate,
 )
 from autocompress.gates import RUNGS, Gate, Record
@@ -96,7 +96,7 @@ class Bench:
         cache: Factorizations of the baseline's layers.
         observations: Real inputs of the layers, and derivatives at their outputs.
         finetune: Length, learning rate, distillation and gate.
-        delta: The tolerance, in points.
+        delta: The tolerance, on the metric's scale.
         confidence: How sure it must be that the drop is within it.
         objective: "params", "size", "macs", "latency" or "params+macs".
         seed: The study's seed.
@@ -140,7 +140,7 @@ class Bench:
         return Quantizer(self.task, self.baseline.val, self.example, self.delta, self.confidence)
 
     def judge(self, model: nn.Module, val: Evaluation) -> tuple[float, float]:
-        """The accuracy drop that a network is judged by, in points, and its upper bound.
+        """The drop that a network is judged by, and its upper bound.
 
         Args:
             model: The network.
@@ -149,7 +149,7 @@ class Bench:
         """
         if self.int8:
             val = self.quantizer.score(model)
-        drop = accuracy_drop(self.baseline.val, val)
+        drop = metric_drop(self.baseline.val, val)
         return drop, drop_bound(self.baseline.val, val, self.confidence)
 
     @property
@@ -266,7 +266,7 @@ def announce(bench: Bench, trial: FrozenTrial) -> None:
 def _carry_out(
     bench: Bench, stage: str, space: SearchSpace, trial: Trial
 ) -> tuple[tuple[float, float], str | None]:
-    """The trial's values (drop in points, cost) and the reason if it was stopped at the gate."""
+    """The trial's values (drop, cost) and the reason if it was stopped at the gate."""
     watch = Stopwatch()
     task, finetune = bench.task, bench.finetune
     # One that comes again has the seed that it had.
@@ -334,8 +334,9 @@ def _carry_out(
         # Mostly larger than a violation at the end, so that a sampler ranks it behind.
         drop = gate.drops[-1]
         set_constraint(trial, gate.lost - bench.delta)
-        accuracy = bench.baseline.val.accuracy - drop
-        _record(trial, watch, accuracy, drop, gate.lost, profile, latency, full)
+        # Of the gate's images, but as near to that of all as is known.
+        score = bench.baseline.val.score + task.scale.drop(0.0, drop)
+        _record(trial, watch, score, drop, gate.lost, profile, latency, full)
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
@@ -347,7 +348,7 @@ def _carry_out(
     save_text(plan.to_json(), "plan.json", trial, bench.store)
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
-    _record(trial, watch, after.accuracy, drop, bound, profile, latency, full)
+    _record(trial, watch, after.score, drop, bound, profile, latency, full)
     return (drop, cost), None
 
 
@@ -520,7 +521,7 @@ def _ratio(bench: Bench, cost: float) -> float:
 def _record(
     trial: Trial,
     watch: Stopwatch,
-    accuracy: float,
+    score: float,
     drop: float,
     bound: float,
     profile: Profile,
@@ -530,7 +531,7 @@ def _record(
     trial.set_user_attr(
         "metrics",
         {
-            "accuracy": accuracy,
+            "score": score,
             "drop": drop,
             "drop_bound": bound,
             "params": profile.params,

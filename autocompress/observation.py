@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autocompress.batch import samples_in, split_batch, tensors_in
 from autocompress.layers import LayerSpec
 from autocompress.surgery import FactorCache
-from autocompress.task import Task, samples_in, split_batch, tensors_in
+from autocompress.task import Task
 
 CHUNK = 32
 """Images in a backward pass."""

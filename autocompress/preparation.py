@@ -26,10 +26,12 @@ from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, cache_folder
 from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
+from autocompress.gates import usual_gate
 from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.layertimes import LayerTimes, with_times
+from autocompress.metrics import check_value
 from autocompress.models import load_state
 from autocompress.objective import Bench, timed
 from autocompress.observation import Observations, observe_layers
@@ -139,7 +141,9 @@ def equip(
         example=example,
         cache=observations.factor_cache(baseline.model),
         observations=observations,
-        finetune=Recipe.from_config(config.finetune),
+        finetune=Recipe.from_config(
+            config.finetune, gate=usual_gate(task.scale, baseline.val.score)
+        ),
         delta=config.delta,
         confidence=config.confidence,
         objective=config.objective,
@@ -170,21 +174,23 @@ def _make_baseline(
         display.say("All of the network's parameters were frozen; they are made trainable.")
     precision = study.user_attrs.get("precision")
     if precision is None:
-        task.amp_dtype = _first_steps(task)
+        # A training loop of the user's own sees to its precision itself.
+        task.amp_dtype = _first_steps(task) if task.training is None else None
         precision = str(task.amp_dtype or torch.float32).removeprefix("torch.")
         study.set_user_attr("precision", precision)
     task.amp_dtype = torch.bfloat16 if precision == "bfloat16" else None
     digest = _load_baseline(config, task, display, folder, study)
     task.model.eval()
     val = evaluate(task.model, task, task.val)
+    check_value(val.metric, val.score, "the baseline on validation data")
     check_better_than_guessing(task, val)
     _check_enough_images(config, val)
     example = task.example()
     profile = profile_model(task.model, example, latency=False)
-    profile = replace(profile, accuracy=val.accuracy)
+    profile = replace(profile, score=val.score)
     display.say(
-        f"Baseline: {val.accuracy:.2f} % on validation data, {profile.params / 1e6:.3f} M params, "
-        f"{profile.macs / 1e6:.1f} M MACs."
+        f"Baseline: {task.scale.value(val.score)} on validation data, "
+        f"{profile.params / 1e6:.3f} M params, {profile.macs / 1e6:.1f} M MACs."
     )
     if task.val_seen:
         display.say(
@@ -246,10 +252,10 @@ def _check_enough_images(config: StudyConfig, val: Evaluation) -> None:
     least = drop_bound(val, val, config.confidence)
     if least > config.delta:
         raise ConfigError(
-            f"{len(val.scores)} validation images are too few for delta = {config.delta:g} at "
+            f"{val.size} validation images are too few for delta = {config.delta:g} at "
             f"confidence = {config.confidence:g}: even a network that errs on no further image may "
-            f"be {least:.2f} points worse. Give more validation images, a larger delta, or a "
-            "smaller confidence (0.5 trusts the measured drop)."
+            f"be {val.metric.scale.difference(least)} worse. Give more validation images, a larger "
+            "delta, or a smaller confidence (0.5 trusts the measured drop)."
         )
 
 
@@ -266,7 +272,10 @@ def _check_int8(bench: Bench, display: Display) -> None:
             f"search.int8 = true judges every trial by its int8 file, and the baseline has none: "
             f"{error} Leave search.int8 out."
         ) from error
-    display.say(f"The baseline in int8 loses {drop:.2f} points, at most {bound:.2f}.")
+    scale = bench.task.scale
+    display.say(
+        f"The baseline in int8 loses {scale.difference(drop)}, at most {scale.number(bound)}."
+    )
 
 
 def _first_steps(task: Task) -> torch.dtype | None:
@@ -384,7 +393,7 @@ def _facts(
     """What the report, the dashboard and the export of single trials need to know."""
     task, baseline = bench.task, bench.baseline
     return {
-        "baseline": {"accuracy": baseline.val.accuracy, **baseline.profile.to_dict()},
+        "baseline": {"score": baseline.val.score, **baseline.profile.to_dict()},
         "layers": [asdict(layer) for layer in table.layers],
         "left_alone": dict(left_alone),
         "groups": {name: group_to_dict(ladder.group) for name, ladder in table.ladders.items()},
@@ -393,6 +402,7 @@ def _facts(
             layer.name: bound_text(layer.name, config.search.bounds or ()) for layer in table.layers
         },
         "delta": config.delta,
+        "metric": task.scale.to_dict(),
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,
         "input_shapes": [list(value.shape) for value in bench.example],

@@ -21,14 +21,15 @@ from optuna.study import Study
 from torch import nn
 
 from autocompress.allocator import Knobs, budget_range, decode
+from autocompress.batch import samples_in
 from autocompress.config import FinetuneConfig
 from autocompress.errors import ConfigError, TrainingDiverged
-from autocompress.evaluation import Evaluation, accuracy_drop, evaluate, recalibrate
+from autocompress.evaluation import Evaluation, evaluate, metric_drop, recalibrate
 from autocompress.gates import gate_batches
 from autocompress.objective import RECALIBRATION_BATCHES, Bench
 from autocompress.space import SearchSpace
 from autocompress.surgery import apply_plan
-from autocompress.task import Task, batches, checked_scores, samples_in, scores_of
+from autocompress.task import Task, batches
 from autocompress.training import OnStep, Recipe, fit
 
 PROBE = "probe"
@@ -36,6 +37,8 @@ PROBE = "probe"
 DAMAGE, LOOKS = 8.0, 5
 """The probe's candidate has lost about this many times delta before fine-tuning, as trials that end
 near delta have: 5 to 20 times on digits, Fashion-MNIST and CIFAR-10. So many are looked at."""
+SLIGHT = 0.005
+"""Of a smaller delta than this share of the baseline's score no candidate could be told."""
 FIRST_STEPS = 50
 """Batches in the shortest runs."""
 DOUBLINGS = 3
@@ -57,7 +60,7 @@ class ProbeRun:
         epochs: Its length, in passes over the training data.
         learning_rate: Peak of its schedule.
         loss: On validation images; infinite if it diverged.
-        drop: Accuracy drop on the same images, in points.
+        drop: Drop on the same images, on the metric's scale.
     """
 
     epochs: float
@@ -94,11 +97,11 @@ class Probe:
 
     def __str__(self) -> str:
         runs = ", ".join(
-            f"{run.drop:.2f} at {run.learning_rate:g} for {run.epochs:.2g}" for run in self.runs[1:]
+            f"{run.drop:.3g} at {run.learning_rate:g} for {run.epochs:.2g}" for run in self.runs[1:]
         )
         return (
             f"Probe: learning rate {self.learning_rate:g} and {self.epochs:.2g} epochs for a trial "
-            f"(points lost: {self.runs[0].drop:.2f} before, {runs}; {self.seconds:.0f} s)."
+            f"(lost: {self.runs[0].drop:.3g} before, {runs}; {self.seconds:.0f} s)."
         )
 
 
@@ -113,8 +116,9 @@ def settle(bench: Bench, space: SearchSpace, finetune: FinetuneConfig, study: St
         finetune: The study file's settings.
         study: The exploration.
     """
+    gate = bench.finetune.gate
     if finetune.epochs is not None and finetune.learning_rate is not None:
-        return Recipe.from_config(finetune)
+        return Recipe.from_config(finetune, gate=gate)
     stored = study.user_attrs.get(PROBE)
     if stored is None:
         bench.display.stage("probe", 1)
@@ -136,13 +140,13 @@ def settle(bench: Bench, space: SearchSpace, finetune: FinetuneConfig, study: St
         bench.display.say(str(found))
         stored = found.to_json()
         study.set_user_attr(PROBE, stored)
-    return Recipe.from_config(finetune, stored["epochs"], stored["learning_rate"])
+    return Recipe.from_config(finetune, stored["epochs"], stored["learning_rate"], gate)
 
 
 def _damaged(bench: Bench, space: SearchSpace) -> nn.Module:
     """A recalibrated candidate that fine-tuning has something to mend on; found by bisection."""
     task, (low, high) = bench.task, budget_range(space)
-    target = DAMAGE * max(bench.delta, 0.5)
+    target = DAMAGE * max(bench.delta, SLIGHT * abs(bench.baseline.val.score))
     best: tuple[float, nn.Module] | None = None
     for _ in range(LOOKS):
         budget = math.sqrt(low * high)
@@ -150,9 +154,7 @@ def _damaged(bench: Bench, space: SearchSpace) -> nn.Module:
         plan = here.plan(picked)
         model = apply_plan(bench.baseline.model, plan, bench.cache).to(task.device)
         recalibrate(model, task, RECALIBRATION_BATCHES)
-        drop = accuracy_drop(
-            bench.baseline.val, evaluate(model, task, task.val, gate_batches(task))
-        )
+        drop = metric_drop(bench.baseline.val, evaluate(model, task, task.val, gate_batches(task)))
         if best is None or abs(drop - target) < best[0]:
             best = abs(drop - target), model
         low, high = (budget, high) if drop > target else (low, budget)
@@ -195,7 +197,7 @@ def probe(
 
     def run(length: float, rate: float) -> ProbeRun:
         student = deepcopy(model)
-        loss, drop = math.inf, 100.0
+        loss, drop = math.inf, math.inf
         try:
             fit(
                 student,
@@ -244,10 +246,10 @@ def _lengths(steps: int, epochs: float | None) -> list[float]:
 
 
 def _gains(before: ProbeRun, ladder: Sequence[ProbeRun]) -> tuple[float, float]:
-    """Points that the last doubling won back, and another would if gains go on to fall as they did.
+    """What the last doubling won back, and another would if gains go on to fall as they did.
 
-    They are told by the loss, which is less noisy than the accuracy of few images, and turned into
-    points by the slope of the line through the candidate and its runs.
+    They are told by the loss, which is less noisy than the metric of few images, and turned into
+    drops by the slope of the line through the candidate and its runs.
     """
     losses = [run.loss for run in (before, *ladder)]
     if len(set(losses)) < 2 or not all(map(math.isfinite, losses)):
@@ -284,17 +286,17 @@ class _Judge:
     def __call__(self, model: nn.Module) -> tuple[float, float]:
         """Mean loss, and accuracy drop in points."""
         loss, scores = self._pass(model)
-        return loss, accuracy_drop(self._scores, scores)
+        return loss, metric_drop(self._scores, scores)
 
     def _pass(self, model: nn.Module) -> tuple[float, Evaluation]:
         task = self._task
         losses: list[float] = []
-        scores: list[torch.Tensor] = []
+        metric, records = task.measure, []
         model.eval()
         with torch.no_grad():
             for batch in batches(task.val, task.device, self._count):
                 output = task.forward(model, batch)
-                scores.append(scores_of(output, batch, task.metric))
+                records.append(metric.observe(output, batch))
                 try:
                     losses += [float(task.loss(output, batch))] * samples_in(batch)
                 except Exception as error:
@@ -303,4 +305,4 @@ class _Judge:
                         f"its runs: {type(error).__name__}: {error}. Give finetune.epochs and "
                         "finetune.learning_rate."
                     ) from error
-        return sum(losses) / len(losses), Evaluation(checked_scores(scores))
+        return sum(losses) / len(losses), Evaluation(metric.join(records), metric, len(losses))

@@ -120,7 +120,7 @@ class EventDisplay(NullDisplay):
         reason: str | None,
     ) -> None:
         """A trial has ended."""
-        drops = "" if drop is None else f", drop {drop:.2f}"
+        drops = "" if drop is None else f", drop {drop:.3g}"
         costs = "" if cost_ratio is None else f", cost {cost_ratio:.2f}x smaller"
         why = "" if reason is None else f": {reason}"
         self._send("finished", words=f"trial {number} {state.lower()}{drops}{costs}{why}")

@@ -31,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from autocompress.batch import tensors_in
 from autocompress.errors import ConfigError
 from autocompress.layers import Cost
-from autocompress.task import tensors_in
+from autocompress.scale import ACCURACY, Scale
 
 Example = tuple[Tensor, ...]
 """The network's inputs, batch first, as `model(*example)` takes them."""
@@ -120,7 +121,7 @@ class Profile:
         macs: Multiply-adds for one image.
         memory_bytes: Bytes of parameters, buffers and all activations of one image.
         latency: None if it was not measured.
-        accuracy: In percent; None if it was not measured. The profiler never fills it.
+        score: The task's metric; None if it was not measured. The profiler never fills it.
         layers: Modules that have params, MACs or activations, in the order of definition; their
             sums are the totals.
         uncounted: Operations that computed something but have no MACs, with their calls.
@@ -131,7 +132,7 @@ class Profile:
     macs: int
     memory_bytes: int
     latency: Latency | None = None
-    accuracy: float | None = None
+    score: float | None = None
     layers: tuple[LayerProfile, ...] = ()
     uncounted: Mapping[str, int] = field(default_factory=dict)
 
@@ -161,7 +162,7 @@ class Profile:
             macs=data["macs"],
             memory_bytes=data["memory_bytes"],
             latency=None if latency is None else Latency(**latency),
-            accuracy=data.get("accuracy"),
+            score=data.get("score"),
             layers=tuple(
                 LayerProfile(**{**layer, "output_shape": tuple(layer.get("output_shape", ()))})
                 for layer in data.get("layers", ())
@@ -175,31 +176,34 @@ class Row:
     """One metric before and after, in the unit of the table.
 
     Attributes:
-        metric: "accuracy", "params", "size", "MACs", "memory" or "latency".
-        unit: "%", "M", "MB" (1 MB = 1,000,000 bytes), "M" or "G", "MB", "ms".
+        metric: The name of the task's metric, "params", "size", "MACs", "memory" or "latency".
+        unit: That of the task's metric, "M", "MB" (1 MB = 1,000,000 bytes), "M" or "G", "MB", "ms".
         before: Of the baseline; None if it was not measured.
         after: Of the compressed network; None if it was not measured.
+        scale: Of the task's metric, in its row.
     """
 
     metric: str
     unit: str
     before: float | None
     after: float | None
+    scale: Scale | None = None
 
     @property
     def ratio(self) -> float | None:
-        """Compression ratio, baseline / compressed; None for accuracy and what wasn't measured."""
-        if self.metric == "accuracy" or self.before is None or not self.after:
+        """Compression ratio, baseline / compressed; None for the metric and what is unknown."""
+        if self.scale is not None or self.before is None or not self.after:
             return None
         return self.before / self.after
 
     @property
     def change(self) -> str:
-        """The ratio ("4.0x") or, for accuracy, the difference ("-0.62 points"); "" if unknown."""
-        if self.metric == "accuracy":
+        """The ratio ("4.0x") or, for the metric, the difference ("-0.62 points"); "" if unknown."""
+        if self.scale is not None:
             if self.before is None or self.after is None:
                 return ""
-            return f"{self.after - self.before:+.2f} points"
+            difference = self.after - self.before
+            return ("+" if difference >= 0 else "") + self.scale.difference(difference)
         return "" if self.ratio is None else f"{self.ratio:.1f}x"
 
 
@@ -271,11 +275,11 @@ def measure_latency(
     return Latency.of(times, batch_size, str(inputs[0].device), torch.get_num_threads())
 
 
-def comparison(before: Profile, after: Profile) -> list[Row]:
-    """The table before/after: accuracy, params, size, MACs, memory and latency."""
+def comparison(before: Profile, after: Profile, scale: Scale = ACCURACY) -> list[Row]:
+    """The table before/after: the task's metric, params, size, MACs, memory and latency."""
     macs_unit, macs_scale = ("G", 1e9) if before.macs >= 1e9 else ("M", 1e6)
     return [
-        Row("accuracy", "%", before.accuracy, after.accuracy),
+        Row(scale.name, scale.unit, before.score, after.score, scale),
         Row("params", "M", before.params / 1e6, after.params / 1e6),
         Row("size", "MB", before.size_bytes / 1e6, after.size_bytes / 1e6),
         Row("MACs", macs_unit, before.macs / macs_scale, after.macs / macs_scale),

@@ -20,6 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.scale import ACCURACY, Scale
+
 logger = logging.getLogger("autocompress")
 
 Clock = Callable[[], float]
@@ -50,6 +52,7 @@ class Display(Protocol):
         objective: str = "params",
         best: tuple[float, float] | None = None,
         later: float = 0.0,
+        scale: Scale = ACCURACY,
     ) -> None:
         """Begin a stage: "baseline", "exploration", "annealing", "final".
 
@@ -57,10 +60,11 @@ class Display(Protocol):
             name: What the user reads.
             total: Trials of the stage; 0 or 1 where it is one long phase without trials.
             done: Trials that an earlier run has finished.
-            delta: Allowed accuracy drop in points.
+            delta: Allowed drop, on the metric's scale.
             objective: The cost whose ratio is shown.
             best: Compression ratio and drop of the best trial of earlier runs, if there is one.
             later: What comes after this stage, in trials of the same length.
+            scale: Of the metric that drops are of.
         """
         ...
 
@@ -93,7 +97,7 @@ class Display(Protocol):
 
         Args:
             number: Of the trial in its study.
-            drop: Accuracy drop in points, if it was measured.
+            drop: Drop, on the metric's scale, if it was measured.
             cost_ratio: Baseline cost / cost of the trial, if it was measured.
             feasible: Whether the trial is complete and surely enough within delta.
             state: Optuna's name, such as "COMPLETE".
@@ -135,6 +139,7 @@ class _Tally:
     later: float = 0.0
     delta: float | None = None
     objective: str = "params"
+    scale: Scale = ACCURACY
     best: tuple[float, float] | None = None
     best_trial: str = ""
     stage_start: float | None = None
@@ -152,11 +157,12 @@ class _Tally:
         objective: str,
         best: tuple[float, float] | None,
         later: float,
+        scale: Scale,
     ) -> None:
         if (delta, objective) != (self.delta, self.objective) and delta is not None:
             # What was best under another tolerance or objective says nothing here.
             self.best, self.best_trial = None, ""
-            self.delta, self.objective = delta, objective
+            self.delta, self.objective, self.scale = delta, objective, scale
         if best is not None and (self.best is None or best[0] > self.best[0]):
             self.best, self.best_trial = best, ""
         self.name, self.total, self.done, self.later = name, total, done, later
@@ -234,7 +240,7 @@ class _Tally:
         """The words about one finished trial."""
         words = []
         if drop is not None:
-            words.append(f"drop {drop:.2f}{self._verdict(drop, feasible)}")
+            words.append(f"drop {self.scale.number(drop)}{self._verdict(drop, feasible)}")
         if cost_ratio is not None:
             words.append(f"{self.objective} {format_ratio(cost_ratio)}")
         if state != "COMPLETE" or reason:
@@ -245,9 +251,10 @@ class _Tally:
     def _verdict(self, drop: float, feasible: bool) -> str:
         if self.delta is None:
             return ""
+        allowed = self.scale.number(self.delta)
         if drop > self.delta:
-            return f" > {self.delta:.2f}"
-        return f" <= {self.delta:.2f}" if feasible else f", not surely within {self.delta:.2f}"
+            return f" > {allowed}"
+        return f" <= {allowed}" if feasible else f", not surely within {allowed}"
 
 
 class PlainDisplay:
@@ -277,13 +284,14 @@ class PlainDisplay:
         objective: str = "params",
         best: tuple[float, float] | None = None,
         later: float = 0.0,
+        scale: Scale = ACCURACY,
     ) -> None:
-        self._tally.stage(name, total, done, delta, objective, best, later)
+        self._tally.stage(name, total, done, delta, objective, best, later, scale)
         self._began = self._clock()
         self._last_steps.clear()
         words = [f"[{self._tally.counter()}]", "start" if not done else "resume"]
         if delta is not None:
-            words.append(f"allowed drop {delta:.2f} points")
+            words.append(f"allowed drop {scale.difference(delta)}")
         self._line("  ".join([" ".join(words[:2]), *words[2:]]))
 
     def trial_started(self, number: int, worker: str = "") -> None:
@@ -371,8 +379,9 @@ class LiveDisplay:
         objective: str = "params",
         best: tuple[float, float] | None = None,
         later: float = 0.0,
+        scale: Scale = ACCURACY,
     ) -> None:
-        self._tally.stage(name, total, done, delta, objective, best, later)
+        self._tally.stage(name, total, done, delta, objective, best, later, scale)
         logger.info("[%s] %s", self._tally.counter(), "resume" if done else "start")
         if self._live is None:
             self._live = Live(
@@ -462,10 +471,12 @@ class LiveDisplay:
         if tally.delta is None or (tally.best is None and not tally.total):
             return []
         if tally.best is None:
-            text = f"none yet within the allowed drop of {tally.delta:.2f} points"
+            text = f"none yet within the allowed drop of {tally.scale.difference(tally.delta)}"
         else:
             ratio, drop = tally.best
-            text = f"{tally.objective} {format_ratio(ratio)}, drop {drop:.2f} of {tally.delta:.2f}"
+            number = tally.scale.number
+            text = f"{tally.objective} {format_ratio(ratio)}, drop {number(drop)} of "
+            text += number(tally.delta)
             text += f" allowed ({tally.best_trial})" if tally.best_trial else " allowed"
         return [Text("best".ljust(14) + text, overflow="ellipsis", no_wrap=True)]
 
@@ -485,6 +496,7 @@ class NullDisplay:
         objective: str = "params",
         best: tuple[float, float] | None = None,
         later: float = 0.0,
+        scale: Scale = ACCURACY,
     ) -> None:
         logger.info("[%s %d/%d] %s", name, done, total, "resume" if done else "start")
 

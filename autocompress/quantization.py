@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
-from autocompress.evaluation import Evaluation, accuracy_drop, drop_bound, evaluate
+from autocompress.evaluation import Evaluation, drop_bound, evaluate, metric_drop
 from autocompress.export import INT8_FILE, export_onnx
 from autocompress.latency import Deployment
 from autocompress.profiler import Example, Latency, batch_of, time_in_turns
@@ -181,8 +181,8 @@ class Attempt:
         calibration: How the ranges of activations were found.
         epochs: Passes of quantization-aware fine-tuning before it.
         val: The int8 file's scores on the validation data.
-        drop: Its accuracy drop against the baseline, in points.
-        bound: Upper confidence bound of that, in points.
+        drop: Its drop against the baseline, on the metric's scale.
+        bound: Upper confidence bound of that.
     """
 
     calibration: Calibration
@@ -206,7 +206,7 @@ class Quantizer:
         task: The baseline, the user's data and functions.
         before: The baseline's scores on the validation data, which drops refer to.
         example: The network's inputs for one image.
-        delta: The tolerance, in points.
+        delta: The tolerance, on the metric's scale.
         confidence: How sure it must be that the drop is within it.
     """
 
@@ -231,7 +231,7 @@ class Quantizer:
             for calibration in CALIBRATIONS:
                 quantize_onnx(source, target, batches, calibration)
                 val = evaluate(self.network(target), self.task, self.task.val)
-                drop = accuracy_drop(self.before, val)
+                drop = metric_drop(self.before, val)
                 bound = drop_bound(self.before, val, self.confidence)
                 yield Attempt(calibration, epochs, val, drop, bound)
 
@@ -247,6 +247,7 @@ class Quantizer:
             epochs: Passes of quantization-aware fine-tuning that the network has had.
         """
         made: list[Attempt] = []
+        scale = self.task.scale
         with TemporaryDirectory() as place:
             contents: list[bytes] = []
             file = Path(place) / INT8_FILE
@@ -254,8 +255,9 @@ class Quantizer:
                 made.append(attempt)
                 contents.append(file.read_bytes())
                 say(
-                    f"int8 ({attempt.method}): {attempt.val.accuracy:.2f} % on validation data, a "
-                    f"drop of {attempt.drop:.2f}, at most {attempt.bound:.2f}."
+                    f"int8 ({attempt.method}): {scale.value(attempt.val.score)} on validation "
+                    f"data, a drop of {scale.number(attempt.drop)}, at most "
+                    f"{scale.number(attempt.bound)}."
                 )
                 if attempt.bound <= self.delta:
                     break

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.layers import Cost
 from autocompress.plan import from_spans
+from autocompress.scale import ACCURACY, Scale
 from autocompress.trials import within_delta
 
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
@@ -67,7 +68,7 @@ def pareto_trials(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """The feasible trials that no other feasible trial beats, by rising drop.
 
     Args:
-        trials: With values (accuracy drop in points, cost); any states, of one or more studies.
+        trials: With values (drop, cost); any states, of one or more studies.
     """
     feasible = [trial for trial in trials if outcome(trial) == "feasible"]
     front: list[FrozenTrial] = []
@@ -131,17 +132,23 @@ def plan_summary(plan: Mapping[str, Any] | str | None) -> str:
     return "; ".join(parts) or "no layer changed"
 
 
-def quantity(value: float | None, metric: str) -> str:
+def quantity(value: float | None, metric: str, scale: Scale = ACCURACY) -> str:
     """A metric in the unit that a person reads, such as "272 k" or "4.31 ms"; "–" for None.
 
     Args:
-        value: In the unit of `metric`'s name: a count, bytes, ms, or points for accuracy and drop.
+        value: In the unit of `metric`'s name: a count, bytes, ms, or that of the task's metric for
+            score and drop.
         metric: A key of a trial's metrics.
+        scale: Of the task's metric.
     """
     if value is None or not math.isfinite(value):
         return "–"
-    if metric in ("accuracy", "drop", "share"):
-        return f"{value:.2f}" if metric == "drop" else f"{value:.2f} %"
+    if metric == "score":
+        return scale.value(value)
+    if metric == "drop":
+        return scale.number(value)
+    if metric == "share":
+        return f"{value:.2f} %"
     if metric == "latency_ms":
         return f"{_digits(value)} ms"
     unit = "B" if metric in ("size_bytes", "memory_bytes") else ""
@@ -175,7 +182,7 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    figure = pareto_figure(view.trials, view.delta, view.objective, view.baseline_cost)
+    figure = pareto_figure(view.trials, view.delta, view.objective, view.baseline_cost, view.scale)
     plot = figure.to_html(
         full_html=False,
         include_plotlyjs=True,
@@ -185,6 +192,7 @@ def write_report(
     page: str = environment.from_string(template).render(
         study=str(result.get("study", "")),
         objective=view.objective,
+        metric=view.scale.name,
         headline=_headline(view),
         comparison=_comparison(view),
         second=_second(view),
@@ -196,7 +204,7 @@ def write_report(
         layers=(layers := _layers(view)),
         channels=any(row["channels"] for row in layers),
         left_groups=view.facts.get("left_groups") or {},
-        trials=[_trial_cells(trial) for trial in view.trials],
+        trials=[_trial_cells(trial, view.scale) for trial in view.trials],
         phases=_phases(view),
         best_folder=str(path.parent / "best"),
         facts=_facts(view),
@@ -212,7 +220,7 @@ def write_report(
 
 @dataclass(frozen=True)
 class TrialView:
-    """A trial as the report shows it; cost in the unit of the objective, drop in points."""
+    """A trial as the report shows it; cost in the objective's unit, drop on the metric's scale."""
 
     stage: str
     number: int
@@ -242,6 +250,7 @@ class _View:
     trials: Sequence[TrialView]
     facts: Mapping[str, Any]
     layer_errors: Mapping[str, float]
+    scale: Scale
 
     @classmethod
     def read(cls, result: Mapping[str, Any], studies: Mapping[str, optuna.Study]) -> _View:
@@ -269,19 +278,25 @@ class _View:
             trials=trials,
             facts=next((a for a in attributes if a.get("layers")), {}),
             layer_errors=_layer_errors(records, chosen),
+            scale=Scale.from_dict(result.get("metric")),
         )
 
 
 def pareto_figure(
-    trials: Sequence[TrialView], delta: float, objective: str, baseline_cost: float | None
+    trials: Sequence[TrialView],
+    delta: float,
+    objective: str,
+    baseline_cost: float | None,
+    scale: Scale = ACCURACY,
 ) -> Any:
-    """The plotly figure: accuracy drop on validation data against cost, both stages.
+    """The plotly figure: drop on validation data against cost, both stages.
 
     Args:
         trials: Of all stages; those without a drop or a cost are not drawn.
-        delta: Allowed accuracy drop in points.
+        delta: Allowed drop.
         objective: Key of `OBJECTIVES`.
         baseline_cost: In the unit of the objective.
+        scale: Of the metric that drops are of.
     """
     metric, title, _ = OBJECTIVES[objective]
     drawn = [t for t in trials if t.drop is not None and t.cost is not None and t.cost > 0]
@@ -296,7 +311,7 @@ def pareto_figure(
                     mode="markers",
                     name=f"{stage}: {_LEGEND[kind]}",
                     marker=_marker(kind, symbol),
-                    text=[_hover(t, metric) for t in points],
+                    text=[_hover(t, metric, scale) for t in points],
                     hovertemplate="%{text}<extra></extra>",
                 )
             )
@@ -329,14 +344,14 @@ def pareto_figure(
         x=delta,
         y=1,
         yref="paper",
-        text=f"allowed drop {delta:.2f}",
+        text=f"allowed drop {scale.number(delta)}",
         showarrow=False,
         xanchor="left",
         yanchor="top",
         xshift=5,
     )
     costs = [cost for cost in (baseline_cost, *(t.cost for t in drawn)) if cost]
-    figure.update_layout(**_layout(title, _x_range(trials, delta)))
+    figure.update_layout(**_layout(title, scale.drop_name, _x_range(trials, delta)))
     figure.update_yaxes(**_cost_axis(costs, baseline_cost, metric))
     return figure
 
@@ -347,7 +362,7 @@ def _marker(kind: str, symbol: str) -> dict[str, Any]:
     return {"symbol": symbol, "size": size, "color": _COLOURS[kind], "line": line}
 
 
-def _layout(title: str, x_range: tuple[float, float]) -> dict[str, Any]:
+def _layout(title: str, drop_name: str, x_range: tuple[float, float]) -> dict[str, Any]:
     clear = "rgba(0,0,0,0)"
     title_style = {"font": {"size": 13}, "standoff": 14}
     return {
@@ -374,7 +389,7 @@ def _layout(title: str, x_range: tuple[float, float]) -> dict[str, Any]:
             "align": "left",
         },
         "xaxis": {
-            "title": {"text": "accuracy drop, points", **title_style},
+            "title": {"text": drop_name, **title_style},
             "range": x_range,
             "automargin": True,
             "zeroline": False,
@@ -410,9 +425,9 @@ def _cost_axis(costs: Sequence[float], baseline_cost: float | None, metric: str)
 def _x_range(trials: Sequence[TrialView], delta: float) -> tuple[float, float]:
     """Drops from a little below the least to where the decision is made, not to the worst trial."""
     drops = sorted(t.drop for t in trials if t.drop is not None and t.outcome == "infeasible")
-    near = [drop for drop in drops if drop <= 4 * max(delta, 0.5)]
+    near = [drop for drop in drops if drop <= 4 * (delta or 0.5)]
     feasible = [t.drop for t in trials if t.drop is not None and t.outcome == "feasible"]
-    right = max([1.6 * delta, 0.5, *near, *(drops[:1]), *feasible])
+    right = max([1.6 * (delta or 0.5), *near, *(drops[:1]), *feasible])
     left = min([0.0, *feasible])
     pad = 0.06 * (right - left)
     return (left - pad, right + pad)
@@ -423,10 +438,10 @@ def _outside(trials: Sequence[TrialView], delta: float) -> int:
     return sum(t.drop is not None and t.cost is not None and t.drop > right for t in trials)
 
 
-def _hover(trial: TrialView, metric: str) -> str:
+def _hover(trial: TrialView, metric: str, scale: Scale) -> str:
     lines = [
         f"<b>{trial.stage} {trial.number}</b>",
-        f"drop {quantity(trial.drop, 'drop')} points",
+        f"drop {'–' if trial.drop is None else scale.difference(trial.drop)}",
         f"{quantity(trial.cost, metric)}, {_ratio(trial.ratio)}",
         html.escape(trial.plan),
     ]
@@ -471,8 +486,8 @@ def _trial_view(
 
 
 def _headline(view: _View) -> dict[str, Any]:
-    """The first screen: one sentence with the ratio, one on accuracy, and six figures."""
-    before = _baseline_metrics(view)
+    """The first screen: one sentence with the ratio, one on the metric, and six figures."""
+    before, scale = _baseline_metrics(view), view.scale
     if view.chosen is None:
         return {
             "title": "No compressed model",
@@ -490,17 +505,20 @@ def _headline(view: _View) -> dict[str, Any]:
     met = bool(view.result.get("met"))
     if met:
         if drop is not None and drop < 0:
-            change = f"rises by {quantity(-drop, 'drop')} points; a drop of {view.delta:.2f} was"
-            verdict = f"Accuracy on validation data {change} allowed ({where})."
+            verdict = (
+                f"{scale.title} on validation data is better by {scale.difference(-drop)}; a drop "
+                f"of {scale.number(view.delta)} was allowed ({where})."
+            )
         else:
             verdict = (
-                f"Accuracy on validation data drops by {quantity(drop, 'drop')} "
-                f"of the allowed {view.delta:.2f} points ({where})."
+                f"{scale.title} on validation data is worse by {quantity(drop, 'drop', scale)} of "
+                f"the allowed {scale.difference(view.delta)} ({where})."
             )
     else:
         verdict = (
-            f"No plan kept the accuracy drop within {view.delta:.2f} points. "
-            f"The nearest is {where} with {quantity(drop, 'drop')} points on validation data."
+            f"No plan kept the drop in {scale.name} within {scale.difference(view.delta)}. The "
+            f"nearest is {where} with {'–' if drop is None else scale.difference(drop)} on "
+            "validation data."
         )
     latency = (view.baseline.get("profile") or {}).get("latency")
     names = {
@@ -519,7 +537,7 @@ def _headline(view: _View) -> dict[str, Any]:
     if bound is not None and confidence is not None and confidence > 0.5:
         verdict += (
             f" With a confidence of {100 * confidence:g} % the drop on new images is at most "
-            f"{bound:.2f} points{', in int8' if _judged_in_int8(view) else ''}."
+            f"{scale.difference(bound)}{', in int8' if _judged_in_int8(view) else ''}."
         )
     title = f"{_ratio(ratio)} {words}" if ratio else "Compressed model"
     if view.result.get("val_seen"):
@@ -537,47 +555,51 @@ def _headline(view: _View) -> dict[str, Any]:
 
 
 def _test_sentence(view: _View, chosen: Mapping[str, Any]) -> str:
-    before, after = view.baseline.get("test_accuracy"), chosen.get("test_accuracy")
+    before, after = view.baseline.get("test_score"), chosen.get("test_score")
     if before is None or after is None:
         return ""
-    drop = chosen.get("test_drop", before - after)
+    scale = view.scale
+    drop = chosen.get("test_drop", scale.drop(before, after))
     reads = view.result.get("test_reads", 1)
     when = "read once at the end" if reads == 1 else f"read {reads} times as trials were added"
-    text = f"On test data, {when}: {before:.2f} % → {after:.2f} %, "
-    text += f"a drop of {drop:.2f} points"
+    text = f"On test data, {when}: {scale.value(before)} → {scale.value(after)}, "
+    text += f"a drop of {scale.difference(drop)}"
     interval = chosen.get("test_drop_interval")
     if interval is None:
         return text + "."
     low, high = interval
     count = chosen.get("test_images")
     images = f"{count:,} images" if count else "images"
-    text += f" (95 % interval {_signed(low)} to {_signed(high)}, paired on the same {images})."
+    interval = f"{_signed(low, scale)} to {_signed(high, scale)}"
+    text += f" (95 % interval {interval}, paired on the same {images})."
     if low <= view.delta < high and view.result.get("met"):
-        text += f" The interval reaches beyond the allowed {view.delta:.2f}."
+        text += f" The interval reaches beyond the allowed {scale.number(view.delta)}."
     elif low > view.delta:
-        text += f" That is more than the allowed {view.delta:.2f}, which held on validation data."
+        allowed = scale.number(view.delta)
+        text += f" That is more than the allowed {allowed}, which held on validation data."
     return text
 
 
 def _comparison(view: _View) -> dict[str, Any]:
     """Rows of the before/after table: label and, per column, value and ratio."""
     columns: list[tuple[str, Mapping[str, Any]]] = []
+    scale = view.scale
     base = _baseline_metrics(view)
-    base["accuracy"] = view.baseline.get("val_accuracy", base.get("accuracy"))
-    base["test"] = view.baseline.get("test_accuracy")
+    base["score"] = view.baseline.get("val_score", base.get("score"))
+    base["test"] = view.baseline.get("test_score")
     stage_best = (view.result.get("stage_best") or {}).get("exploration")
     if stage_best:
         name = f"best of exploration (trial {stage_best.get('trial')})"
         columns.append((name, dict(stage_best.get("metrics") or {})))
     if view.chosen is not None:
         after = _metrics(view, view.chosen)
-        after["accuracy"] = view.chosen.get("val_accuracy", after.get("accuracy"))
-        after["test"] = view.chosen.get("test_accuracy")
+        after["score"] = view.chosen.get("val_score", after.get("score"))
+        after["test"] = view.chosen.get("test_score")
         where = f"{view.chosen.get('stage')} trial {view.chosen.get('trial')}"
         columns.append((f"{'final' if view.result.get('met') else 'nearest'} ({where})", after))
     labels = [
-        ("Accuracy, validation", "accuracy"),
-        ("Accuracy, test", "test"),
+        (f"{scale.title}, validation", "score"),
+        (f"{scale.title}, test", "test"),
         ("Parameters", "params"),
         ("Size", "size_bytes"),
         ("MACs, one image", "macs"),
@@ -586,18 +608,19 @@ def _comparison(view: _View) -> dict[str, Any]:
     ]
     rows = []
     for label, key in labels:
-        unit = "accuracy" if key == "test" else key
+        unit = "score" if key == "test" else key
         if base.get(key) is None and all(found.get(key) is None for _, found in columns):
             continue
         cells = []
         for _, found in columns:
             value = found.get(key)
-            if unit == "accuracy":
-                change = "" if None in (value, base.get(key)) else _points(value - base[key])
+            if unit == "score":
+                known = None not in (value, base.get(key))
+                change = _change(value - base[key], scale) if known else ""
             else:
                 change = _ratio(_divide(base.get(key), value), missing="")
-            cells.append((quantity(value, unit), change))
-        rows.append((label, quantity(base.get(key), unit), cells))
+            cells.append((quantity(value, unit, scale), change))
+        rows.append((label, quantity(base.get(key), unit, scale), cells))
     return {"columns": [name for name, _ in columns], "rows": rows}
 
 
@@ -618,9 +641,10 @@ def _second(view: _View) -> str:
     key, _, words = OBJECTIVES[view.objective]
     base = _baseline_metrics(view)
     ratio = _ratio(_divide(base.get(key), _metrics(view, second).get(key)))
+    drop = _drop(second)
     return (
         f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
-        f"drop {quantity(_drop(second), 'drop')} points on validation data."
+        f"drop {'–' if drop is None else view.scale.difference(drop)} on validation data."
     )
 
 
@@ -636,20 +660,21 @@ def _int8(view: _View) -> dict[str, Any] | None:
         return None
     if not found.get("met"):
         return {"verdict": f"There is no int8 file within delta: {found.get('reason')}", "rows": []}
-    where = f"{found.get('stage')} trial {found.get('trial')}"
+    where, scale = f"{found.get('stage')} trial {found.get('trial')}", view.scale
     method = str(found.get("calibration"))
     if found.get("rounded_epochs"):
         method += f", {found['rounded_epochs']:g} epochs of quantization-aware fine-tuning"
     verdict = (
-        f"{found.get('file')} holds {where} in int8 ({method}). Its accuracy on validation data "
-        f"drops by {quantity(found.get('val_drop'), 'drop')} points, at most "
-        f"{quantity(found.get('val_drop_bound'), 'drop')} at the study's confidence"
+        f"{found.get('file')} holds {where} in int8 ({method}). Its {scale.name} on validation "
+        f"data is worse by {scale.difference(found['val_drop'])}, at most "
+        f"{scale.number(found['val_drop_bound'])} at the study's confidence"
     )
     tested = found.get("test_drop")
     if tested is not None:
         low, high = found["test_drop_interval"]
         verdict += (
-            f"; on test data by {_signed(tested)} (95 % interval {_signed(low)} to {_signed(high)})"
+            f"; on test data by {_signed(tested, scale)} (95 % interval {_signed(low, scale)} to "
+            f"{_signed(high, scale)})"
         )
     return {"verdict": verdict + ".", "rows": _int8_rows(found)}
 
@@ -821,16 +846,16 @@ def _layer_errors(
     return {}
 
 
-def _trial_cells(trial: TrialView) -> dict[str, str]:
+def _trial_cells(trial: TrialView, scale: Scale) -> dict[str, str]:
     words = {"feasible": "within", "infeasible": "too large a drop"}
     return {
         "name": f"{trial.stage} {trial.number}",
         "outcome": words.get(trial.outcome, trial.outcome),
         "kind": trial.outcome,
         "front": "on the front" if trial.on_front else "",
-        "drop": quantity(trial.drop, "drop"),
+        "drop": quantity(trial.drop, "drop", scale),
         "ratio": _ratio(trial.ratio),
-        "accuracy": quantity(trial.metrics.get("accuracy"), "accuracy"),
+        "score": quantity(trial.metrics.get("score"), "score", scale),
         "seconds": _duration(sum(trial.seconds.values())) if trial.seconds else "–",
         "plan": trial.plan,
         "note": "; ".join(
@@ -877,7 +902,7 @@ def _metrics_of_profile(
     """A profile under the names of a trial's metrics; `full` is the baseline's."""
     if not profile:
         return {}
-    keys = ("accuracy", "params", "macs", "size_bytes", "memory_bytes")
+    keys = ("score", "params", "macs", "size_bytes", "memory_bytes")
     metrics = {key: profile.get(key) for key in keys}
     latency = profile.get("latency")
     metrics["latency_ms"] = latency.get("median_ms") if isinstance(latency, Mapping) else None
@@ -920,13 +945,13 @@ def _ratio(value: float | None, missing: str = "–") -> str:
     return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
 
 
-def _points(difference: float) -> str:
-    return f"{_signed(difference)} points"
+def _change(difference: float, scale: Scale) -> str:
+    return f"{_signed(difference, scale)} {scale.difference_unit}".rstrip()
 
 
-def _signed(value: float) -> str:
+def _signed(value: float, scale: Scale) -> str:
     # A true minus sign lines up with the digits of tabular figures.
-    return f"{value:.2f}".replace("-", "−")
+    return scale.number(value).replace("-", "−")
 
 
 def _digits(value: float) -> str:

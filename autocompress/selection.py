@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial
 
 from autocompress.artifacts import write_text
 from autocompress.config import StudyConfig
-from autocompress.evaluation import accuracy_drop, evaluate, paired_drop
+from autocompress.evaluation import evaluate, metric_drop, paired_drop
 from autocompress.export import save_model
 from autocompress.finals import Finalist, candidates, choose_finalists
 from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
@@ -56,7 +56,7 @@ def conclude(
     Returns:
         The content of `result.json`.
     """
-    labelled = candidates(bench)
+    labelled, scale = candidates(bench), bench.task.scale
     previous = _previous_result(folder)
     if previous is not None and _still_stands(previous, config, bench, labelled, folder):
         display.say("Nothing to do: the study is finished.")
@@ -80,7 +80,7 @@ def conclude(
         with timed(seconds, "test"):
             summary["test_reads"] = _count_test_read(bench)
             best |= _test(bench, winners[0], int8, display)
-        summary["baseline"]["test_accuracy"] = best.pop("baseline_test_accuracy")
+        summary["baseline"]["test_score"] = best.pop("baseline_test_score")
         with timed(seconds, "export"):
             _export(bench, winners[0], best, folder.best, int8, display)
             for second in winners[1:]:
@@ -95,9 +95,9 @@ def conclude(
         trial = labelled[f"{nearest['stage']}/{nearest['trial']}"]
         nearest["layers"] = _layers(bench, nearest, trial)
         display.say(
-            f"No trial kept the drop within {config.delta:g} points; the nearest is "
-            f"{nearest['stage']}/{nearest['trial']} with {nearest['val_drop']:.2f}, at most "
-            f"{nearest['val_drop_bound']:.2f} at confidence {config.confidence:g}."
+            f"No trial kept the drop within {scale.difference(config.delta)}; the nearest is "
+            f"{nearest['stage']}/{nearest['trial']} with {scale.number(nearest['val_drop'])}, at "
+            f"most {scale.number(nearest['val_drop_bound'])} at confidence {config.confidence:g}."
         )
     write_text(folder.result, json.dumps(summary, indent=1))
     return summary
@@ -142,10 +142,11 @@ def _facts(
         "delta": config.delta,
         "confidence": config.confidence,
         "objective": config.objective,
+        "metric": bench.task.scale.to_dict(),
         "met": False,
         "baseline": {
             "profile": bench.baseline.profile.to_dict(),
-            "val_accuracy": bench.baseline.val.accuracy,
+            "val_score": bench.baseline.val.score,
         },
         "val_seen": bench.task.val_seen,
         "test_reads": 0,
@@ -186,7 +187,7 @@ def _nearest(labelled: Mapping[str, FrozenTrial], delta: float) -> dict[str, Any
     return {
         "stage": label.partition("/")[0],
         "trial": trial.number,
-        "val_accuracy": trial.user_attrs["metrics"]["accuracy"],
+        "val_score": trial.user_attrs["metrics"]["score"],
         "val_drop": trial.values[0],
         "val_drop_bound": lost(trial, delta),
         "metrics": trial.user_attrs["metrics"],
@@ -207,14 +208,14 @@ def _describe_finalist(
     stage, number = finalist.label.split("/")
     profile = profile_model(finalist.model, bench.example, latency=False)
     latency = _latency(bench, finalist, profile, display)
-    profile = replace(profile, latency=latency, accuracy=finalist.val.accuracy)
-    drop = accuracy_drop(bench.baseline.val, finalist.val)
+    profile = replace(profile, latency=latency, score=finalist.val.score)
+    drop = metric_drop(bench.baseline.val, finalist.val)
     return {
         "stage": stage,
         "trial": int(number),
         "plan": json.loads(finalist.plan.to_json()),
         "profile": profile.to_dict(),
-        "val_accuracy": finalist.val.accuracy,
+        "val_score": finalist.val.score,
         "val_drop": drop,
         "val_drop_bound": finalist.bound,
         "tolerance_unused": config.delta - finalist.bound,
@@ -260,16 +261,18 @@ def _test(bench: Bench, finalist: Finalist, int8: Int8 | None, display: Display)
     if int8 is not None:
         int8.record.update(score_int8(bench, int8, before, display))
     drop, low, high = paired_drop(before, after)
+    scale = task.scale
     display.say(
-        f"Test data: {before.accuracy:.2f} % -> {after.accuracy:.2f} %, drop {drop:.2f} points "
-        f"(95 % interval {low:.2f} to {high:.2f}, {len(before.scores)} images)."
+        f"Test data: {scale.value(before.score)} -> {scale.value(after.score)}, drop "
+        f"{scale.difference(drop)} (95 % interval {scale.number(low)} to {scale.number(high)}, "
+        f"{before.size} images)."
     )
     return {
-        "baseline_test_accuracy": before.accuracy,
-        "test_accuracy": after.accuracy,
+        "baseline_test_score": before.score,
+        "test_score": after.score,
         "test_drop": drop,
         "test_drop_interval": [low, high],
-        "test_images": len(before.scores),
+        "test_images": before.size,
     }
 
 

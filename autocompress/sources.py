@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +17,12 @@ from autocompress.config import DataConfig, StudyConfig
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader
-from autocompress.models import PRETRAINED, build_model, pretrained_normalization
-from autocompress.task import Task
+from autocompress.models import PRETRAINED, build_model, load_function, pretrained_normalization
+from autocompress.scale import Scale
+from autocompress.task import Task, with_functions
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_PLAIN = (bool, int, float, str, Scale)
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,10 +55,11 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         ConfigError: If there is no such network, data or device, or they don't fit each other.
     """
     device = pick_device(config.run.device)
+    functions = _functions(config, folder)
     torch.manual_seed(config.seed)
     model = build_model(config.model.source, config.model.arguments, config.model.weights, folder)
     data = load_data(_like_pretrained(config, model), config.seed, device, folder)
-    return Task(
+    task = Task(
         model=model,
         train=data.train,
         val=data.val,
@@ -56,11 +67,59 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         calibration=calibration_loader(data.train),
         classes=data.classes,
         origin={"source": config.model.source, "arguments": dict(config.model.arguments)},
-        fingerprint=data.fingerprint,
+        fingerprint=_fingerprint(data.fingerprint, functions),
         normalization=data.normalization,
         val_seen=data.val_from == "train" and config.model.weights is not None,
         device=device,
     )
+    return with_functions(task, functions, f"task.source = '{config.task.source}'")
+
+
+def _functions(config: StudyConfig, folder: Path | None) -> dict[str, Any]:
+    """The functions that the study file's task consists of; none for classification."""
+    source = config.task.source
+    if source is None:
+        return {}
+    make = load_function(source, "task.source", folder)
+    try:
+        found = make(**config.task.arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"task.source = '{source}' can't be called with task.arguments = "
+            f"{config.task.arguments}: {error}."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"task.source = '{source}' must return a dict of functions by name (forward, loss, "
+            f"metric, ...), got a {type(found).__name__}."
+        )
+    return dict(found)
+
+
+def _fingerprint(data: str, functions: Mapping[str, Any]) -> str:
+    """Identifies what is learned: the data, and the functions of the user's own."""
+    if not functions:
+        return data
+    return hashlib.sha256(f"{data} {functions_text(functions)}".encode()).hexdigest()[:16]
+
+
+def functions_text(functions: Mapping[str, Any]) -> str:
+    """What tells functions from others, as far as can be told: source and plain values."""
+    return "".join(f"{name}={_source(functions[name])}" for name in sorted(functions))
+
+
+def _source(function: Any) -> str:
+    """The source of a function, or the class of an object, and the plain values bound to it."""
+    if isinstance(function, partial):
+        bound = f"{function.args!r} {sorted(function.keywords.items())!r}"
+        return f"{_source(function.func)} {_ADDRESS.sub('', bound)}"
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        source = f"{type(function).__qualname__}"
+    bound_to = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    bound_to += [value for _, value in sorted(getattr(function, "__dict__", {}).items())]
+    return source + repr([value for value in bound_to if isinstance(value, _PLAIN)])
 
 
 def _like_pretrained(config: StudyConfig, model: nn.Module) -> DataConfig:

@@ -118,7 +118,13 @@ def study_name(name: str, stage: str) -> str:
 
 
 def open_study(
-    storage: RDBStorage, name: str, stage: str, *, bound: Mapping[str, Any], cost_name: str
+    storage: RDBStorage,
+    name: str,
+    stage: str,
+    *,
+    bound: Mapping[str, Any],
+    drop_name: str,
+    cost_name: str,
 ) -> Study:
     """Create the Optuna study of a stage, or go on with it; its sampler is set later.
 
@@ -127,6 +133,7 @@ def open_study(
         name: The study's name, without the stage.
         stage: "exploration" or "annealing".
         bound: The settings that the study stands for, flat.
+        drop_name: Name of the first objective, with its unit.
         cost_name: Name of the second objective, with its unit.
 
     Raises:
@@ -143,7 +150,7 @@ def open_study(
     if stored is None or not study.get_trials(deepcopy=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["accuracy drop (points)", cost_name])
+            study.set_metric_names([drop_name, cost_name])
         study.set_user_attr("config", dict(bound))
     else:
         check_same(name, stored, bound)

@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from autocompress.errors import AutocompressError, ConfigError
+from autocompress.scale import Scale
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -174,13 +175,14 @@ def run(
         except KeyboardInterrupt:
             _say_kept(config, folder)
             raise typer.Exit(EXIT_INTERRUPTED) from None
+    scale = Scale.from_dict(outcome.summary["metric"])
     if outcome.met:
         _print(comparison_table(_rows(outcome.summary)))
         best = outcome.summary["best"]
         _print(
-            f"Drop on validation data {best['val_drop']:.2f} points, at most "
-            f"{best['val_drop_bound']:.2f} at confidence {config.confidence:g}; "
-            f"{best['tolerance_unused']:.2f} of {config.delta:g} unused."
+            f"Drop on validation data {scale.difference(best['val_drop'])}, at most "
+            f"{scale.number(best['val_drop_bound'])} at confidence {config.confidence:g}; "
+            f"{scale.number(best['tolerance_unused'])} of {config.delta:g} unused."
         )
         if config.int8 and not (outcome.summary.get("int8") or {}).get("met"):
             reason = (outcome.summary.get("int8") or {}).get("reason")
@@ -191,10 +193,10 @@ def run(
         near = ""
         if nearest:
             near = (
-                f" The nearest lost {nearest['val_drop']:.2f} points, at most "
-                f"{nearest['val_drop_bound']:.2f} at confidence {config.confidence:g}."
+                f" The nearest lost {scale.difference(nearest['val_drop'])}, at most "
+                f"{scale.number(nearest['val_drop_bound'])} at confidence {config.confidence:g}."
             )
-        _complain(f"No network within {config.delta:g} points was found.{near}")
+        _complain(f"No network within {scale.difference(config.delta)} was found.{near}")
         raise typer.Exit(EXIT_NOT_MET)
 
 
@@ -339,9 +341,10 @@ def status(
         best = min(_within(one), key=lambda t: t.values[1], default=None)
         if best is not None:
             ratio = _baseline_cost(one, config.objective) / best.values[1]
+            drop = Scale.from_dict(one.user_attrs.get("metric")).difference(best.values[0])
             _print(
-                f"best of {stage}: {ratio:.2f}x {config.objective}, drop {best.values[0]:.2f} "
-                f"points (trial {best.number}){_speed(one, best)}"
+                f"best of {stage}: {ratio:.2f}x {config.objective}, drop {drop} "
+                f"(trial {best.number}){_speed(one, best)}"
             )
     _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
 
@@ -665,7 +668,8 @@ def _rows(summary: Any) -> Any:
 
     best = summary["best"]
     before = Profile.from_dict(summary["baseline"]["profile"])
-    return comparison(before, Profile.from_dict(best["profile"]))
+    scale = Scale.from_dict(summary["metric"])
+    return comparison(before, Profile.from_dict(best["profile"]), scale)
 
 
 def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:

@@ -1,13 +1,13 @@
 """A task: everything that the user owns, and nothing else.
 
-The network, the data, and five functions that say how they meet. All of the rest of the package
+The network, the data, and a few functions that say how they meet. All of the rest of the package
 works through these, so a network with other inputs, losses or metrics needs no change elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from autocompress.errors import ConfigError
-
-Batch = Any
-"""What a loader yields: a tensor, or (nested) tuples, lists and dicts of tensors."""
+from autocompress.batch import Batch, first_samples, tensors_in, to_device
+from autocompress.errors import ConfigError, did_you_mean
+from autocompress.metrics import Metric, ScoreFunction, as_metric
+from autocompress.scale import Scale
 
 
 class Loader(Protocol):
@@ -33,10 +33,37 @@ class Loader(Protocol):
 
 Forward = Callable[[nn.Module, Batch], Any]
 Loss = Callable[[Any, Batch], Tensor]
-Metric = Callable[[Any, Batch], Tensor]
 Distillation = Callable[[Any, Any], Tensor]
 MakeOptimizer = Callable[[nn.Module, float], Optimizer]
 MakeScheduler = Callable[[Optimizer, float, int], LRScheduler]
+
+
+class TrainingLoop(Protocol):
+    """A training loop of the user's, whole: it trains the network in place."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        epochs: float,
+        learning_rate: float,
+        seed: int,
+        teacher: nn.Module | None,
+        on_step: Callable[[float, float, float], None],
+    ) -> object:
+        """Train `model`, which is on the task's device and in training mode.
+
+        Args:
+            model: The network: the baseline, or a compressed one.
+            epochs: Length, in passes over the training data; it may be a fraction.
+            learning_rate: Peak of the schedule.
+            seed: Fixes the order of the data and whatever else is drawn.
+            teacher: The baseline, in evaluation mode, to imitate where that helps; None where the
+                baseline itself is trained.
+            on_step: To be called now and then as `on_step(epochs done, epochs in all, loss)`: it
+                shows the progress, and ends the run where the user or the study wants that.
+        """
+        ...
 
 
 def call_on_images(model: nn.Module, batch: Batch) -> Any:
@@ -119,10 +146,13 @@ class Task:
         forward: `forward(model, batch)` gives the network's output.
         loss: `loss(output, batch)` gives a scalar.
         metric: `metric(output, batch)` gives a score in [0, 1] for each sample, or for each of its
-            parts (pixels), which are averaged; accuracy is 100 times the mean over the samples.
+            parts (pixels), which are averaged; accuracy is 100 times the mean over the samples. Or
+            a `metrics.Metric`: a `MeanScore` on another scale, or a `TorchMetric`.
         distillation: `distillation(student_output, teacher_output)` gives a scalar; None for none.
         optimizer: `optimizer(model, learning_rate)`.
         scheduler: `scheduler(optimizer, learning_rate, steps)`, stepped after every batch.
+        training: A training loop of the user's, in place of ours with `loss`, `distillation`,
+            `optimizer` and `scheduler`. None for ours.
         device: Where everything runs.
         amp_dtype: Autocast type in training, or None for full precision.
     """
@@ -139,12 +169,23 @@ class Task:
     val_seen: bool = False
     forward: Forward = call_on_images
     loss: Loss = cross_entropy
-    metric: Metric = correct
+    metric: Metric | ScoreFunction = correct
     distillation: Distillation | None = logit_distillation
     optimizer: MakeOptimizer = sgd
     scheduler: MakeScheduler = one_cycle
+    training: TrainingLoop | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     amp_dtype: torch.dtype | None = None
+
+    @property
+    def measure(self) -> Metric:
+        """`metric` as a `metrics.Metric`."""
+        return as_metric(self.metric)
+
+    @property
+    def scale(self) -> Scale:
+        """The metric's name, its unit and which way is better."""
+        return self.measure.scale
 
     @property
     def calibrating(self) -> Loader:
@@ -208,108 +249,43 @@ class Task:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with every tensor in it on `device`; images keep their memory format."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return tuple(to_device(value, device) for value in batch)
-    return batch
-
-
-def first_samples(batch: Batch, count: int) -> Batch:
-    """The first `count` samples of `batch`; what has no samples, such as a number, stays."""
-    return _cut(batch, slice(count))
-
-
-def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
-    """`batch` in parts of at most `size` samples."""
-    for start in range(0, samples_in(batch), size):
-        yield _cut(batch, slice(start, start + size))
-
-
-def part_of(batch: Batch, index: int, count: int) -> Batch:
-    """Part `index`, from 0, of `count` parts of `batch` that are as even as can be."""
-    size = samples_in(batch)
-    return _cut(batch, slice(index * size // count, (index + 1) * size // count))
-
-
-def _cut(batch: Batch, place: slice) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch[place] if batch.ndim else batch
-    if isinstance(batch, Mapping):
-        return {key: _cut(value, place) for key, value in batch.items()}
-    if isinstance(batch, Sequence) and not isinstance(batch, str):
-        if any(True for _ in tensors_in(batch)):
-            return tuple(_cut(value, place) for value in batch)
-        return batch[place]
-    return batch
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a tensor, or in (nested) sequences and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            yield from tensors_in(part)
-
-
-def samples_in(batch: Batch) -> int:
-    """Number of samples in a batch: the length of the first tensor in it."""
-    return len(next(tensors_in(batch)))
-
-
 def batches(loader: Iterable[Batch], device: torch.device, count: int | None) -> Iterator[Batch]:
     """The first `count` batches of `loader` (all for None), on `device`."""
     for batch in islice(loader, count):
         yield to_device(batch, device)
 
 
-def scores_of(output: Any, batch: Batch, metric: Metric) -> Tensor:
-    """One score in [0, 1] for each sample; the scores of a sample's parts (pixels) are averaged.
+FUNCTIONS = ("forward", "loss", "metric", "distillation", "optimizer", "scheduler", "training")
+"""The fields of a task that a user may give."""
+
+
+def with_functions(task: Task, functions: Mapping[str, Any], where: str) -> Task:
+    """The task with some of its functions replaced by the user's.
+
+    With a loss of the user's own nothing is distilled, unless `distillation` is given too: what
+    imitates logits need not suit another loss.
 
     Args:
-        output: The network's output for the batch.
-        batch: The batch.
-        metric: The task's metric.
-
-    Returns:
-        `n` scores, float32, where the output is.
+        task: The task.
+        functions: By their names in `FUNCTIONS`.
+        where: What gave them, for messages.
 
     Raises:
-        ConfigError: If the metric gives something else.
+        ConfigError: If one is unknown, or can't be called.
     """
-    scores = metric(output, batch)
-    count = samples_in(batch)
-    if not isinstance(scores, Tensor) or not scores.numel() or scores.numel() % count:
-        got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
-        raise ConfigError(
-            f"The metric must return a tensor with a score for each of the {count} samples, not "
-            f"their mean; got {got}."
-        )
-    return scores.detach().float().reshape(count, -1).mean(dim=1)
-
-
-def checked_scores(parts: Sequence[Tensor]) -> Tensor:
-    """The scores of several batches as one tensor on the CPU.
-
-    Raises:
-        ConfigError: If one is not in [0, 1].
-    """
-    # One look at all of them: each look would wait for the GPU.
-    found = torch.cat(list(parts)).cpu()
-    if bool((found < 0).any()) or bool((found > 1).any()):
-        raise ConfigError(
-            "The metric's scores must lie between 0 and 1 (accuracy is 100 times their mean), got "
-            f"{float(found.min()):g} to {float(found.max()):g}."
-        )
-    return found
+    for name, value in functions.items():
+        if name not in FUNCTIONS:
+            raise ConfigError(f"{where} takes no {name!r}.{did_you_mean(name, FUNCTIONS)}")
+        optional = value is None and name in ("distillation", "training")
+        if not optional and not callable(value) and not isinstance(value, Metric):
+            raise ConfigError(
+                f"{where}: {name} must be a function{' or a metric' * (name == 'metric')}, got a "
+                f"{type(value).__name__}."
+            )
+    given = dict(functions)
+    if "loss" in given:
+        given.setdefault("distillation", None)
+    return replace(task, **given)
 
 
 def check_outputs(task: Task) -> None:
@@ -344,7 +320,7 @@ def check_outputs(task: Task) -> None:
             "model.arguments so that it has at least as many (num_classes)."
         )
     try:
-        checked_scores([scores_of(output, samples, task.metric)])
+        task.measure.join([task.measure.observe(output, samples)])
     except ConfigError:
         raise
     except Exception as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autocompress.batch import Batch, samples_in, to_device
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.checkpoint import Checkpoint
 from autocompress.config import FinetuneConfig
@@ -30,18 +31,16 @@ from autocompress.distributed import (
     shared_gradient,
     world,
 )
-from autocompress.errors import TrainingDiverged
+from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import recalibrate
 from autocompress.models import load_state
 from autocompress.task import (
-    Batch,
     Loader,
     Task,
+    TrainingLoop,
     call_on_images,
     cross_entropy,
     logit_distillation,
-    samples_in,
-    to_device,
 )
 
 logger = logging.getLogger("autocompress")
@@ -83,7 +82,7 @@ class Recipe:
         learning_rate: Peak of a trial's schedule.
         final_learning_rate: The same for the winner.
         distillation: Share of the loss that imitates the baseline.
-        gate: Accuracy drop before fine-tuning, in points, at which a trial stops.
+        gate: Drop before fine-tuning, on the metric's scale, at which a trial stops.
     """
 
     epochs: float
@@ -95,7 +94,11 @@ class Recipe:
 
     @classmethod
     def from_config(
-        cls, finetune: FinetuneConfig, epochs: float = 1.0, learning_rate: float = 0.01
+        cls,
+        finetune: FinetuneConfig,
+        epochs: float = 1.0,
+        learning_rate: float = 0.01,
+        gate: float = 50.0,
     ) -> Recipe:
         """The settings, and for those left open what follows from a length and a learning rate.
 
@@ -103,6 +106,7 @@ class Recipe:
             finetune: The study file's settings.
             epochs: A trial's length, where the file leaves it open.
             learning_rate: A trial's learning rate, likewise.
+            gate: The gate, likewise.
         """
         epochs = epochs if finetune.epochs is None else finetune.epochs
         rate = learning_rate if finetune.learning_rate is None else finetune.learning_rate
@@ -112,7 +116,8 @@ class Recipe:
         if final_rate is None:
             # Longer fine-tuning stands more.
             final_rate = 2 * rate if final_epochs >= 4 * epochs else rate
-        return cls(epochs, final_epochs, rate, final_rate, finetune.distillation, finetune.gate)
+        gate = gate if finetune.gate is None else finetune.gate
+        return cls(epochs, final_epochs, rate, final_rate, finetune.distillation, gate)
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ def fit(
 ) -> FitResult:
     """Train `model` in place on the task's training data.
 
+    Where the task has a training loop of its own, that does it: without rungs and checkpoints.
+
     The processes of a group (`join_group`) train it together: each calls `fit` alike, and ends with
     the same weights. `on_step`, `hopeless` and `checkpoint` count on rank 0 only.
 
@@ -178,6 +185,8 @@ def fit(
     steps = round(epochs * len(task.train))
     if steps < 1:
         return FitResult(0, float("nan"), 0.0, 0.0)
+    if task.training is not None:
+        return _fit_by(task.training, model, task, epochs, learning_rate, seed, teacher, on_step)
     _lay_out(model.to(task.device), _fastest_format(model, task.device)).train()
     if teacher is not None:
         teacher.to(task.device).eval()
@@ -213,6 +222,60 @@ def fit(
     share_buffers(model)
     speed = progress.images / progress.seconds
     return FitResult(progress.step, tail, speed, progress.seconds, look.stopped)
+
+
+def _fit_by(
+    loop: TrainingLoop,
+    model: nn.Module,
+    task: Task,
+    epochs: float,
+    learning_rate: float,
+    seed: int,
+    teacher: nn.Module | None,
+    on_step: OnStep | None,
+) -> FitResult:
+    """Train `model` by a loop of the user's, and see that it came to something."""
+    if world() > 1:
+        raise ConfigError(
+            "A training loop of your own trains in one process; start the study without torchrun, "
+            "and let the loop itself use several GPUs."
+        )
+    losses: list[float] = []
+
+    def step(done: float, total: float, loss: float) -> None:
+        losses.append(float(loss))
+        if on_step is not None:
+            on_step(done, total, float(loss))
+
+    model.to(task.device).train()
+    if teacher is not None:
+        teacher.to(task.device).eval()
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        loop(
+            model,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+            teacher=teacher,
+            on_step=step,
+        )
+    seconds = time.perf_counter() - start
+    model.to(task.device).eval()
+    broken = next((k for k, v in model.named_parameters() if not bool(v.isfinite().all())), None)
+    if broken is not None:
+        raise TrainingDiverged(
+            f"After the training loop '{broken}' holds values that are not finite, with learning "
+            f"rate {learning_rate:g}; lower the learning rate."
+        )
+    recalibrate(model, task, LAST_BATCHES)
+    steps = round(epochs * len(task.train))
+    images = steps * samples_in(next(iter(task.train)))
+    tail = losses[-max(1, len(losses) // 10) :]
+    return FitResult(
+        steps, sum(tail) / len(tail) if tail else float("nan"), images / seconds, seconds
+    )
 
 
 @dataclass

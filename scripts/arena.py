@@ -25,14 +25,15 @@ from torch import nn
 
 from autocompress.artifacts import write_text
 from autocompress.baseline import Baseline, train_baseline
+from autocompress.batch import Batch
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import (
     Evaluation,
-    accuracy_drop,
     drop_bound,
     evaluate,
+    metric_drop,
     paired_drop,
     recalibrate,
 )
@@ -42,7 +43,7 @@ from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sources import task_from_config
 from autocompress.space import spend
-from autocompress.task import Batch, Loader, Task
+from autocompress.task import Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
 from autocompress.weights import state_digest
 
@@ -159,7 +160,7 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
     task = replace(task, train=CountedLoader(task.train), calibration=task.calibrating)
     example = task.example()
     val = evaluate(task.model, task, task.val)
-    profile = replace(profile_model(task.model, example, latency=False), accuracy=val.accuracy)
+    profile = replace(profile_model(task.model, example, latency=False), score=val.score)
     baseline = Baseline(task.model, val, profile, state_digest(task.model.state_dict()))
     layers, _ = inspect_layers(
         task.model, example, include=config.search.include, exclude=config.search.exclude
@@ -294,14 +295,14 @@ def tune(
     except TrainingDiverged:
         return 100.0, 100.0
     base, after = arena.baseline.val, evaluate(model, arena.task, arena.task.val)
-    return accuracy_drop(base, after), drop_bound(base, after, arena.config.confidence)
+    return metric_drop(base, after), drop_bound(base, after, arena.config.confidence)
 
 
 def losses(arena: Arena, model: nn.Module, seed: int) -> tuple[float, float]:
     """Accuracy drop after recalibration and after fine-tuning, in points of validation data."""
     task, recipe = arena.task, arena.recipe
     recalibrate(model.to(task.device), task)
-    before = accuracy_drop(arena.baseline.val, evaluate(model, task, task.val))
+    before = metric_drop(arena.baseline.val, evaluate(model, task, task.val))
     return before, tune(model, arena, recipe.epochs, recipe.learning_rate, seed)[0]
 
 
@@ -580,7 +581,7 @@ def start(options: argparse.Namespace) -> tuple[Arena, Path]:
         arena = open_arena(config, display)
     profile = arena.baseline.profile
     print(
-        f"{config.name}: {arena.baseline.val.accuracy:.2f} % on validation data, "
+        f"{config.name}: {arena.baseline.val.score:.2f} % on validation data, "
         f"{profile.params / 1e6:.3f} M params, {profile.macs / 1e6:.1f} M MACs"
     )
     return arena, Path(options.out) / config.name

@@ -36,9 +36,10 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from autocompress.artifacts import write_text
-from autocompress.evaluation import accuracy_drop, evaluate, recalibrate
+from autocompress.batch import Batch
+from autocompress.evaluation import evaluate, metric_drop, recalibrate
 from autocompress.loaders import unaugmented
-from autocompress.task import Batch, Task, logit_distillation
+from autocompress.task import Task, logit_distillation
 from autocompress.training import LAST_BATCHES, fit
 
 DECAY = 0.99
@@ -182,7 +183,7 @@ def main() -> None:
                 began = time.perf_counter()
                 model, task = VARIANTS[name](deepcopy(plan), arena, epochs, seed)
                 seconds = time.perf_counter() - began
-                drop = accuracy_drop(arena.baseline.val, evaluate(model, task, task.val))
+                drop = metric_drop(arena.baseline.val, evaluate(model, task, task.val))
                 rows.append({"variant": name, "epochs": epochs, "drop": drop, "seconds": seconds})
                 write_text(out / "finetune.json", json.dumps(rows))
             print(name, epochs, [row["drop"] for row in rows[-len(options.seeds) :]], flush=True)

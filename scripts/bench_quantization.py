@@ -30,7 +30,7 @@ from torch import nn
 from autocompress import quantization
 from autocompress.config import StudyConfig, flatten, parse_config
 from autocompress.errors import ConfigError
-from autocompress.evaluation import accuracy_drop, evaluate
+from autocompress.evaluation import evaluate, metric_drop
 from autocompress.export import export_onnx, load
 from autocompress.handout import quantizer_of
 from autocompress.profiler import Example
@@ -206,8 +206,8 @@ def _row(quantizer: Quantizer, job: Job, way: str, make: Callable[[Job, Path], N
     return " | ".join(
         (
             way,
-            f"{val.accuracy:.2f}",
-            f"{accuracy_drop(quantizer.before, val):.2f}",
+            f"{val.score:.2f}",
+            f"{metric_drop(quantizer.before, val):.2f}",
             f"{target.stat().st_size:,}",
             f"{size:,}",
             f"{job.source.stat().st_size / size:.2f}x",

@@ -35,13 +35,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
 from autocompress.artifacts import write_text
+from autocompress.batch import first_samples
 from autocompress.errors import AutocompressError
 from autocompress.importance import ChannelChoice
 from autocompress.plan import Plan
 from autocompress.sensitivity import Choice
 from autocompress.space import Option, SearchSpace
 from autocompress.surgery import FactorCache, apply_plan, dense_weight
-from autocompress.task import first_samples
 
 RULES = ("weights", "activations", "impact", "damage", "evaluations")
 OF_CHANNELS = ("activations", "impact", "damage")
@@ -97,7 +97,8 @@ class Predictor:
             output = self._task.forward(model, self._batch)
         for norm, momentum in zip(norms, kept, strict=True):
             norm.eval().momentum = momentum
-        return float(self._task.metric(output, self._batch).mean())
+        metric = self._task.measure
+        return metric.value(metric.observe(output, self._batch)) / 100
 
 
 def _predictions(choice: Choice | ChannelChoice) -> dict[str, float]:

@@ -136,7 +136,7 @@ def print_figures(name: str, folder: Path) -> None:
     before = result["baseline"]
     print(f"\n## {name}, delta {result['delta']:g}, seed {result['seed']}")
     print(f"seconds: {result['seconds']}")
-    print(f"baseline: val {before['val_accuracy']:.2f} %, test {before.get('test_accuracy')} %")
+    print(f"baseline: val {before['val_score']:.2f} %, test {before.get('test_score')} %")
     for stage, best in result["stage_best"].items():
         metrics = best["metrics"]
         params, macs = (before["profile"][key] / metrics[key] for key in ("params", "macs"))
@@ -155,7 +155,7 @@ def print_figures(name: str, folder: Path) -> None:
             f"winner: {best['stage']}/{best['trial']}, "
             f"{params:.2f}x params, {macs:.2f}x MACs, {faster:.2f}x as fast ({where}), "
             f"val drop {best['val_drop']:.2f}, "
-            f"test {before['test_accuracy']:.2f} -> {best['test_accuracy']:.2f}, drop "
+            f"test {before['test_score']:.2f} -> {best['test_score']:.2f}, drop "
             f"{best['test_drop']:.2f} ({low:.2f} to {high:.2f})"
         )
     baseline = Profile.from_dict(before["profile"])

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from autocompress.allocator import Knobs, decode
 from autocompress.artifacts import write_text
+from autocompress.batch import tensors_in
 from autocompress.config import SearchConfig
 from autocompress.errors import AutocompressError
 from autocompress.export import check_onnx, export_onnx, load, save_model
@@ -48,7 +49,7 @@ from autocompress.scope import channel_groups, why_refused
 from autocompress.sensitivity import build_table
 from autocompress.space import SearchSpace
 from autocompress.surgery import FactorCache, apply_plan
-from autocompress.task import Task, tensors_in
+from autocompress.task import Task
 from autocompress.training import fit
 
 TIMM = (

@@ -126,7 +126,7 @@ def test_everything_the_user_owns_can_be_replaced(model: nn.Module, tmp_path: Pa
         **QUICK,
     )
     assert called == {"forward", "loss", "metric", "distillation", "optimizer", "scheduler"}
-    accuracy = outcome.summary["baseline"]["val_accuracy"]
+    accuracy = outcome.summary["baseline"]["val_score"]
     with torch.no_grad():
         batch = next(iter(loader(64, 2)))
         expected = 100 * metric(model.eval()(batch["pixels"]), batch).mean()

@@ -40,7 +40,7 @@ def test_the_same_recipe_is_trained_once(fits: list[Any]) -> None:
     assert len(fits) == 1
     states = one.model.state_dict(), two.model.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert evaluate(two.model, two, two.val).accuracy > 60
+    assert evaluate(two.model, two, two.val).score > 60
 
 
 @pytest.mark.parametrize("change", ["epochs", "seed", "learning_rate", "data", "weights"])

@@ -84,7 +84,7 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
     assert best["profile"]["params"] < before["profile"]["params"]
     low, high = best["test_drop_interval"]
     assert low <= best["test_drop"] <= high
-    assert best["test_drop"] == pytest.approx(before["test_accuracy"] - best["test_accuracy"])
+    assert best["test_drop"] == pytest.approx(before["test_score"] - best["test_score"])
     assert summary["command"] == "the command" and summary["test_reads"] == 1
     for profile in (before["profile"], best["profile"]):
         latency = profile["latency"]
@@ -134,7 +134,7 @@ def test_every_trial_carries_its_whole_story(finished: Outcome) -> None:
             drop, cost = trial.values
             metrics = attrs["metrics"]
             assert metrics["drop"] == drop and metrics["params"] == cost
-            assert {"accuracy", "macs", "size_bytes", "memory_bytes", "latency_ms"} < set(metrics)
+            assert {"score", "macs", "size_bytes", "memory_bytes", "latency_ms"} < set(metrics)
             assert trial.system_attrs["constraints"] == [pytest.approx(metrics["drop_bound"] - 5)]
             assert metrics["drop_bound"] > drop
             kinds = {key.rpartition(".")[2] for key in trial.params}
@@ -231,7 +231,7 @@ def test_nothing_within_delta_gives_the_nearest(task: Task, tmp_path: Path) -> N
     nearest = outcome.summary["nearest"]
     assert nearest["val_drop"] > 0
     assert nearest["plan"]["layers"] or nearest["plan"]["channels"]
-    assert "test_accuracy" not in outcome.summary["baseline"]
+    assert "test_score" not in outcome.summary["baseline"]
     assert outcome.summary["test_reads"] == 0
     assert any("No trial kept the drop within 0 points" in line for line in display.lines)
     assert not (outcome.folder / "best").exists()
@@ -410,10 +410,10 @@ def test_the_baseline_of_a_study_is_kept_with_it(task: Task, tmp_path: Path) -> 
     settings = {"trials": 1, "annealing_trials": 0, "baseline.epochs": 1.0}
     state = {key: value.clone() for key, value in task.model.state_dict().items()}
     first = run_study(tiny_config(tmp_path, **settings), task, NullDisplay())
-    kept = first.summary["baseline"]["val_accuracy"]
+    kept = first.summary["baseline"]["val_score"]
     task.model.load_state_dict(state)
     again = run_study(tiny_config(tmp_path, **{**settings, "trials": 2}), task, NullDisplay())
-    assert again.summary["baseline"]["val_accuracy"] == kept
+    assert again.summary["baseline"]["val_score"] == kept
     (tmp_path / "tiny" / "baseline.safetensors").unlink()
     task.model.load_state_dict(state)
     # The tiny loader's order goes on where it was, so training again gives other weights.

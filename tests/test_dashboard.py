@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from autocompress import dashboard
 from autocompress.errors import ConfigError
+from autocompress.scale import ACCURACY
 
 DELTA = 1.0
 # drop, params, state
@@ -38,7 +39,7 @@ def fill(
     for drop, params, state in TRIALS:
         trial = study.ask()
         trial.set_user_attr("plan", json.dumps(plan))
-        trial.set_user_attr("metrics", {"accuracy": 92.3 - drop, "drop": drop, "params": params})
+        trial.set_user_attr("metrics", {"score": 92.3 - drop, "drop": drop, "params": params})
         trial.set_user_attr("layer_errors", {"layer1.0|x": 0.125})
         trial.set_user_attr("parent", "exploration/3")
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - delta])
@@ -52,7 +53,7 @@ def fill(
     how = {"runtime": "ONNX Runtime 1.32.0", "batch_size": 1, "threads": 2}
     latency = {"median_ms": 2.5, **how}
     profile = {"params": 270_000, "macs": 41_000_000, "latency": latency}
-    study.set_user_attr("baseline", {"accuracy": 92.3, **profile})
+    study.set_user_attr("baseline", {"score": 92.3, **profile})
     study.set_user_attr("left_alone", {"conv1": "3 input channels <b>"})
     study.set_user_attr("delta", DELTA)
     study.set_user_attr("objective", "params")
@@ -151,13 +152,13 @@ def test_study_note_escapes_what_the_study_says() -> None:
 def test_notes_tell_of_channels_and_int8() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"])
     fill(study)
-    assert "### Channels" not in dashboard._trial_note(study.trials[0], {}, DELTA, [])
+    assert "### Channels" not in dashboard._trial_note(study.trials[0], {}, DELTA, ACCURACY, [])
     assert "int8" not in dashboard._study_note(study)
     group = {"kept": "0-4,8", "of": 16, "chunks": 1, "members": []}
     trial = study.ask()
     trial.set_user_attr("plan", json.dumps({"version": 2, "layers": {}, "channels": {"a": group}}))
     study._storage.set_trial_system_attr(trial._trial_id, "constraints", [-1.0])
-    note = dashboard._trial_note(study.tell(trial, [0.0, 1.0]), {}, DELTA, [])
+    note = dashboard._trial_note(study.tell(trial, [0.0, 1.0]), {}, DELTA, ACCURACY, [])
     assert "No layer." in note and "| `a` | 6 | 16 |" in note
     study.set_user_attr("config", {"search.int8": True})
     assert "on validation data, of the int8 file." in dashboard._study_note(study)

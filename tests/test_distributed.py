@@ -80,7 +80,7 @@ def run(task: Task, **settings: Any) -> dict[str, Any]:
         "state": deepcopy(task.model.state_dict()),
         "result": result and asdict(result),
         "ended": ended,
-        "accuracy": evaluate(task.model, task, task.val).accuracy,
+        "accuracy": evaluate(task.model, task, task.val).score,
     }
 
 

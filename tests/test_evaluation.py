@@ -6,9 +6,9 @@ from torch import nn
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import (
     Evaluation,
-    accuracy_drop,
     drop_bound,
     evaluate,
+    metric_drop,
     paired_drop,
     recalibrate,
 )
@@ -21,12 +21,12 @@ def test_a_drop_of_exactly_delta_is_not_above_it() -> None:
         before, after = torch.zeros(1000), torch.zeros(1000)
         before[:right] = 1.0
         after[: right - 10] = 1.0
-        assert accuracy_drop(Evaluation(before), Evaluation(after)) == 1.0
+        assert metric_drop(Evaluation(before), Evaluation(after)) == 1.0
 
 
 def test_a_score_that_is_no_number_is_an_error() -> None:
-    with pytest.raises(AutocompressError, match="accuracy drop nan"):
-        accuracy_drop(Evaluation(torch.ones(2)), Evaluation(torch.tensor([1.0, float("nan")])))
+    with pytest.raises(AutocompressError, match="the drop is nan"):
+        metric_drop(Evaluation(torch.ones(2)), Evaluation(torch.tensor([1.0, float("nan")])))
 
 
 def test_accuracy_is_weighted_by_samples_not_batches(task: Task) -> None:
@@ -35,30 +35,30 @@ def test_accuracy_is_weighted_by_samples_not_batches(task: Task) -> None:
     images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
     with torch.no_grad():
         expected = 100 * (task.model(images).argmax(1) == labels).double().mean()
-    assert evaluate(task.model, task, loader).accuracy == pytest.approx(float(expected))
+    assert evaluate(task.model, task, loader).score == pytest.approx(float(expected))
 
 
 def test_evaluate_restores_the_mode_and_honours_the_batch_count(task: Task) -> None:
     task.model.train()
-    assert len(evaluate(task.model, task, task.val, 2).scores) == 64
+    assert len(evaluate(task.model, task, task.val, 2).records) == 64
     assert task.model.training
 
 
 def test_a_metric_of_the_users_own_is_used(task: Task) -> None:
     task.metric = lambda output, batch: torch.full((len(batch[1]),), 0.25)
-    assert evaluate(task.model, task, task.val).accuracy == pytest.approx(25.0)
+    assert evaluate(task.model, task, task.val).score == pytest.approx(25.0)
 
 
 def test_recalibration_gives_the_statistics_of_the_data(task: Task) -> None:
     task.model.bn1.running_mean.fill_(50.0)  # type: ignore[union-attr, operator]
-    broken = evaluate(task.model, task, task.val).accuracy
+    broken = evaluate(task.model, task, task.val).score
     task.calibration = make_loader(512, 1)
     recalibrate(task.model, task, 16)
     images = task.calibration.dataset.tensors[0]  # type: ignore[attr-defined]
     with torch.no_grad():
         mean = task.model.stem(images).mean((0, 2, 3))  # type: ignore[operator]
     torch.testing.assert_close(task.model.bn1.running_mean, mean, atol=1e-4, rtol=1e-3)
-    assert evaluate(task.model, task, task.val).accuracy > broken + 20
+    assert evaluate(task.model, task, task.val).score > broken + 20
     assert task.model.bn1.momentum == 0.1 and not task.model.training
 
 

@@ -157,6 +157,7 @@ def test_a_rehearsal_tells_what_the_end_wins_back(
     found = trials((100, 4.0), (60, 6.0), (40, 8.0))
     study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
     parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "store": None}
+    parts["finetune"] = SimpleNamespace(gate=50.0)
     bench = cast(Bench, SimpleNamespace(**parts))
     fits = Fits(lambda label, seed: bound)
     monkeypatch.setattr(finals, "save_weights", lambda model, owner, store: "annealing's")

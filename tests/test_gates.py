@@ -74,5 +74,5 @@ def test_a_gate_looks_at_about_a_thousand_images() -> None:
 
 def test_scores_beyond_the_gates_are_not_compared(task: Task) -> None:
     base = evaluate(task.model, task, task.val)
-    longer = Evaluation(torch.cat([base.scores, torch.ones(500)]))
+    longer = Evaluation(torch.cat([base.records, torch.ones(500)]))
     assert not Gate(task, longer, [], most=0.0, useful=1.0).closes(task.model, 0)

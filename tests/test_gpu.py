@@ -12,6 +12,7 @@ from test_distributed import assert_equal, run_cases
 from torch import Tensor, nn
 
 import autocompress
+from autocompress.batch import Batch
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.evaluation import evaluate
 from autocompress.layers import inspect_layers
@@ -20,7 +21,7 @@ from autocompress.observation import observe_layers
 from autocompress.profiler import measure_latency
 from autocompress.sensitivity import build_table
 from autocompress.sources import pick_device
-from autocompress.task import Batch, Task
+from autocompress.task import Task
 from autocompress.training import fastest_precision, fit
 from autocompress.transforms import TRANSFORMS
 
@@ -48,7 +49,7 @@ def test_training_on_the_gpu_learns_in_both_precisions(gpu: torch.device) -> Non
         task = Task(TinyNet(), *loaders, device=gpu, amp_dtype=dtype)
         fit(task.model, task, epochs=6, learning_rate=0.1, seed=0)
         assert next(task.model.parameters()).device.type == "cuda"
-        assert evaluate(task.model, task, task.val).accuracy > 80
+        assert evaluate(task.model, task, task.val).score > 80
     assert fastest_precision(task) in (None, torch.bfloat16)
 
 
@@ -101,7 +102,7 @@ def test_a_network_that_reads_values_back_is_trained_as_usual(gpu: torch.device)
     loaders = (make_loader(512, 1), make_loader(256, 2), make_loader(256, 3))
     task = Task(Reading(), *loaders, device=gpu)
     fit(task.model, task, epochs=6, learning_rate=0.1, seed=0)
-    assert evaluate(task.model, task, task.val).accuracy > 80
+    assert evaluate(task.model, task, task.val).score > 80
 
 
 def test_a_run_on_the_gpu_goes_on_where_it_was_interrupted(
@@ -144,7 +145,7 @@ def test_a_run_on_the_gpu_goes_on_where_it_was_interrupted(
         checkpoint=kept_in(tmp_path),
     )
     assert told[0] == 42 and result.steps == 96
-    assert evaluate(task.model, task, task.val).accuracy > 80
+    assert evaluate(task.model, task, task.val).score > 80
     flat = [
         nn.utils.parameters_to_vector(one.model.to(gpu).parameters())
         for one in (start, whole, task)
@@ -173,8 +174,8 @@ def test_fine_tuning_again_and_again_takes_no_more_memory(task: Task, gpu: torch
 
 
 def test_scores_are_those_of_the_cpu(task: Task, gpu: torch.device) -> None:
-    here = evaluate(task.model, task, task.val).scores
-    there = evaluate(on_gpu(task, gpu).model, task, task.val).scores
+    here = evaluate(task.model, task, task.val).records
+    there = evaluate(on_gpu(task, gpu).model, task, task.val).records
     assert float((here != there).float().mean()) < 0.01
 
 

@@ -192,10 +192,10 @@ def test_a_study_hands_out_an_int8_winner(task: Task, tmp_path: Path) -> None:
     # The file is what was measured, and opens without a study.
     run = autocompress.open_onnx(file)
     hits = [run(images)[0].argmax(1) == labels for images, labels in task.val]
-    assert 100 * float(torch.cat(hits).double().mean()) == pytest.approx(found["val_accuracy"])
+    assert 100 * float(torch.cat(hits).double().mean()) == pytest.approx(found["val_score"])
     assert "model.int8.onnx holds" in (plain.folder / "report.html").read_text()
     # The float32 winner is what it was.
-    assert best["val_accuracy"] == plain.summary["best"]["val_accuracy"]
+    assert best["val_score"] == plain.summary["best"]["val_score"]
     again = run_study(config, task, NullDisplay())
     assert len(reads) == 3 and again.summary["int8"] == json.loads(json.dumps(found))
 
@@ -208,7 +208,7 @@ def test_trials_can_be_judged_by_their_int8_files(
 
     def score(quantizer: Quantizer, model: nn.Module) -> Evaluation:
         judged.append(model)
-        scores = quantizer.before.scores.clone()
+        scores = quantizer.before.records.clone()
         scores[torch.nonzero(scores)[:5]] = 0.0  # rounding costs five answers, whatever the network
         return Evaluation(scores)
 

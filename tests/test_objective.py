@@ -123,9 +123,9 @@ def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
     frozen = run(bench)
     model, plan = load_trial_model(bench, "exploration/0")
     found = evaluate(model, bench.task, bench.task.val)
-    assert found.accuracy == pytest.approx(frozen.user_attrs["metrics"]["accuracy"], abs=1e-6)
+    assert found.score == pytest.approx(frozen.user_attrs["metrics"]["score"], abs=1e-6)
     assert plan.digest == frozen.user_attrs["plan_digest"]
-    drop = bench.baseline.val.accuracy - found.accuracy
+    drop = bench.baseline.val.score - found.score
     assert frozen.values == [pytest.approx(drop), sum(p.numel() for p in model.parameters())]
 
 
@@ -176,7 +176,7 @@ def test_a_trial_stopped_at_the_gate_is_pruned_with_its_constraint(
     task.metric = lambda output, batch: torch.zeros(len(output))  # after the baseline's score
     frozen = run(bench)
     assert frozen.state == TrialState.PRUNED
-    drop = bench.baseline.val.accuracy
+    drop = bench.baseline.val.score
     assert list(frozen.constraints.values()) == [pytest.approx(drop - bench.delta)]
     assert "lost before fine-tuning > gate 0" in frozen.user_attrs["reason"]
     assert frozen.user_attrs["metrics"]["drop"] == pytest.approx(drop)

@@ -17,7 +17,7 @@ from autocompress import finals, latency, objective, probe, selection
 from autocompress.conductor import run_study
 from autocompress.database import open_storage
 from autocompress.errors import ConfigError, TrainingDiverged
-from autocompress.evaluation import accuracy_drop, evaluate
+from autocompress.evaluation import evaluate, metric_drop
 from autocompress.export import save_model
 from autocompress.probe import Probe, ProbeRun, _best_rate, _gains
 from autocompress.progress import NullDisplay
@@ -238,7 +238,7 @@ def test_the_candidate_has_lost_about_eight_times_delta(
 
     def look(model: nn.Module, task: Task, *, teacher: nn.Module, **_: Any) -> Probe:
         before, after = (evaluate(one, task, task.val) for one in (teacher, model))
-        drops.append(accuracy_drop(before, after))
+        drops.append(metric_drop(before, after))
         raise Seen
 
     monkeypatch.setattr(probe, "probe", look)

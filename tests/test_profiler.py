@@ -114,7 +114,7 @@ def test_residual_network_equals_hand_count() -> None:
     buffers = 2 * 8 * 4 + 8  # mean, variance and the counter of batches, an int64
     assert profile.size_bytes == 4 * profile.params + buffers
     assert profile.memory_bytes == profile.size_bytes + sum(activations.values())
-    assert profile.accuracy is None and profile.latency is None
+    assert profile.score is None and profile.latency is None
 
 
 def test_uncounted_names_what_computes_and_no_views() -> None:
@@ -275,10 +275,10 @@ def test_bad_latency_options_are_refused(options: dict[str, int], rule: str) -> 
 
 
 def test_comparison_has_units_and_ratios() -> None:
-    def profile(scale: int, accuracy: float, milliseconds: float) -> Profile:
+    def profile(scale: int, score: float, milliseconds: float) -> Profile:
         latency = Latency(milliseconds, 0.1, 1, 20, "cpu", 1)
         values = [n // scale for n in (2_000_000, 8_000_000, 3_000_000_000, 16_000_000)]
-        return Profile(*values, latency=latency, accuracy=accuracy)
+        return Profile(*values, latency=latency, score=score)
 
     rows = comparison(profile(1, 92.5, 6.0), profile(4, 91.9, 2.0))
     shown = [(row.metric, row.unit, row.before, row.after, row.change) for row in rows]

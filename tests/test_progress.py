@@ -23,6 +23,7 @@ from autocompress.progress import (
     format_seconds,
     make_display,
 )
+from autocompress.scale import ACCURACY
 
 
 class HandClock:
@@ -196,7 +197,7 @@ def test_live_before_anything_is_known() -> None:
     display = LiveDisplay(terminal(), HandClock())
     view = Console(file=io.StringIO(), width=80)
     view.print(display.render())
-    display._tally.stage("exploration", 5, 0, 1.0, "macs", None, 0.0)
+    display._tally.stage("exploration", 5, 0, 1.0, "macs", None, 0.0, ACCURACY)
     view.print(display.render())
     assert "none yet within the allowed drop of 1.00 points" in written(view)
 

@@ -105,7 +105,7 @@ def test_decomposed_networks_stay_close(task: Task, tmp_path: Path, names: tuple
     assert found.shape == exact.shape
     error = float((found - exact).norm() / exact.norm())
     assert 1e-4 < error < 0.1  # rounded, and not much worse for it
-    assert abs(attempt.val.accuracy - evaluate(model, task, task.val).accuracy) < 3
+    assert abs(attempt.val.score - evaluate(model, task, task.val).score) < 3
     weights = weights_of(onnx.load(tmp_path / "int8.onnx"))
     layers = [part for part in model.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]
     assert len(weights) == len(layers)
@@ -249,7 +249,7 @@ def spoiled(task: Task) -> nn.Module:
 def test_a_score_is_that_of_the_file(task: Task, tmp_path: Path) -> None:
     own = quantizer(task)
     first = next(iter(own.attempts(task.model, tmp_path / "int8.onnx")))
-    assert torch.equal(own.score(task.model).scores, first.val.scores)
+    assert torch.equal(own.score(task.model).records, first.val.records)
 
 
 def test_every_way_is_tried_and_the_best_is_kept(task: Task, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_every_way_is_tried_and_the_best_is_kept(task: Task, tmp_path: Path) -> 
     assert best.bound == min(attempt.bound for attempt in made) > 0.5
     assert len(lines) == 2 and lines[0].startswith("int8 (minmax): ")
     # The file is the best attempt's, not the last one's.
-    assert evaluate(own.network(path), task, task.val).accuracy == best.val.accuracy
+    assert evaluate(own.network(path), task, task.val).score == best.val.score
 
 
 def rounded_accuracy(model: nn.Module, task: Task) -> float:
@@ -271,7 +271,7 @@ def rounded_accuracy(model: nn.Module, task: Task) -> float:
             part.train()
         for batch in task.calibration_batches(8):
             task.forward(model, batch)
-        return evaluate(model, task, task.val).accuracy
+        return evaluate(model, task, task.val).score
 
 
 def test_fine_tuning_with_rounding_brings_back_what_rounding_cost(
@@ -280,7 +280,7 @@ def test_fine_tuning_with_rounding_brings_back_what_rounding_cost(
     """At two bits, for eight lose nothing here: weights of -1, 0 and 1, activations of 0 to 3."""
     monkeypatch.setattr(quantization, "LARGEST_WEIGHT", 1)
     monkeypatch.setattr(quantization, "LARGEST_ACTIVATION", 3)
-    exact, before = evaluate(task.model, task, task.val).accuracy, deepcopy(task.model)
+    exact, before = evaluate(task.model, task, task.val).score, deepcopy(task.model)
     rounded = rounded_accuracy(task.model, task)
     assert rounded < exact - 10
     tuned = fit_rounded(

@@ -72,7 +72,7 @@ def profile(shrink: float = 1.0) -> dict[str, Any]:
         "macs": sum(int(layer["macs"]) for layer in layers),
         "size_bytes": 4 * params,
         "memory_bytes": 4 * params + 500_000,
-        "accuracy": 92.3,
+        "score": 92.3,
         "latency": {
             "median_ms": 2.41 / math.sqrt(shrink),
             "iqr_ms": 0.1,
@@ -108,7 +108,7 @@ def trial(
 ) -> FrozenTrial:
     attributes: dict[str, Any] = {
         "plan": json.dumps(plan(8)),
-        "metrics": {"accuracy": 92.3 - drop, "drop": drop, "params": cost},
+        "metrics": {"score": 92.3 - drop, "drop": drop, "params": cost},
         "seconds": {"build": 0.2, "recalibrate": 1.1, "finetune": 14.0, "evaluate": 0.9},
         "parent": parent,
         "layer_errors": {"layer1.conv": 0.08, "layer2.conv": 0.21, "layer3.conv": 0.17},
@@ -166,15 +166,15 @@ def result(met: bool = True) -> dict[str, Any]:
         "trial": 7,
         "plan": plan(8),
         "profile": small,
-        "val_accuracy": 91.6,
+        "val_score": 91.6,
         "val_drop_bound": 0.93,
         "val_drop": 0.7,
-        "test_accuracy": 91.4,
+        "test_score": 91.4,
         "test_drop": 0.7,
         "test_drop_interval": [-0.05, 1.45],
     }
     metrics = {
-        "accuracy": 91.5,
+        "score": 91.5,
         "drop": 0.8,
         "params": base["params"] / 4.1,
         "macs": base["macs"] / 3.2,
@@ -189,7 +189,7 @@ def result(met: bool = True) -> dict[str, Any]:
         "objective": "params",
         "met": met,
         "stage_best": {"exploration": {"trial": 12, "metrics": metrics}, "annealing": None},
-        "baseline": {"profile": base, "val_accuracy": 92.3, "test_accuracy": 92.1},
+        "baseline": {"profile": base, "val_score": 92.3, "test_score": 92.1},
         "best": chosen if met else None,
         "second": {**chosen, "trial": 5, "profile": profile(5.0), "val_drop": 0.9} if met else None,
         "nearest": None
@@ -198,7 +198,7 @@ def result(met: bool = True) -> dict[str, Any]:
             "stage": "annealing",
             "trial": 7,
             "plan": plan(8),
-            "val_accuracy": 90.9,
+            "val_score": 90.9,
             "val_drop": 1.4,
             "val_drop_bound": 1.7,
             "metrics": {**metrics, "drop": 1.4},
@@ -254,7 +254,7 @@ def test_headline_says_ratio_drop_and_interval(met: tuple[str, Outline]) -> None
     _, outline = met
     ratio = profile()["params"] / profile(7.0)["params"]
     assert f"{ratio:.2f}x fewer parameters" in outline.text
-    assert "drops by 0.70 of the allowed 1.00 points (annealing trial 7)" in outline.text
+    assert "worse by 0.70 of the allowed 1.00 points (annealing trial 7)" in outline.text
     assert "of 95 % the drop on new images is at most 0.93 points" in outline.text
     assert "92.10 % → 91.40 %, a drop of 0.70 points" in outline.text
     assert "(95 % interval −0.05 to 1.45, paired on the same images)" in outline.text
@@ -266,7 +266,7 @@ def test_a_rise_is_no_negative_drop(tmp_path: Path) -> None:
     better["best"]["val_drop"] = -0.2
     better["test_reads"] = 2
     _, outline = read(write_report(better, *studies(), tmp_path / "report.html"))
-    assert "rises by 0.20 points; a drop of 1.00 was allowed" in outline.text
+    assert "better by 0.20 points; a drop of 1.00 was allowed" in outline.text
     assert "On test data, read 2 times as trials were added" in outline.text
 
 
@@ -395,7 +395,7 @@ def test_plot_tells_outcomes_apart_by_shape_and_name(met: tuple[str, Outline]) -
 
 def test_unmet_names_the_nearest(tmp_path: Path) -> None:
     _, outline = read(write_report(result(met=False), *studies(), tmp_path / "report.html"))
-    assert "No plan kept the accuracy drop within 1.00 points" in outline.text
+    assert "No plan kept the drop in accuracy within 1.00 points" in outline.text
     assert "The nearest is annealing trial 7 with 1.40 points" in outline.text
     assert "nearest (annealing trial 7)" in outline.text
     assert "4,608 → not profiled" in outline.text
@@ -448,7 +448,7 @@ def test_the_int8_file_is_shown_beside_the_float32_files(tmp_path: Path) -> None
         "best/model.int8.onnx holds annealing trial 7 in int8 (minmax, 2 epochs of "
         "quantization-aware fine-tuning)" in text
     )
-    assert "drops by 0.41 points, at most 0.87" in text and "on test data by −0.10" in text
+    assert "worse by 0.41 points, at most 0.87" in text and "on test data by −0.10" in text
     assert "ONNX file 4.00 MB 1.00 MB 250 kB 16.0x 4.00x" in text
     assert "Latency, ONNX Runtime, batch 1, 2 threads 3.00 ms 1.50 ms 1.00 ms 3.00x 1.50x" in text
     missed = {"met": False, "reason": "annealing/7 lost at most 1.20 points."}
@@ -526,7 +526,7 @@ def test_plan_texts() -> None:
         (640, "params", "640"),
         (39_800, "size_bytes", "39.8 kB"),
         (2.414, "latency_ms", "2.41 ms"),
-        (91.6, "accuracy", "91.60 %"),
+        (91.6, "score", "91.60 %"),
         (None, "macs", "–"),
         (math.nan, "macs", "–"),
     ],

@@ -15,7 +15,7 @@ from torch import nn
 
 from autocompress.conductor import annealing_length
 from autocompress.errors import ConfigError
-from autocompress.evaluation import accuracy_drop, evaluate
+from autocompress.evaluation import evaluate, metric_drop
 from autocompress.loaders import ArrayLoader, calibration_loader
 from autocompress.progress import NullDisplay
 from autocompress.quantization import Quantizer, calibration_batches
@@ -179,9 +179,7 @@ def test_test_data_is_read_by_describe_alone(arena: ground.Arena, task: Task) ->
     assert not reads
     figures = ground.describe(model, arena, drop)
     assert len(reads) == 2
-    expected = accuracy_drop(
-        evaluate(task.model, task, task.test), evaluate(model, task, task.test)
-    )
+    expected = metric_drop(evaluate(task.model, task, task.test), evaluate(model, task, task.test))
     assert figures["test_drop"] == pytest.approx(expected)
     assert figures["params_ratio"] == pytest.approx(1 / arena.share(model))
 
@@ -307,7 +305,7 @@ def test_ways_to_int8_get_one_network_and_a_missing_one_is_named(
         [cell.strip() for cell in row.split("|")]
         for row in bench_quantization.compare(quantizer, task.model, batches, ways)
     )
-    assert exact[:3] == ["float32", f"{before.accuracy:.2f}", "0.00"]
+    assert exact[:3] == ["float32", f"{before.score:.2f}", "0.00"]
     # One method: the same accuracy, and the same size once the text is gone.
     assert ours[1:3] == theirs[1:3] and ours[4] == theirs[4] == ours[3] != theirs[3]
     assert missing[:2] == ["NNCF", "not installed: nncf"]

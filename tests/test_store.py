@@ -49,6 +49,7 @@ def opened(tmp_path: Path, bound: dict[str, object] | None = None) -> optuna.Stu
         "one",
         "exploration",
         bound=bound or BOUND,
+        drop_name="accuracy drop (points)",
         cost_name="parameters",
     )
 
@@ -83,6 +84,7 @@ def test_a_study_and_its_folder_know_each_other(tmp_path: Path) -> None:
         "one",
         "exploration",
         bound=BOUND,
+        drop_name="accuracy drop (points)",
         cost_name="parameters",
     )
     assert folder.claim(new) != identity

@@ -135,7 +135,7 @@ def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> Non
     assert done.exit_code == 0
     names = {path.name for path in (tmp_path / "it").iterdir()}
     assert {"model.safetensors", "plan.json", "model.onnx", "model.pt2"} <= names
-    assert json.loads((tmp_path / "it" / "profile.json").read_text())["accuracy"] > 10
+    assert json.loads((tmp_path / "it" / "profile.json").read_text())["score"] > 10
     model = autocompress.load(tmp_path / "it")
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
@@ -193,7 +193,7 @@ def test_exit_code_3_where_nothing_met_delta(
     ("change", "wanted"),
     [
         (("[search]", "[search]\ntrails = 3"), "Did you mean 'trials'?"),
-        (("delta = 40.0", "delta = -1.0"), "delta = -1.0 must be >= 0 (points of accuracy)"),
+        (("delta = 40.0", "delta = -1.0"), "delta = -1.0 must be >= 0 (points of"),
         (("trials = 3", 'trials = "many"'), "search.trials: expected a whole number"),
         (('"tucker2"', '"tuker2"'), "Did you mean 'tucker2'?"),
         (("zoo:resnet_small", "zoo:resnet_smal"), "Did you mean 'resnet_small'?"),

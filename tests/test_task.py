@@ -4,17 +4,10 @@ import pytest
 import torch
 from conftest import TinyNet, make_loader
 
+from autocompress.batch import first_samples, part_of, samples_in, split_batch, to_device
 from autocompress.errors import ConfigError
-from autocompress.task import (
-    Task,
-    check_outputs,
-    correct,
-    first_samples,
-    logit_distillation,
-    scores_of,
-    split_batch,
-    to_device,
-)
+from autocompress.metrics import MeanScore
+from autocompress.task import Task, check_outputs, correct, logit_distillation, with_functions
 
 
 def test_example_is_one_image_as_the_network_gets_it(task: Task) -> None:
@@ -106,7 +99,31 @@ def test_scores_of_pixels_are_averaged_over_each_sample() -> None:
     output = torch.zeros(2, 3, 4, 4)
     labels = torch.zeros(2, 4, 4, dtype=torch.int64)
     labels[1, :2] = 1
-    assert scores_of(output, (output, labels), correct).tolist() == [1.0, 0.5]
+    assert MeanScore(correct).observe(output, (output, labels)).tolist() == [1.0, 0.5]
+
+
+def test_a_list_of_dicts_has_one_for_each_sample() -> None:
+    boxes = [{"boxes": torch.zeros(n, 4), "labels": torch.zeros(n)} for n in (2, 0, 5)]
+    batch = (torch.zeros(3, 1, 8, 8), boxes)
+    assert samples_in(batch) == 3
+    images, found = first_samples(batch, 2)
+    assert len(images) == 2 and [len(one["boxes"]) for one in found] == [2, 0]
+    _, last = part_of(batch, 2, 3)
+    assert [len(one["boxes"]) for one in last] == [5]
+    # As many dicts as images: each of these is an image, however many rows it has.
+    assert samples_in((tuple(torch.zeros(3, 8, 8) for _ in range(3)), boxes)) == 3
+    moved = to_device(batch, torch.device("cpu"))
+    assert [len(one["labels"]) for one in moved[1]] == [2, 0, 5]
+
+
+def test_unknown_functions_of_a_task_are_refused(task: Task) -> None:
+    with pytest.raises(ConfigError, match=r"mine takes no 'metrics'. Did you mean 'metric'"):
+        with_functions(task, {"metrics": correct}, "mine")
+    with pytest.raises(ConfigError, match="mine: loss must be a function, got a float"):
+        with_functions(task, {"loss": 0.5}, "mine")
+    assert (
+        with_functions(task, {"loss": lambda output, batch: output.sum()}, "").distillation is None
+    )
 
 
 def test_a_batch_is_split_into_all_of_its_samples() -> None:

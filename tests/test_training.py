@@ -29,9 +29,9 @@ def untrained() -> Task:
 
 def test_fit_learns() -> None:
     task = untrained()
-    before = evaluate(task.model, task, task.val).accuracy
+    before = evaluate(task.model, task, task.val).score
     result = fit(task.model, task, epochs=4, learning_rate=0.1, seed=0)
-    assert evaluate(task.model, task, task.val).accuracy > before + 30
+    assert evaluate(task.model, task, task.val).score > before + 30
     assert result.steps == 4 * 8 and result.images_per_second > 0
 
 
@@ -332,7 +332,7 @@ def test_a_loader_that_goes_its_own_way_is_no_obstacle(tmp_path: Path, every_ste
         checkpoint=kept_in(tmp_path),
     )
     assert result.steps == STEPS and len(seen) == 9
-    assert evaluate(task.model, task, task.val).accuracy > 60
+    assert evaluate(task.model, task, task.val).score > 60
 
 
 @pytest.mark.usefixtures("every_step")
