@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from autocompress.config import load_config as load_config
     from autocompress.errors import AutocompressError as AutocompressError
     from autocompress.export import load as load
+    from autocompress.metrics import MeanScore as MeanScore
+    from autocompress.metrics import TorchMetric as TorchMetric
     from autocompress.plan import Plan as Plan
     from autocompress.profiler import profile_model as profile_model
     from autocompress.quantization import quantize_onnx as quantize_onnx
     from autocompress.runtime import open_onnx as open_onnx
+    from autocompress.scale import Scale as Scale
     from autocompress.surgery import apply_plan as apply_plan
     from autocompress.task import Task as Task
 
@@ -36,10 +39,13 @@ except PackageNotFoundError:
 
 _HOMES = {
     "AutocompressError": "errors",
+    "MeanScore": "metrics",
     "Outcome": "conductor",
     "Plan": "plan",
+    "Scale": "scale",
     "StudyConfig": "config",
     "Task": "task",
+    "TorchMetric": "metrics",
     "apply_plan": "surgery",
     "compress": "api",
     "load": "export",

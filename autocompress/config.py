@@ -511,6 +511,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def ready_folder() -> Path:
+    """The folder of the ready studies, and of the modules that some of them name."""
+    return Path(str(files(PACKAGE) / READY))
+
+
 def _read(path: str | Path | None) -> tuple[str, Path | None, str]:
     """A study file's text, its folder (None in the package) and its name in messages."""
     packaged = files(PACKAGE) / READY / f"{path or 'quickstart'}.toml"

@@ -573,9 +573,12 @@ def _hide_url(storage: str | None) -> None:
 
 
 def _modules(study: str | None) -> Path | None:
-    """Where modules of the user are looked for: beside the study file."""
-    file = None if study is None else Path(study)
-    return file.absolute().parent if file is not None and file.is_file() else None
+    """Where modules of the user are looked for: beside the study file, a ready one's too."""
+    from autocompress.config import ready_folder
+
+    if study is None:
+        return None
+    return Path(study).absolute().parent if Path(study).is_file() else ready_folder()
 
 
 def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
