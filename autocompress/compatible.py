@@ -3,8 +3,8 @@
 Results of Deeplite's Neutrino are stated in the figures of deeplite-profiler, in its revisions up
 to 2022 (`thirdparty/ptflops.py`, made from ptflops). These figures are not what their names say, so
 ratios of theirs and of `autocompress.profiler` must not be mixed. With `compatible_profile` a
-network gets the figures that the published tables would show: of all eight networks for CIFAR-100
-that stand in them, to the last printed digit (tests/test_compatible.py).
+network gets the figures that the published tables would show: of the eight networks for CIFAR-100
+that the zoo shares with them, to the last printed digit (tests/test_compatible.py).
 
 The formulas, for one image:
 
@@ -143,15 +143,16 @@ def compatible_profile(
 
 def _macs(module: nn.Module, inputs: Any, output: Any) -> int:
     """What one call of a module counts for; 0 for kinds that the profiler doesn't know."""
+    elements = _elements(output)
     if isinstance(module, CONVOLUTIONS):
         kernel = math.prod(module.kernel_size) * module.in_channels // module.groups
-        return output.numel() * (kernel + (module.bias is not None))
+        return elements * (kernel + (module.bias is not None))
     if isinstance(module, nn.Linear):
-        return output.numel() * (module.in_features + (module.bias is not None))
+        return elements * (module.in_features + (module.bias is not None))
     if isinstance(module, BATCH_NORMS):
-        return output.numel() * (2 if module.affine else 1)
+        return elements * (2 if module.affine else 1)
     if isinstance(module, PER_OUTPUT):
-        return output.numel()
+        return elements
     if isinstance(module, PER_INPUT):
         return next(tensors_in(inputs)).numel()
     return 0

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from autocompress.compatible import CompatibleProfile, compatible_profile
 from autocompress.errors import ConfigError
+from autocompress.plan import Plan
+from autocompress.profiler import profile_model
+from autocompress.surgery import apply_plan
+from autocompress.transforms import CP, SVD, SpatialSVD, TensorTrain, Tucker2
 from autocompress.zoo import ZOO
 
 MEBI = 2**20
@@ -141,6 +145,31 @@ def test_factorized_layers_need_less_of_all_but_activations() -> None:
     before, after = (profile(model, (1, 16, 8, 8)) for model in (whole, small))
     assert after.macs_g < before.macs_g and after.size_mb < before.size_mb
     assert outputs(small, 1, 16, 8, 8) - outputs(whole, 1, 16, 8, 8) == 4 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(),
+        Plan({"0": Tucker2(3, 4), "1": SpatialSVD(1), "2": SVD(5), "4": SVD(2)}),
+        Plan({"0": TensorTrain((2, 3, 2)), "2": CP(4), "4": TensorTrain((2,))}),
+    ],
+    ids=["whole", "tucker2, svd", "tt, cp"],
+)
+def test_products_of_compressed_networks_are_those_of_the_profiler(plan: Plan) -> None:
+    """Without biases, norms, activations and pooling modules, both count the same."""
+    net = nn.Sequential(
+        nn.Conv2d(8, 12, 3, padding=1, bias=False),
+        nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+        nn.Conv2d(12, 16, 3, stride=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(16 * 9, 12, bias=False),
+    )
+    small = apply_plan(net, plan)
+    ours = profile_model(small, (torch.zeros(1, 8, 8, 8),), latency=False)
+    found = profile(small, (1, 8, 8, 8))
+    assert round(found.macs_g * 1e9) == ours.macs
+    assert found.size_mb * MEBI == ours.size_bytes == 4 * ours.params
 
 
 def test_all_parameters_take_four_bytes_whatever_their_type() -> None:

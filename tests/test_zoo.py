@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,16 +13,22 @@ from autocompress.models import build_model
 from autocompress.zoo import ZOO, BasicBlock, CifarResNet, PaddedShortcut, ResNet
 from autocompress.zoo.width import scaled, scaled_by_eights
 
-NARROW = {
-    "pre_act_resnet18": {"width": 4},
-    "vgg19": {"width": 0.0625},
-    "densenet121": {"width": 0.125},
-    "googlenet": {"width": 0.125},
-    "mobilenet_v1": {"width": 0.125},
-    "mobilenet_v2": {"width": 0.125},
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import sweep_models  # noqa: E402
+
+NARROW: dict[str, dict[str, Any]] = {
+    "pre_act_resnet18": {"width": 8},
+    "vgg19": {"width": 0.125},
+    "densenet121": {"width": 0.25},
+    "googlenet": {"width": 0.25},
+    "mobilenet_v1": {"width": 0.25},
+    "mobilenet_v2": {"width": 0.25},
     "mobilenet_v2_0.35": {},
 }
 """The networks of the published table, thin enough for quick tests."""
+LONG = ("densenet121", "googlenet", "mobilenet_v2_0.35")
+"""Those that take seconds to export."""
 
 
 def millions(model: nn.Module) -> float:
@@ -148,7 +156,9 @@ def test_narrow_forms_run_forwards_and_backwards_on_small_images(name: str) -> N
     assert not [n for n in unused if not n.endswith("bias")]
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in NARROW]
+)
 def test_narrow_forms_export_with_any_batch_size(name: str) -> None:
     torch.manual_seed(0)
     model = ZOO[name](**NARROW[name]).eval()
@@ -162,7 +172,11 @@ def test_narrow_forms_export_with_any_batch_size(name: str) -> None:
 def test_narrow_forms_have_the_layers_of_the_whole(name: str) -> None:
     with torch.device("meta"):
         whole, narrow = ZOO[name](), ZOO[name](**NARROW[name])
-    assert narrow.state_dict().keys() == whole.state_dict().keys()
+    keys, own = whole.state_dict().keys(), narrow.state_dict().keys()
+    assert own <= keys
+    # Where rounding makes the channels of two stages of MobileNet v2 equal, nothing is projected.
+    assert all(".shortcut." in key for key in keys - own)
+    assert keys == own or name == "mobilenet_v2"
     assert millions(narrow) <= millions(whole)
 
 
@@ -173,16 +187,26 @@ def test_larger_images_fit_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_all_convolutions_may_change_but_depthwise_and_grouped_ones(name: str) -> None:
+def test_all_layers_but_the_first_and_the_last_may_change(name: str) -> None:
     model = ZOO[name](**NARROW[name]).eval()
-    layers, left_alone = inspect_layers(model, (torch.randn(1, 3, 32, 32),))
-    free = {layer.name for layer in layers}
-    kinds = (nn.Conv2d, nn.Linear)
-    own = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
-    depthwise = {n for n, m in own.items() if isinstance(m, nn.Conv2d) and m.groups > 1}
-    assert free | left_alone.keys() >= own.keys()
-    assert free.isdisjoint(depthwise)
-    assert len(free) > 0.8 * len(own.keys() - depthwise), left_alone
+    layers, left_alone = inspect_layers(model, (torch.randn(1, 3, 32, 32),), include=None)
+    own = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert list(left_alone) == [own[0], own[-1]]
+    assert {layer.name for layer in layers} == set(own[1:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_forms_are_compressed_by_half(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object) -> nn.Module:
+        return build_model(f"zoo:{name}", NARROW[name], None)
+
+    monkeypatch.setattr(sweep_models, "build_model", build)
+    monkeypatch.setattr("autocompress.export.build_model", build)
+    monkeypatch.setattr(sweep_models, "SIZES", (32,))
+    row = sweep_models.attempt(f"zoo:{name}", sweep_models.METHODS)
+    assert (row["outcome"], row["reason"]) == ("ok", ""), row.get("trace")
+    assert row["macs"] > 1.9 and row["groups"] > 0 and row["difference"] < 1e-3
 
 
 def test_names_are_those_of_the_published_code() -> None:
