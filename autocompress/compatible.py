@@ -51,8 +51,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from autocompress.batch import tensors_in
 from autocompress.profiler import Example, Forward, batch_of, eval_mode, on_device
-from autocompress.task import tensors_in
 
 BYTES = 4
 """Of every parameter and activation, whatever its type."""
