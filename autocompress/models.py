@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 import pickle
 import sys
 from collections import OrderedDict
@@ -213,11 +214,7 @@ def _call(
     except TypeError as error:
         raise ConfigError(f"model.arguments don't fit {source}: {_first_line(error)}") from None
     if source.startswith("zoo:"):
-        for key in ("num_classes", "in_channels", "width"):
-            if key in options and (not isinstance(options[key], int) or options[key] < 1):
-                raise ConfigError(
-                    f"model.arguments.{key} = {options[key]!r} must be a whole number >= 1"
-                )
+        _check_sizes(make, options)
     if source.startswith(("torchvision:", "timm:", "zoo:")):
         try:
             return make(**options)
@@ -237,6 +234,28 @@ def _call(
             f"model.source = '{source}' must return a torch.nn.Module, got {type(model).__name__}."
         )
     return model
+
+
+def _check_sizes(make: Callable[..., nn.Module], options: Mapping[str, Any]) -> None:
+    """Check the arguments that all networks of the zoo have.
+
+    Raises:
+        ConfigError: If a number of channels or classes isn't one, or a multiplier isn't positive.
+    """
+    whole = {"num_classes", "in_channels", "width"}
+    if isinstance(inspect.signature(make).parameters["width"].default, float):
+        whole.remove("width")
+        width = options.get("width", 1.0)
+        if not isinstance(width, (int, float)) or not 0 < width < math.inf:
+            raise ConfigError(
+                f"model.arguments.width = {width!r} must be a number > 0: it multiplies the "
+                "channels of this network."
+            )
+    for key in sorted(whole & options.keys()):
+        if not isinstance(options[key], int) or options[key] < 1:
+            raise ConfigError(
+                f"model.arguments.{key} = {options[key]!r} must be a whole number >= 1"
+            )
 
 
 def _torchvision_model(name: str, pretrained: bool, **arguments: Any) -> nn.Module:

@@ -221,8 +221,8 @@ def profile_model(
     Raises:
         ConfigError: If `example` is empty.
     """
-    image = _on_device(model, batch_of(example, 1))
-    with _eval_mode(model):
+    image = on_device(model, batch_of(example, 1))
+    with eval_mode(model):
         tally = _count(model, image, forward)
     layers = _layers(model, tally)
     size = size_bytes(model)
@@ -264,13 +264,13 @@ def measure_latency(
         seconds: Time to spend, the warm-up not counted.
         min_runs: Timed batches at least, even if they take longer.
     """
-    inputs = _on_device(model, batch_of(example, batch_size))
+    inputs = on_device(model, batch_of(example, batch_size))
 
     def run() -> None:
         _run(model, inputs, forward)
         _synchronize(inputs[0].device)
 
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         (times,) = time_in_turns([run], seconds, min_runs)
     return Latency.of(times, batch_size, str(inputs[0].device), torch.get_num_threads())
 
@@ -513,7 +513,7 @@ def _describe(example: Any) -> str:
     return type(example).__name__
 
 
-def _on_device(model: nn.Module, inputs: Example) -> Example:
+def on_device(model: nn.Module, inputs: Example) -> Example:
     """The inputs where the model's weights are."""
     weight = next(model.parameters(), None)
     if weight is None:
@@ -522,7 +522,7 @@ def _on_device(model: nn.Module, inputs: Example) -> Example:
 
 
 @contextmanager
-def _eval_mode(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Switch to eval mode, and back to what each module had; parts may differ (frozen norms)."""
     modes = [(part, part.training) for model in models for part in model.modules()]
     for model in models:

@@ -122,7 +122,10 @@ def test_files_without_names_are_refused(tmp_path: Path) -> None:
         ("zo:resnet20", "no such source. Did you mean 'zoo'"),
         ("torchvision:resnt18", "Did you mean 'resnet18'"),
         ("nosuch.module:net", "no module 'nosuch.module'"),
-        ("autocompress.zoo:resnet_smal", "no function 'resnet_smal'. Did you mean 'resnet_small'"),
+        (
+            "autocompress.zoo.resnet:resnet_smal",
+            "no function 'resnet_smal'. Did you mean 'resnet_small'",
+        ),
         ("python:Net", "only Python can give it again"),
     ],
 )
@@ -222,6 +225,8 @@ def test_a_web_page_is_no_file_of_weights(tmp_path: Path) -> None:
     ("source", "arguments", "message"),
     [
         ("zoo:resnet20", {"num_classes": -1}, "num_classes = -1 must be a whole number >= 1"),
+        ("zoo:resnet20", {"width": 0.5}, "width = 0.5 must be a whole number >= 1"),
+        ("zoo:vgg19", {"width": 0}, "width = 0 must be a number > 0"),
         ("torchvision:vit_b_16", {"image_size": 100}, "don't fit torchvision:vit_b_16"),
         (".net:make", {}, "is no name of a module"),
     ],

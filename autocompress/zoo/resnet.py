@@ -1,4 +1,4 @@
-"""Small residual networks for small images, trained here or loaded from published checkpoints.
+"""Residual networks for small images, trained here or loaded from published checkpoints.
 
 Names of layers are those of the usual implementations (akamaster's `pytorch_resnet_cifar10` for the
 CIFAR ResNets, torchvision for ResNet-18/34/50), so that their checkpoints load.
@@ -6,8 +6,7 @@ CIFAR ResNets, torchvision for ResNet-18/34/50), so that their checkpoints load.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -195,6 +194,73 @@ class ResNet(nn.Module):
         return logits
 
 
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each after its norm and ReLU, as in He et al. (2016).
+
+    Names and order are those of pytorch-cifar: the shortcut starts after the first ReLU where the
+    shape changes, and at the block's input elsewhere.
+    """
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or inputs != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, planes, 1, stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From `n x inputs x h x w` to `n x planes x h/stride x w/stride`."""
+        y = F.relu(self.bn1(x))
+        kept = x if self.shortcut is None else self.shortcut(y)
+        z: Tensor = self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return z + kept
+
+
+class PreActResNet(nn.Module):
+    """A ResNet of pre-activation blocks for 32x32 images, as in pytorch-cifar.
+
+    Unlike the paper's, it has no norm after the last block.
+
+    Args:
+        blocks: Blocks in each stage; each stage after the first halves the image and doubles the
+            channels.
+        num_classes: Number of outputs.
+        in_channels: Channels of the images.
+        width: Channels of the first stage.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.stages = [f"layer{index + 1}" for index in range(len(blocks))]
+        inputs = width
+        for index, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
+            planes = width * 2**index
+            first = PreActBlock(inputs, planes, 1 if index == 0 else 2)
+            rest = [PreActBlock(planes, planes, 1) for _ in range(count - 1)]
+            self.add_module(name, nn.Sequential(first, *rest))
+            inputs = planes
+        self.linear = nn.Linear(inputs, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, `n x num_classes`, of images `n x in_channels x h x w`."""
+        x = self.conv1(x)
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
 def resnet_small(
     num_classes: int = 10,
     in_channels: int = 3,
@@ -214,16 +280,3 @@ def _initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)
-
-
-ZOO: dict[str, Callable[..., nn.Module]] = {
-    "resnet_small": resnet_small,
-    "resnet20": partial(CifarResNet, 20),
-    "resnet32": partial(CifarResNet, 32),
-    "resnet44": partial(CifarResNet, 44),
-    "resnet56": partial(CifarResNet, 56),
-    "resnet110": partial(CifarResNet, 110),
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-}
