@@ -22,7 +22,7 @@ SIZE = 32
 """Height and width of a scene, pixels."""
 SIDES = (10, 15)
 """Least and largest side of a digit in it, pixels."""
-COUNTS = {"train": 3000, "val": 600, "test": 600}
+COUNTS = {"train": 2000, "val": 500, "test": 500}
 """Scenes of each part."""
 
 
