@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from autocompress.batch import tensors_in
+from autocompress.batch import samples_in, tensors_in
 from autocompress.errors import ConfigError
 from autocompress.task import Loader
 
@@ -130,6 +132,7 @@ class ArrayLoader:
         order = order.to(self._images.device)
         for index in range(len(self)):
             chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            # A copy, which may be changed in place.
             images = self._images.index_select(0, chosen).to(self.device)
             images = self._changed(images, generator)
             images = images.float().mul_(self._scale).add_(self._shift)
@@ -141,14 +144,25 @@ class ArrayLoader:
         count, _, height, width = images.shape
         if "crop" in self.augment:
             pad = max(1, height // 8)
-            windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
-            corner = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
-            y, x = corner.to(self.device)
-            images = windows[torch.arange(count, device=self.device), :, y, x]
+            y, x = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
+            images = _windows(F.pad(images, (pad, pad, pad, pad)), y, x, height, width)
         if "flip" in self.augment:
-            flipped = (torch.rand(count, generator=generator) < 0.5).to(self.device)
-            images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+            flipped = (torch.rand(count, generator=generator) < 0.5).nonzero()[:, 0]
+            flipped = flipped.to(self.device)
+            images[flipped] = images[flipped].flip(-1)
         return images
+
+
+def _windows(images: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Of each image the window whose corner is at `y` and `x`, which are on the CPU."""
+    if images.device.type == "cpu":
+        # numpy copies line by line where PyTorch copies pixel by pixel: 0.4 ms instead of 1.5 for
+        # 128 images of 32 x 32 pixels.
+        every = sliding_window_view(images.numpy(), (height, width), axis=(2, 3))
+        return torch.from_numpy(every[np.arange(len(images)), :, y.numpy(), x.numpy()])
+    corners = y.to(images.device), x.to(images.device)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, corners[0], corners[1]]
 
 
 class LazyImages(Dataset[tuple[Tensor, int]]):
@@ -197,6 +211,27 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
     def unaugmented(self) -> LazyImages:
         """The same images, unchanged by chance."""
         return LazyImages(self.read, self.targets, self.size, "none", self.normalization)
+
+
+def measure_input(loader: Loader, seconds: float = 0.2) -> float:
+    """Images a second that a loader serves, if nobody does anything with them.
+
+    A loader of images in memory goes on afterwards as if it had not been read.
+
+    Args:
+        loader: Batches.
+        seconds: How long it is read, after a first batch. One pass ends it too.
+    """
+    batches = iter(calibration_loader(loader))
+    next(batches, None)
+    begun = perf_counter()
+    count = 0
+    for batch in batches:
+        count += samples_in(batch)
+        spent = perf_counter() - begun
+        if spent >= seconds:
+            break
+    return count / spent if count else 0.0
 
 
 def check_loader(name: str, loader: Any) -> None:
