@@ -13,7 +13,7 @@ from pathlib import Path
 from autocompress.artifacts import replacing
 
 
-def keep(path: Path, write: Callable[[Path], None]) -> bool:
+def keep(path: Path, write: Callable[[Path], object]) -> bool:
     """Write a file of the cache, beside and then renamed; warn where that can't be done.
 
     Args:

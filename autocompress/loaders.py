@@ -23,9 +23,9 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from autocompress.batch import samples_in, tensors_in
+from autocompress.batch import first_samples, samples_in, tensors_in, to_device
 from autocompress.errors import ConfigError
-from autocompress.task import Loader
+from autocompress.task import Loader, Task, call_on_images, cross_entropy
 
 Labels = NDArray[np.int64]
 
@@ -82,6 +82,11 @@ class ArrayLoader:
         scale = torch.tensor(self.std, dtype=torch.float32, device=self.device).view(shape)
         self._scale = 1 / (255 * scale)
         self._shift = -torch.tensor(self.mean, device=self.device).view(shape) / scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number, channels, height and width of the images."""
+        return (len(self._indices), *self._images.shape[1:])
 
     @property
     def images(self) -> Tensor:
@@ -228,10 +233,115 @@ def measure_input(loader: Loader, seconds: float = 0.2) -> float:
     count = 0
     for batch in batches:
         count += samples_in(batch)
-        spent = perf_counter() - begun
-        if spent >= seconds:
+        if perf_counter() - begun >= seconds:
             break
-    return count / spent if count else 0.0
+    if torch.cuda.is_available():
+        # Batches that are made on a GPU are only ordered so far.
+        torch.cuda.synchronize()
+    return count / (perf_counter() - begun)
+
+
+def describe_input(loader: Loader) -> str:
+    """How many training images there are, and how fast those in memory are served."""
+    if isinstance(loader, ArrayLoader):
+        size = " x ".join(map(str, loader.shape[1:]))
+        speed = float(f"{measure_input(loader):.2g}")
+        return (
+            f"{loader.shape[0]:,} training images, {size}, in memory; the input alone makes "
+            f"{speed:,.0f} images/s."
+        )
+    if isinstance(loader, DataLoader) and loader.num_workers:
+        return f"{len(loader):,} training batches, made by {loader.num_workers} processes."
+    return f"{len(loader):,} training batches."
+
+
+def check_batches(task: Task) -> None:
+    """Refuse validation and test batches, and labels, that the default loss can't take.
+
+    Batches of the user's own loaders are looked at, where neither forward pass nor loss are the
+    user's. Training batches are left alone, for some loaders give others after every look.
+
+    Raises:
+        ConfigError: If a batch is no (images, labels), or labels are no whole numbers from 0 to the
+            number of the network's outputs - 1.
+    """
+    if task.forward is not call_on_images or task.loss is not cross_entropy:
+        return
+    if _is_ours(task.train):
+        return
+    outputs = None
+    for role, loader in (("val", task.val), ("test", task.test)):
+        images, labels = _images_and_labels(role, next(iter(loader), None))
+        outputs = outputs or _output_count(task, (images, labels))
+        every = loader_labels(loader)
+        if every is None and labels.ndim == 1:
+            every = labels.cpu().numpy()
+        if every is not None and outputs is not None:
+            _check_label_range(role, every, outputs)
+    every = labels_of(task.train.dataset) if isinstance(task.train, DataLoader) else None
+    if every is not None and outputs is not None:
+        _check_label_range("train", every, outputs)
+
+
+def _is_ours(loader: Loader) -> bool:
+    """Whether a loader was made from images that were checked when they were opened."""
+    dataset = loader.dataset if isinstance(loader, DataLoader) else None
+    dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
+    return isinstance(loader, ArrayLoader) or isinstance(dataset, LazyImages)
+
+
+def _images_and_labels(role: str, batch: Any) -> tuple[Tensor, Tensor]:
+    """The two parts of a batch; refuses what has other parts."""
+    own = "or give forward and loss functions of your own to autocompress.compress()."
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ConfigError(
+            f"A batch of {role} must be (images, labels), got a {type(batch).__name__}{length}: "
+            f"change the loader, {own}"
+        )
+    images, labels = batch[:2]
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise ConfigError(
+            f"A batch of {role} must be (images, labels) of tensors, got "
+            f"({type(images).__name__}, {type(labels).__name__}): change the loader, {own}"
+        )
+    if len(images) != len(labels):
+        raise ConfigError(
+            f"A batch of {role} has {len(images)} images and {len(labels)} labels; every image "
+            "needs one."
+        )
+    if labels.ndim == 1 and labels.dtype not in (torch.int64, torch.uint8):
+        raise ConfigError(
+            f"The labels of {role} are of type {str(labels.dtype).removeprefix('torch.')}; "
+            f"classes are whole numbers of type int64: convert them (labels.long()), {own}"
+        )
+    return images, labels
+
+
+def _output_count(task: Task, batch: Any) -> int | None:
+    """The number of classes that the network tells apart; None where that can't be told."""
+    samples = to_device(first_samples(batch, 2), next(task.model.parameters()).device)
+    was_training = task.model.training
+    try:
+        with torch.no_grad():
+            output = task.forward(task.model.eval(), samples)
+    except Exception:
+        # Whether the network can take the data is asked elsewhere.
+        return None
+    finally:
+        task.model.train(was_training)
+    return output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+
+
+def _check_label_range(role: str, labels: Labels, outputs: int) -> None:
+    wrong = (labels < 0) | (labels >= outputs)
+    if wrong.any():
+        index = int(wrong.argmax())
+        raise ConfigError(
+            f"The label of image {index} of {role} is {labels[index]}, but the network has "
+            f"{outputs} outputs, so labels must be 0 to {outputs - 1} ({int(wrong.sum())} of "
+            f"{len(labels)} are not)."
+        )
 
 
 def check_loader(name: str, loader: Any) -> None:
