@@ -34,7 +34,6 @@ from autocompress.finals import rehearse
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
-from autocompress.loaders import check_batches
 from autocompress.models import load_state
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
@@ -155,7 +154,6 @@ def run_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task.model.to(task.device)
     check_names(task.model, config.search)
-    check_batches(task)
     check_outputs(task)
     _check_training(config, task)
     _check_workers(config, task)

@@ -265,7 +265,8 @@ def check_batches(task: Task) -> None:
         ConfigError: If a batch is no (images, labels), or labels are no whole numbers from 0 to the
             number of the network's outputs - 1.
     """
-    if task.forward is not call_on_images or task.loss is not cross_entropy:
+    own_loss = task.loss is not cross_entropy or task.training is not None
+    if task.forward is not call_on_images or own_loss:
         return
     if _is_ours(task.train):
         return

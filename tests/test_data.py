@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -107,3 +108,30 @@ def test_images_that_would_crowd_the_gpu_stay_in_main_memory(
     assert data_module._place(gpu, 250) == gpu
     assert data_module._place(gpu, 251) == cpu
     assert data_module._place(cpu, 10**12) == cpu
+
+
+def test_processes_that_share_a_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
+    for share, expected in (("", 8), ("2", 2), ("16", 8), ("0", 1), ("2,1", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", share)
+        assert data_module._workers() == expected
+
+
+def test_functions_of_the_users_are_given_the_classes_or_refuse_them(tmp_path: Path) -> None:
+    (tmp_path / "my_data_2.py").write_text(
+        "import torch\n"
+        "def load(classes):\n"
+        "    batch = torch.zeros(4, 1, 8, 8), torch.arange(4) % len(classes)\n"
+        "    return {'train': [batch], 'val': [batch], 'test': [batch], 'classes': classes}\n"
+        "def plain():\n    return load(('a', 'b'))\n",
+        encoding="utf-8",
+    )
+    path = list(sys.path)
+    try:
+        config = DataConfig(source="my_data_2:load", classes=("cat", "ant"))
+        assert load_data(config, 0, folder=tmp_path).classes == ("cat", "ant")
+        with pytest.raises(ConfigError, match="'my_data_2:plain' has no parameter 'classes'"):
+            config = DataConfig(source="my_data_2:plain", classes=("cat", "ant"))
+            load_data(config, 0, folder=tmp_path)
+    finally:
+        sys.path[:] = path
