@@ -16,7 +16,7 @@ from autocompress.batch import tensors_in
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import parse_config
 from autocompress.errors import ConfigError
-from autocompress.loaders import calibration_loader, given_loaders, labels_of
+from autocompress.loaders import calibration_loader, check_batches, given_loaders, labels_of
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sources import functions_text, pick_device
 from autocompress.task import Loader, Task, with_functions
@@ -113,6 +113,7 @@ def compress(
         device=device,
     )
     task = with_functions(task, functions, "compress()")
+    check_batches(task)
     shown = make_display() if display is True else (display or NullDisplay())
     with shown:
         return run_study(config, task, shown, command="autocompress.compress(...)")

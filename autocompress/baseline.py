@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.cache import keep
 from autocompress.config import BaselineConfig, cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
@@ -106,4 +108,4 @@ def train_baseline(
         f"({result.images_per_second:.0f} images/s)."
     )
     if known:
-        write_weights(path, portable_state(task.model))
+        keep(path, partial(write_weights, state=portable_state(task.model)))

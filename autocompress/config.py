@@ -34,12 +34,13 @@ Positive = Annotated[float, Field(gt=0)]
 _AutoIsNone = BeforeValidator(lambda value: None if value == "auto" else value)
 Numbers = Annotated[tuple[float, ...], _AsTuple]
 
-# A source is `kind:name`; only `digits` needs no name.
+NAMED_DATA = ("digits", "tiny-imagenet", "imagenet", "vww")
+"""Sources of images that are known by name alone; all others are `kind:name`."""
+
 _MODEL_SOURCE = r"^[^:\s]+:\S.*$"
-_DATA_SOURCE = r"^(digits|[^:\s]+:\S.*)$"
+_DATA_SOURCE = rf"^({'|'.join(NAMED_DATA)}|[^:\s]+:\S.*)$"
 
-
-_LIBRARIES = ("zoo", "torchvision", "timm", "digits", "folder", "array")
+_LIBRARIES = ("zoo", "torchvision", "timm", "folder", "array", *NAMED_DATA)
 
 
 class _Section(BaseModel):
@@ -68,11 +69,17 @@ class DataConfig(_Section):
 
     source: str = Field(
         pattern=_DATA_SOURCE,
-        description="digits, torchvision:DATASET, folder:PATH, array:FILE.npz or "
-        "package.module:function.",
+        description="digits, torchvision:DATASET, tiny-imagenet, imagenet, vww (Visual Wake "
+        "Words), folder:PATH, array:FILE.npz or package.module:function.",
     )
     root: str | None = Field(
         default=None, description="Folder in which the data is, or is downloaded to."
+    )
+    classes: Names | None = Field(
+        default=None,
+        min_length=2,
+        description="Only these classes, numbered in this order: a list of names of folders or of "
+        "classes, or a text file that has one on each line; None: all.",
     )
     image_size: int | None = Field(
         default=None, ge=1, description="Height and width to resize images to; None keeps theirs."
@@ -405,6 +412,8 @@ def load_config(
     if folder is not None:
         _resolve(fields, folder)
     fields.update({key: value for key, value in (overrides or {}).items() if value is not None})
+    if isinstance(fields.get("data.classes"), str):
+        fields["data.classes"] = _lines(Path(fields["data.classes"]).expanduser())
     config = parse_config(fields)
     _check_files(config)
     return config
@@ -534,6 +543,18 @@ def _read(path: str | Path | None) -> tuple[str, Path | None, str]:
         raise ConfigError(f"The study file '{path}' can't be read: {error}.") from error
 
 
+def _lines(path: Path) -> list[str]:
+    """The names in a file of classes: the study keeps them, and needs the file no more."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"data.classes = '{path}' can't be read ({error}): give a list of classes, or a text "
+            "file that has one on each line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _resolve(fields: dict[str, Any], folder: Path) -> None:
     """Make the paths in a study file absolute; `fields` is edited in place."""
 
@@ -543,6 +564,9 @@ def _resolve(fields: dict[str, Any], folder: Path) -> None:
     weights = fields.get("model.weights")
     if isinstance(weights, str) and weights != "pretrained":
         fields["model.weights"] = absolute(weights, folder)
+    classes = fields.get("data.classes")
+    if isinstance(classes, str):
+        fields["data.classes"] = absolute(classes, folder)
     root = fields.get("data.root")
     if isinstance(root, str):
         fields["data.root"] = absolute(root, folder)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autocompress.artifacts import write_text
+from autocompress.cache import keep
 from autocompress.latency import Deployment, Runner, lower_quartile, prepare, threads_of
 from autocompress.layers import LayerSpec, is_depthwise, without_channels
 from autocompress.plan import transform_to_dict
@@ -141,8 +141,8 @@ class LayerTimes:
 
     def _save(self) -> None:
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._path, json.dumps({"where": self._where, "ms": self._ms}, indent=0))
+            text = json.dumps({"where": self._where, "ms": self._ms}, indent=0)
+            keep(self._path, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def with_times(

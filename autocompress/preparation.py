@@ -31,6 +31,7 @@ from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.layertimes import LayerTimes, with_times
+from autocompress.loaders import describe_input
 from autocompress.metrics import check_value
 from autocompress.models import load_state
 from autocompress.objective import Bench, timed
@@ -105,6 +106,7 @@ def prepare(
         ConfigError: If the settings don't fit the network or the data.
         StudyMismatch: If what is kept belongs to another network.
     """
+    display.say(describe_input(task.train))
     with timed(seconds, "baseline"):
         baseline, example = _make_baseline(config, task, display, folder, study)
         baseline, meter = time_baseline(config, baseline, example, study, display)

@@ -16,7 +16,7 @@ from torch import nn
 from autocompress.config import DataConfig, StudyConfig
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
-from autocompress.loaders import calibration_loader
+from autocompress.loaders import calibration_loader, check_batches
 from autocompress.models import PRETRAINED, build_model, load_function, pretrained_normalization
 from autocompress.scale import Scale
 from autocompress.task import Task, with_functions
@@ -72,7 +72,9 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         val_seen=data.val_from == "train" and config.model.weights is not None,
         device=device,
     )
-    return with_functions(task, functions, f"task.source = '{config.task.source}'")
+    task = with_functions(task, functions, f"task.source = '{config.task.source}'")
+    check_batches(task)
+    return task
 
 
 def _functions(config: StudyConfig, folder: Path | None) -> dict[str, Any]:

@@ -239,3 +239,11 @@ def test_pretrained_networks_get_their_own_normalization() -> None:
         fields | {"model.weights": "pretrained", "data.mean": [0.1], "data.std": [0.2]}
     )
     assert _like_pretrained(own, network).mean == (0.1,)
+
+
+def test_labels_that_no_output_stands_for_are_refused_before_any_work(tmp_path: Path) -> None:
+    images, labels = make_images(96, 0)
+    wrong = DataLoader(TensorDataset(images, labels + 1), batch_size=32)
+    with pytest.raises(ConfigError, match="image 3 of val is 4, but the network has 4 outputs"):
+        autocompress.compress(TinyNet(), wrong, wrong, val=wrong, out=tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from autocompress.config import (
     differences,
     flatten,
     load_config,
+    own_code,
     parse_config,
 )
 from autocompress.errors import ConfigError
@@ -285,3 +286,27 @@ def test_trials_are_judged_in_int8_only_where_int8_is_handed_out() -> None:
     with pytest.raises(ConfigError, match="set int8 = true, or leave search.int8 out"):
         parse_config(fields)
     assert parse_config({**fields, "int8": True}).search.int8
+
+
+def test_classes_may_be_named_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("n01440764\n\n  Egyptian cat \n", encoding="utf-8")
+    file = tmp_path / "mine.toml"
+    text = 'name = "mine"\n[model]\nsource = "zoo:lenet5"\n[data]\nsource = "digits"\n'
+    file.write_text(f'{text}classes = "classes.txt"\n', encoding="utf-8")
+    assert load_config(file).data.classes == ("n01440764", "Egyptian cat")
+    file.write_text(f'{text}classes = ["1", "7"]\n', encoding="utf-8")
+    assert load_config(file).data.classes == ("1", "7")
+    file.write_text(f'{text}classes = ["1"]\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data.classes: give at least"):
+        load_config(file)
+    file.write_text(f'{text}classes = "nothing.txt"\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"data.classes = '.*nothing.txt' can't be read"):
+        load_config(file)
+
+
+@pytest.mark.parametrize("source", ["tiny-imagenet", "imagenet", "vww"])
+def test_some_data_is_known_by_name_alone(source: str) -> None:
+    fields = {"name": "x", "model.source": "zoo:lenet5", "data.source": source}
+    assert own_code(parse_config(fields)) == []
+    with pytest.raises(ConfigError, match="data.source = .* is not of the right form"):
+        parse_config({**fields, "data.source": source[:-1]})

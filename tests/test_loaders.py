@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import all_images, all_labels, make_images, make_loader
+from conftest import TinyNet, all_images, all_labels, make_images, make_loader
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -21,15 +22,20 @@ from torch.utils.data import (
 from autocompress.errors import ConfigError
 from autocompress.loaders import (
     ArrayLoader,
+    _windows,
     calibration_loader,
+    check_batches,
     check_loader,
     check_repeats,
+    describe_input,
     in_order,
     loader_labels,
+    measure_input,
     split_loader,
     stratified_split,
     unaugmented,
 )
+from autocompress.task import Task
 
 
 def array_loader(count: int = 64, size: int = 8, **options: Any) -> ArrayLoader:
@@ -282,3 +288,82 @@ def test_labels_come_in_the_loaders_order() -> None:
     assert np.array_equal(loader_labels(ordered), all_labels(ordered).numpy())
     assert np.array_equal(loader_labels(array_loader()), all_labels(array_loader()).numpy())
     assert loader_labels(make_loader(64, 1, shuffle=True)) is None
+
+
+# What a loader is like
+
+
+def test_measuring_the_input_changes_nothing_that_is_served() -> None:
+    loader, same = (array_loader(512, shuffle=True, augment="crop-flip") for _ in range(2))
+    assert measure_input(loader, 0.01) > 0
+    assert torch.equal(all_images(loader), all_images(same))
+    assert measure_input(make_loader(64, 0), 10.0) > 0, "a whole pass ends it as well"
+    assert measure_input(make_loader(32, 0), 10.0) == 0, "there is but the first batch"
+
+
+def test_a_loader_is_described() -> None:
+    text = describe_input(array_loader(2000, shuffle=True))
+    assert re.fullmatch(
+        r"2,000 training images, 3 x 8 x 8, in memory; the input alone makes [\d,]+ images/s\.",
+        text,
+    )
+    assert describe_input(make_loader(64, 0)) == "2 training batches."
+    lazy = DataLoader(TensorDataset(*make_images(64, 0)), batch_size=8, num_workers=2)
+    assert describe_input(lazy) == "8 training batches, made by 2 processes."
+
+
+def test_windows_are_cut_alike_on_every_device() -> None:
+    images = torch.randint(0, 256, (5, 3, 8, 10), dtype=torch.uint8)
+    y, x = torch.tensor([0, 1, 2, 3, 2]), torch.tensor([4, 0, 1, 2, 3])
+    found = _windows(images, y, x, 5, 6)
+    for index in range(5):
+        top, left = int(y[index]), int(x[index])
+        assert torch.equal(found[index], images[index, :, top : top + 5, left : left + 6])
+    assert _windows(images.to("meta"), y, x, 5, 6).shape == found.shape
+
+
+# Batches of the user's
+
+
+def user_task(images: Tensor, labels: Any, **settings: Any) -> Task:
+    """A task whose three loaders give these images and labels."""
+    loader = [(images, labels)]
+    return Task(TinyNet(), loader, loader, loader, **settings)
+
+
+IMAGES = torch.zeros(4, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0.0, 1.0, 2.0, 3.0]), "labels of val are of type float32; .*labels.long"),
+        (torch.tensor([0, 1, 2, 4]), "image 3 of val is 4, .* has 4 outputs, .* 0 to 3 .1 of 4"),
+        (torch.tensor([0, -1, 2, -1]), "image 1 of val is -1, .* .2 of 4"),
+        (torch.tensor([0, 1, 2]), "has 4 images and 3 labels"),
+        ([0, 1, 2, 3], r"must be \(images, labels\) of tensors, got \(Tensor, list\)"),
+    ],
+)
+def test_labels_that_no_class_has_are_refused(labels: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_batches(user_task(IMAGES, labels))
+
+
+@pytest.mark.parametrize("batch", [IMAGES, {"image": IMAGES}, (IMAGES,)])
+def test_batches_that_are_no_images_and_labels_are_refused(batch: Any) -> None:
+    task = user_task(IMAGES, torch.tensor([0, 1, 2, 3]))
+    check_batches(task)
+    task.test = [batch]
+    with pytest.raises(ConfigError, match=r"batch of test must be \(images, labels\), got a"):
+        check_batches(task)
+    task.forward = lambda model, batch: model(IMAGES)
+    check_batches(task)
+
+
+def test_labels_of_later_batches_are_looked_at_too() -> None:
+    images, labels = make_images(96, 0)
+    labels[70] = 9
+    wrong = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True)
+    good = make_loader(32, 0)
+    with pytest.raises(ConfigError, match="image 70 of train is 9"):
+        check_batches(Task(TinyNet(), wrong, good, good))
