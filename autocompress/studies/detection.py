@@ -90,7 +90,7 @@ def loss(output: dict[str, Tensor], batch: Any) -> Tensor:
 def task() -> dict[str, Any]:
     """Forward pass, loss and metric: `task.source` of the study file."""
     precision = TorchMetric(
-        MeanAveragePrecision(),
+        MeanAveragePrecision(backend="faster_coco_eval"),
         pairs=lambda output, batch: (list(output), list(batch[1])),
         name="mAP",
         key="map",
