@@ -113,7 +113,7 @@ def settings_of(
     recipe = recipe_for(source, data)
     given = {key.replace("__", "."): value for key, value in fields.items() if value is not None}
     if "data.root" in given:
-        given["data.root"] = str(Path(given["data.root"]).expanduser().resolve())
+        given["data.root"] = str(Path(given["data.root"]).expanduser().absolute())
     config = parse_config(
         {
             "name": "pretrained",
@@ -177,7 +177,8 @@ def _absolute(data: str, root: str | None) -> str:
     kind, _, place = data.partition(":")
     if root is not None or kind not in ("folder", "array"):
         return data
-    return f"{kind}:{Path(place).expanduser().resolve()}"
+    # Links stay: their names may tell the data set.
+    return f"{kind}:{Path(place).expanduser().absolute()}"
 
 
 def _classes(data: Data) -> int:
