@@ -66,7 +66,7 @@ CHENYAOFO = "chenyaofo/pytorch-cifar-models"
 AKAMASTER = "akamaster/pytorch_resnet_cifar10"
 # The networks of kuangliu and weiaicunzai after 70 epochs.
 FAST = "WeihaoZhuang/cifar10-100-fast-training"
-# Accuracies of the checkpoints that Neutrino's results start from; how they were trained isn't said.
+# The checkpoints that Neutrino's results start from; how they were trained isn't said.
 DEEPLITE = "Deeplite/deeplite-torch-zoo"
 # Its reference scripts.
 TORCHVISION = "pytorch/vision"
@@ -138,6 +138,7 @@ RECIPES: dict[tuple[str, str], _Change] = {
     ("resnet18", "cifar10"): _said(95.28, CUTOUT),
     ("resnet34", "cifar10"): _said(95.57, FAST),
     ("resnet50", "cifar10"): _said(95.62, FAST),
+    ("pre_act_resnet18", "cifar10"): _said(95.11, KUANGLIU),
     ("vgg19", "cifar10"): _said(94.22, FAST),
     ("densenet121", "cifar10"): _said(95.04, KUANGLIU),
     ("googlenet", "cifar10"): _said(95.35, FAST),
@@ -152,6 +153,7 @@ RECIPES: dict[tuple[str, str], _Change] = {
     ("resnet18", "cifar100"): _said(77.54, CUTOUT),
     ("resnet34", "cifar100"): _said(76.76, WEIAICUNZAI),
     ("resnet50", "cifar100"): _said(77.39, WEIAICUNZAI),
+    ("pre_act_resnet18", "cifar100"): _said(72.92, WEIAICUNZAI),
     ("vgg19", "cifar100"): _said(72.23, WEIAICUNZAI),
     ("densenet121", "cifar100"): _said(77.01, WEIAICUNZAI),
     ("googlenet", "cifar100"): _said(78.03, WEIAICUNZAI),

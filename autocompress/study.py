@@ -597,7 +597,7 @@ def train(
         int | None, typer.Option(help="By default as many as the data has.", show_default=False)
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="Of a zoo network's first stage.", show_default=False)
+        float | None, typer.Option(help="Of a zoo network, as it takes it.", show_default=False)
     ] = None,
     argument: Annotated[
         list[str] | None,
@@ -626,7 +626,7 @@ def train(
         raise ConfigError(f"--to {to}: give a file that ends in .safetensors.")
     own = _options(argument, "--argument", "width=16")
     if width is not None:
-        own["width"] = width
+        own["width"] = int(width) if width.is_integer() else width
     config = settings_of(
         network,
         data,
