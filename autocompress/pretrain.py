@@ -18,7 +18,7 @@ from autocompress.data import Data, load_data
 from autocompress.evaluation import evaluate
 from autocompress.loaders import loader_labels
 from autocompress.progress import Display
-from autocompress.recipes import BaselineRecipe, recipe_for, recipe_of
+from autocompress.recipes import BaselineRecipe, describe, recipe_for, recipe_of
 from autocompress.sources import task_from_config
 from autocompress.task import Task, check_outputs
 from autocompress.training import FitResult, fastest_precision
@@ -159,7 +159,7 @@ def pretrain(config: StudyConfig, display: Display, folder: Path | None = None) 
     kept = kept_baseline(task, recipe, config.seed)
     if kept is None or not kept.exists():
         task.amp_dtype = fastest_precision(task)
-        display.say(f"Training in {_precision(task)}, {recipe.epochs:g} epochs.")
+        display.say(f"Training in {_precision(task)}: {describe(recipe)}.")
     result = train_baseline(task, recipe, config.seed, display)
     task.model.to(task.device).eval()
     val = evaluate(task.model, task, task.val)

@@ -227,6 +227,14 @@ def recipe_of(config: StudyConfig, given: bool) -> BaselineRecipe:
     return replace(recipe, **own)
 
 
+def describe(recipe: BaselineRecipe) -> str:
+    """The numbers that a recipe trains with, in words."""
+    return (
+        f"{recipe.epochs:g} epochs, learning rate {recipe.learning_rate:g}, weight decay "
+        f"{recipe.weight_decay:g}, label smoothing {recipe.label_smoothing:g}"
+    )
+
+
 def follow(task: Task, recipe: BaselineRecipe) -> Task:
     """The task with the recipe's loss, optimizer and schedule, where these are not the user's own.
 

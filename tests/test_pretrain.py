@@ -136,6 +136,16 @@ def test_mistakes_are_said_before_any_work(
     assert message in str(caught.value) and not fits
 
 
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("autocompress.pretrain.train_baseline", interrupted)
+    ended = CliRunner().invoke(app, [*NETWORK, "--short"])
+    assert ended.exit_code == 130 and "goes on from the last checkpoint" in ended.output
+    assert "20 epochs, learning rate 0.1, weight decay 0.0005, label smoothing 0" in ended.output
+
+
 def test_models_are_listed_with_what_training_reaches() -> None:
     said = call("models", "resnet18")
     assert said == call("models", "list", "resnet18")
