@@ -39,9 +39,9 @@ class BaselineRecipe:
         warm_up: Share of the steps in which the learning rate rises.
         batch_size: Images in a batch; what the learning rate is meant for.
         augment: Random changes of the training images, as `data.augment` names them.
-        accuracy: Top-1 test accuracy, %, that the source reports for the whole length; None where
-            we know of none. It is not ours.
-        source: Where the accuracy, or the recipe, comes from.
+        accuracy: Top-1 test accuracy, %, that the source reports of training much like the full
+            form, with a schedule of its own; None where we know of none. It is not our result.
+        source: Where the accuracy comes from.
     """
 
     epochs: float = 10.0
@@ -95,8 +95,9 @@ DATA: dict[str, _Change] = {
     "imagenet16": _PHOTOGRAPHS,
     "vww": _PHOTOGRAPHS,
     "svhn": {"epochs": 60.0, "short_epochs": 10.0, "augment": "crop"},
-    # Ours, for small networks on a CPU.
-    "fashionmnist": {"epochs": 60.0, "short_epochs": 10.0, "augment": "crop-flip"},
+    # Ours, for small networks on a CPU. Crops cost a network of 0.08 M parameters half a point on
+    # 14x14 pixels, in 10 epochs.
+    "fashionmnist": {"epochs": 60.0, "short_epochs": 10.0, "augment": "flip"},
     "mnist": {"epochs": 20.0, "short_epochs": 4.0, "augment": "crop"},
     "digits": {"epochs": 60.0, "short_epochs": 20.0, "batch_size": 64, "augment": "crop"},
 }
