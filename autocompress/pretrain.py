@@ -164,7 +164,7 @@ def pretrain(config: StudyConfig, display: Display, folder: Path | None = None) 
     task.model.to(task.device).eval()
     val = evaluate(task.model, task, task.val)
     test = evaluate(task.model, task, task.test)
-    return Pretrained(task, config, recipe, result, val.accuracy, test.accuracy)
+    return Pretrained(task, config, recipe, result, val.score, test.score)
 
 
 def _precision(task: Task) -> str:

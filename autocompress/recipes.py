@@ -245,18 +245,19 @@ def follow(task: Task, recipe: BaselineRecipe) -> Task:
     smoothing, decay = recipe.label_smoothing, recipe.weight_decay
     changes: dict[str, Any] = {}
     if smoothing:
-        if task.loss is not cross_entropy:
+        if task.loss is not cross_entropy or task.training is not None:
             raise ConfigError(
                 f"baseline.label_smoothing = {smoothing:g} is for the default loss, cross entropy, "
-                "and the task has another one; set baseline.label_smoothing = 0."
+                "and the task has another one or a training loop of its own; set "
+                "baseline.label_smoothing = 0."
             )
         changes["loss"] = partial(cross_entropy, label_smoothing=smoothing)
     if decay != WEIGHT_DECAY:
-        if task.optimizer is not sgd:
+        if task.optimizer is not sgd or task.training is not None:
             raise ConfigError(
                 f"baseline.weight_decay = {decay:g} is for the default optimizer, and the task has "
-                f"one of its own; set baseline.weight_decay = {WEIGHT_DECAY:g}, which leaves it "
-                "as it is."
+                f"one or a training loop of its own; set baseline.weight_decay = {WEIGHT_DECAY:g}, "
+                "which leaves it as it is."
             )
         changes["optimizer"] = partial(sgd, weight_decay=decay)
     if recipe.warm_up != WARM_UP_SHARE and task.scheduler is one_cycle:

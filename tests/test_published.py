@@ -36,7 +36,7 @@ def kuangliu(state: State) -> State:
 
 
 def akamaster(state: State) -> State:
-    """Names of akamaster's CIFAR ResNets, which are ours."""
+    """Names that are ours, as in akamaster's CIFAR ResNets, from DataParallel."""
     return {f"module.{name}": value for name, value in state.items()}
 
 
@@ -77,6 +77,9 @@ BASIC = {"num_classes": 10, "width": 4}
         ("zoo:resnet18", BASIC, weiaicunzai, None),
         ("zoo:resnet50", BASIC, weiaicunzai, "model_state_dict"),
         ("zoo:resnet18", BASIC, dict, "model"),
+        # Named as kuangliu's already.
+        ("zoo:mobilenet_v2", {"width": 0.25}, akamaster, "net"),
+        ("zoo:googlenet", {"width": 0.25}, akamaster, "net"),
     ],
 )
 def test_published_layouts_load(
@@ -92,7 +95,7 @@ def test_published_layouts_load(
         content = {wrap: content, "acc": 95.1, "epoch": 199}
     torch.save(content, tmp_path / "ckpt.pth")
     loaded = build_model(source, arguments, str(tmp_path / "ckpt.pth"))
-    images = torch.rand(2, 3, 16, 16)
+    images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,16 @@ def test_functions_of_the_users_are_not_replaced(task: Task) -> None:
     with pytest.raises(ConfigError, match=r"label_smoothing = 0\.1 .* another one"):
         follow(task, BaselineRecipe(label_smoothing=0.1))
     task.optimizer = lambda model, rate: sgd(model, rate)
-    with pytest.raises(ConfigError, match=r"weight_decay = 0\.01 .* one of its own"):
+    with pytest.raises(ConfigError, match=r"weight_decay = 0\.01 .* loop of its own"):
         follow(task, BaselineRecipe(weight_decay=0.01))
     task.scheduler = lambda optimizer, rate, steps: one_cycle(optimizer, rate, steps)
     assert follow(task, BaselineRecipe(warm_up=0.3)).scheduler is task.scheduler
+    task = replace(task, loss=cross_entropy, optimizer=sgd, training=lambda *_: None)
+    assert follow(task, BaselineRecipe()) is task
+    with pytest.raises(ConfigError, match="label_smoothing"):
+        follow(task, BaselineRecipe(label_smoothing=0.1))
+    with pytest.raises(ConfigError, match="weight_decay"):
+        follow(task, BaselineRecipe(weight_decay=0.01))
 
 
 def test_smoothing_is_trained_with(task: Task) -> None:
