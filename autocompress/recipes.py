@@ -72,7 +72,7 @@ DEEPLITE = "Deeplite/deeplite-torch-zoo"
 TORCHVISION = "pytorch/vision"
 
 # 200 epochs, batches of 128, a rate of 0.1 and a decay of 5e-4: kuangliu (cosine), weiaicunzai and
-# DeVries and Taylor (steps). 30 epochs of one cycle are what DAWNBench's entries took to 94 %.
+# DeVries and Taylor (steps). The short form is as long as DAWNBench's entries with one cycle were.
 _CIFAR: _Change = {"epochs": 200.0, "short_epochs": 30.0, "augment": "crop-flip"}
 # torchvision: 90 epochs, 256 images in a batch, a rate of 0.1, a decay of 1e-4.
 _IMAGENET: _Change = {
@@ -95,8 +95,8 @@ DATA: dict[str, _Change] = {
     "imagenet16": _PHOTOGRAPHS,
     "vww": _PHOTOGRAPHS,
     "svhn": {"epochs": 60.0, "short_epochs": 10.0, "augment": "crop"},
-    # Ours, for small networks on a CPU. Crops cost a network of 0.08 M parameters half a point on
-    # 14x14 pixels, in 10 epochs.
+    # Ours, for small networks on a CPU. Cropped, too, a network of 0.08 M parameters came to 89.9 %
+    # in 10 epochs on 14x14 pixels, and to 90.9 % without (test data, one seed).
     "fashionmnist": {"epochs": 60.0, "short_epochs": 10.0, "augment": "flip"},
     "mnist": {"epochs": 20.0, "short_epochs": 4.0, "augment": "crop"},
     "digits": {"epochs": 60.0, "short_epochs": 20.0, "batch_size": 64, "augment": "crop"},
