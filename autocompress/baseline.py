@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.artifacts import replacing
 from autocompress.cache import keep
-from autocompress.config import BaselineConfig, cache_folder
+from autocompress.checkpoint import Checkpoint
+from autocompress.config import cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
 from autocompress.loaders import loader_labels
 from autocompress.models import load_state
 from autocompress.profiler import Profile
 from autocompress.progress import Display
+from autocompress.recipes import BaselineRecipe, follow
 from autocompress.task import Task, correct
-from autocompress.training import fit
+from autocompress.training import FitResult, fit
 from autocompress.weights import portable_state, state_digest, write_weights
 
 
@@ -65,31 +70,34 @@ def check_better_than_guessing(task: Task, val: Evaluation) -> None:
 
 
 def train_baseline(
-    task: Task, recipe: BaselineConfig, epochs: float, seed: int, display: Display
-) -> None:
+    task: Task, recipe: BaselineRecipe, seed: int, display: Display
+) -> FitResult | None:
     """Train the task's network in place, or load what the same recipe trained before.
 
-    The recipe's fingerprint is made of the initial weights, the data, the length, the learning rate
-    and the seed; the trained weights are kept under it, so that nothing is trained twice. A network
-    or data that came from Python have no complete fingerprint and are not kept there.
+    The trained weights are kept under what they follow from (see `kept_baseline`), so that nothing
+    is trained twice. A run that is interrupted goes on from its last checkpoint there.
+
+    Args:
+        task: The network and the data.
+        recipe: How it is trained.
+        seed: Fixes the order of the data.
+        display: Told about the progress.
+
+    Returns:
+        What the training did; None if there was none.
+
+    Raises:
+        ConfigError: If the recipe asks for something that a function of the user's can't do.
+        TrainingDiverged: If the loss stops being finite.
     """
-    if epochs <= 0:
-        return
-    facts = {
-        "origin": task.origin,
-        "weights": state_digest(task.model.state_dict()),
-        "data": task.fingerprint,
-        "epochs": epochs,
-        "learning_rate": recipe.learning_rate,
-        "seed": seed,
-    }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    path = cache_folder() / "baselines" / f"{digest[:16]}.safetensors"
-    known = task.origin is not None and bool(task.fingerprint)
-    if known and path.exists():
+    if recipe.epochs <= 0:
+        return None
+    task = follow(task, recipe)
+    path = kept_baseline(task, recipe, seed)
+    if path is not None and path.exists():
         load_state(task.model, load_file(path))
         display.say(f"The baseline was trained before: {path}")
-        return
+        return None
 
     def on_step(done: float, total: float, loss: float) -> None:
         display.step("train", done, total, f"loss {loss:.3f}")
@@ -98,14 +106,60 @@ def train_baseline(
     result = fit(
         task.model,
         task,
-        epochs=epochs,
+        epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         seed=seed,
         on_step=on_step,
+        checkpoint=None if path is None else _checkpoint(_state_of(path)),
     )
     display.say(
-        f"Trained the baseline for {epochs:g} epochs in {result.seconds:.0f} s "
+        f"Trained the baseline for {recipe.epochs:g} epochs in {result.seconds:.0f} s "
         f"({result.images_per_second:.0f} images/s)."
     )
-    if known:
-        keep(path, partial(write_weights, state=portable_state(task.model)))
+    if path is not None and keep(path, partial(write_weights, state=portable_state(task.model))):
+        _state_of(path).unlink(missing_ok=True)
+    return result
+
+
+def kept_baseline(task: Task, recipe: BaselineRecipe, seed: int) -> Path | None:
+    """Where the weights that a recipe makes of the task's untrained network are kept.
+
+    The file's name is made of the network and its initial weights, the data, the recipe's numbers
+    and the seed. A network or data that came from Python have no complete fingerprint: None.
+    """
+    if task.origin is None or not task.fingerprint:
+        return None
+    facts = {
+        "origin": task.origin,
+        "weights": state_digest(task.model.state_dict()),
+        "data": task.fingerprint,
+        "epochs": recipe.epochs,
+        "learning_rate": recipe.learning_rate,
+        "seed": seed,
+    }
+    # Left out where they are as always, for the sake of what was kept before there was a choice.
+    for name in ("weight_decay", "label_smoothing", "warm_up"):
+        if getattr(recipe, name) != getattr(BaselineRecipe, name):
+            facts[name] = getattr(recipe, name)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_folder() / "baselines" / f"{digest[:16]}.safetensors"
+
+
+def _state_of(path: Path) -> Path:
+    """The checkpoint of the run that will make a file of weights."""
+    return path.with_suffix(".checkpoint")
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    """Keeps the state of a run in a file."""
+
+    def put(source: Path) -> None:
+        with replacing(path) as beside:
+            shutil.copyfile(source, beside)
+
+    def fetch(target: Path) -> bool:
+        if path.exists():
+            shutil.copyfile(path, target)
+        return target.exists()
+
+    return Checkpoint(put, fetch)

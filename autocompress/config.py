@@ -131,9 +131,29 @@ class BaselineConfig(_Section):
     epochs: float | None = Field(
         default=None,
         ge=0,
-        description="Passes over the training data; None means 0 where weights are given, else 10.",
+        description="Passes over the training data; None means 0 where weights are given, else the "
+        "recipe's, else 10.",
     )
-    learning_rate: float = Field(default=0.1, gt=0, description="Peak of the schedule.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="Peak of the schedule; None: the recipe's, else 0.1."
+    )
+    recipe: Literal["full", "short"] | None = Field(
+        default=None,
+        description="What isn't given here is that of the literature for this architecture and "
+        "data set (`python -m autocompress.study models` lists some), at full length or short.",
+    )
+    label_smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread over all classes; None: the recipe's, "
+        "else 0.",
+    )
+    weight_decay: float | None = Field(
+        default=None,
+        ge=0,
+        description="Of convolutions and linear layers; None: the recipe's, else 0.0005.",
+    )
 
 
 class BoundConfig(_Section):
@@ -367,6 +387,7 @@ _UNITS = {
     "confidence": "probability",
     "data.val_fraction": "share of the images",
     "finetune.distillation": "share of the loss",
+    "baseline.label_smoothing": "share of the target",
 }
 
 _EXPECTED = {
@@ -493,6 +514,9 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
     kind, _, _ = config.data.source.partition(":")
     if kind in ("folder", "array"):
         fields["data.source"] = kind
+    if config.baseline.recipe is None and config.baseline.learning_rate is None:
+        # What studies were bound to when this was the field's default.
+        fields["baseline.learning_rate"] = 0.1
     return {k: v for k, v in fields.items() if k not in _UNBOUND and not k.startswith("run.")}
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from autocompress.errors import ConfigError, did_you_mean
+from autocompress.published import WRAPPERS, translate
 from autocompress.zoo import ZOO
 
 PRETRAINED = "pretrained"
@@ -29,7 +30,6 @@ SHOWN_MISMATCHES = 5
 """How many names of each kind an error about weights that don't fit may list."""
 
 _SOURCES = ("zoo", "torchvision", "timm")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def build_model(
@@ -76,14 +76,18 @@ def pretrained_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file of weights into `model`: safetensors, or a state dict that `torch.save` wrote.
 
-    A state dict may be wrapped (`{"state_dict": ...}`) and its names prefixed by DataParallel
-    (`module.`) or `torch.compile` (`_orig_mod.`). Nothing but tensors is ever unpickled.
+    A state dict may be wrapped (`{"state_dict": ...}`), its names prefixed by DataParallel
+    (`module.`) or `torch.compile` (`_orig_mod.`), and layers named as in `published.RENAMINGS`.
+    Nothing but tensors is ever unpickled.
 
     Raises:
         ConfigError: If the file can't be read or doesn't fit, with the names that don't.
     """
     state = _unprefixed(_read_weights(Path(path).expanduser()), model)
     own = model.state_dict()
+    if not state.keys() <= own.keys():
+        ours = translate(state, own)
+        state = {ours[name]: value for name, value in state.items()}
     # Counters of batches, absent in files from before torch 0.4.1; they change no output.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]
@@ -317,7 +321,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"model.weights = '{path}' is no readable file of weights "
             f"({type(error).__name__}: {_first_line(error)})."
         ) from error
-    for wrapper in _WRAPPERS:
+    for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     tensors = content if isinstance(content, Mapping) else {}
@@ -325,7 +329,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not state:
         raise ConfigError(
             f"model.weights = '{path}' holds no weights by name: expected a state dict, alone or "
-            f"under {', '.join(repr(key) for key in _WRAPPERS)}."
+            f"under {', '.join(repr(key) for key in WRAPPERS)}."
         )
     return state
 

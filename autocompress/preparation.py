@@ -39,6 +39,7 @@ from autocompress.observation import Observations, observe_layers
 from autocompress.plan import group_to_dict
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
+from autocompress.recipes import recipe_of
 from autocompress.samplers import reads_rejected_as_complete
 from autocompress.scope import bound_table, bound_text, channel_groups, why_refused
 from autocompress.sensitivity import LayerTable, build_table
@@ -307,10 +308,8 @@ def _load_baseline(
     if kept is not None and folder.baseline.exists():
         load_state(task.model, load_file(folder.baseline))
     else:
-        epochs = config.baseline.epochs
-        if epochs is None:
-            epochs = 0.0 if config.model.weights is not None or task.origin is None else 10.0
-        train_baseline(task, config.baseline, epochs, config.seed, display)
+        given = config.model.weights is not None or task.origin is None
+        train_baseline(task, recipe_of(config, given), config.seed, display)
     digest = state_digest(task.model.state_dict())
     if kept is None:
         write_weights(folder.baseline, portable_state(task.model))

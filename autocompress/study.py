@@ -31,12 +31,20 @@ EXIT_INTERRUPTED = 130
 class RunByDefault(TyperGroup):
     """A group that takes `run` for granted: `study.toml --delta 2` means `run study.toml ...`."""
 
+    default = "run"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `run` in front where no command is named."""
+        """Put the default in front where no command is named."""
         own = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
         if not args or (args[0] not in self.commands and args[0] not in own):
-            args = ["run", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+
+class ListByDefault(RunByDefault):
+    """Likewise with `list`: `models resnet` means `models list resnet`."""
+
+    default = "list"
 
 
 app = typer.Typer(
@@ -56,10 +64,24 @@ Make a trained convolutional network small and fast, within an accuracy toleranc
 - `python -m autocompress.study status my.toml` says how far a study is.
 - `python -m autocompress.study dashboard my.toml` opens its Pareto fronts in optuna-dashboard.
 - `python -m autocompress.study export my.toml --trial annealing/7 --to small/` hands out a trial.
+- `python -m autocompress.study models train resnet20 --data torchvision:CIFAR10` trains a baseline.
 
 Exit codes: 0 within delta; 2 wrong input; 3 finished, but nothing met delta; 130 interrupted.
 """,
 )
+
+models = typer.Typer(
+    cls=ListByDefault,
+    no_args_is_help=False,
+    rich_markup_mode="markdown",
+    help="""
+List the networks that a study file can name, or train one.
+
+- `python -m autocompress.study models resnet` lists those with resnet in their names.
+- `python -m autocompress.study models train resnet18 --data torchvision:CIFAR10` trains one.
+""",
+)
+app.add_typer(models, name="models")
 
 StudyArgument = Annotated[
     str | None,
@@ -515,20 +537,127 @@ def dashboard(
     serve(url, store, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
 
 
-@app.command()
-def models(
+@models.command("list")
+def list_networks(
     pattern: Annotated[str, typer.Argument(help="Only names with this in them.")] = "",
 ) -> None:
-    """List the networks that a study file can name.
+    """List the networks that a study file can name, and how far training takes some. (The default.)
 
     **Example:** `python -m autocompress.study models resnet`
     """
     from autocompress.models import list_models
+    from autocompress.recipes import recipe_table
 
-    for source, names in list_models().items():
+    known = list_models()
+    for source, names in known.items():
         found = [name for name in names if pattern in name]
         if found:
             _print(f"{source}:  " + ", ".join(found))
+    table = Table("network", "data", "accuracy", "of", "epochs, short", box=None)
+    for network, data, recipe in recipe_table([n for n in known["zoo"] if pattern in n]):
+        length = f"{recipe.epochs:g}, {recipe.short_epochs:g}"
+        table.add_row(network, data, f"{recipe.accuracy:.2f} %", recipe.source, length)
+    if table.row_count:
+        _print("\nRecipes, and the accuracies in the literature that they are after:")
+        _print(table)
+
+
+@models.command()
+def train(
+    network: Annotated[
+        str, typer.Argument(help="A name in the zoo, or torchvision:NAME, timm:NAME, ...")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="The images, as data.source in a study file.", show_default=False),
+    ],
+    root: Annotated[
+        str | None, typer.Option(help="The data's folder, as data.root.", show_default=False)
+    ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="The recipe's short form: a first look.")
+    ] = False,
+    epochs: Annotated[
+        float | None, typer.Option(help="In place of the recipe's.", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="In place of the recipe's.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="In place of the recipe's.", show_default=False)
+    ] = None,
+    augment: Annotated[
+        Literal["none", "flip", "crop", "crop-flip"] | None,
+        typer.Option(help="In place of the recipe's.", show_default=False),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Resize images to this.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="By default as many as the data has.", show_default=False)
+    ] = None,
+    width: Annotated[
+        float | None, typer.Option(help="Of a zoo network, as it takes it.", show_default=False)
+    ] = None,
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(help="Another argument of the network, key=value.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Fixes weights, split and order.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="A .safetensors file to write, too.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a network by its recipe, and keep it where studies look for their baseline.
+
+    Ctrl-C ends it; the same command goes on from the last checkpoint. A study with the lines that
+    are printed at the end doesn't train again; elsewhere give it the file: model.weights = FILE.
+
+    **Example:** `python -m autocompress.study models train resnet18 --data torchvision:CIFAR10
+    --to resnet18.safetensors`
+    """
+    from autocompress.pretrain import pretrain, settings_of
+    from autocompress.progress import make_display
+
+    if to is not None and not to.endswith(".safetensors"):
+        raise ConfigError(f"--to {to}: give a file that ends in .safetensors.")
+    own = _options(argument, "--argument", "width=16")
+    if width is not None:
+        own["width"] = int(width) if width.is_integer() else width
+    config = settings_of(
+        network,
+        data,
+        arguments=own,
+        classes=classes,
+        short=short,
+        seed=seed,
+        data__root=root,
+        data__image_size=image_size,
+        data__batch_size=batch_size,
+        data__augment=augment,
+        baseline__epochs=epochs,
+        baseline__learning_rate=learning_rate,
+        run__device=device,
+    )
+    try:
+        with make_display() as display:
+            made = pretrain(config, display, Path.cwd())
+    except KeyboardInterrupt:
+        _complain("Interrupted. The same command goes on from the last checkpoint.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    expected = made.recipe.accuracy
+    compare = "" if expected is None else f"; in the literature {expected:.2f} %, at full length"
+    _print(
+        f"{made.test_accuracy:.2f} % on test data, {made.val_accuracy:.2f} % on validation data"
+        f"{compare}."
+    )
+    if to is not None:
+        made.write(Path(to))
+        _print(f"Written: {to}")
+    _print(f"A study that begins so finds these weights:\n\n{made.study_lines()}")
 
 
 def _number(workers: str | None) -> int | str | None:
@@ -536,7 +665,9 @@ def _number(workers: str | None) -> int | str | None:
     return int(workers) if workers is not None and workers.isdecimal() else workers
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any]:
+def _options(
+    pairs: list[str] | None, option: str = "--launcher-option", example: str = "num_gpus=1"
+) -> dict[str, Any]:
     """What "key=value" pairs say; numbers become numbers."""
     import json
 
@@ -544,7 +675,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--launcher-option {pair}: give key=value, e.g. num_gpus=1.")
+            raise ConfigError(f"{option} {pair}: give key=value, e.g. {example}.")
         try:
             found[key] = json.loads(value)
         except ValueError:

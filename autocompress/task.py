@@ -22,6 +22,10 @@ from autocompress.errors import ConfigError, did_you_mean
 from autocompress.metrics import Metric, ScoreFunction, as_metric
 from autocompress.scale import Scale
 
+WEIGHT_DECAY = 5e-4
+WARM_UP_SHARE = 0.15
+"""Of the default optimizer, and of the default schedule's steps."""
+
 
 class Loader(Protocol):
     """An iterable over batches that can be read again; a `torch.utils.data.DataLoader` is one."""
@@ -75,9 +79,9 @@ def call_on_images(model: nn.Module, batch: Batch) -> Any:
     return getattr(output, "logits", output)
 
 
-def cross_entropy(output: Any, batch: Batch) -> Tensor:
+def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
     """The default loss, for logits `n x classes (x ...)` and a batch `(images, labels)`."""
-    return F.cross_entropy(output, batch[1])
+    return F.cross_entropy(output, batch[1], label_smoothing=label_smoothing)
 
 
 def correct(output: Any, batch: Batch) -> Tensor:
@@ -103,21 +107,26 @@ def logit_distillation(student: Any, teacher: Any, temperature: float = 4.0) -> 
     return divergence.sum(dim=1).mean() * (temperature * temperature)
 
 
-def sgd(model: nn.Module, learning_rate: float) -> Optimizer:
+def sgd(model: nn.Module, learning_rate: float, weight_decay: float = WEIGHT_DECAY) -> Optimizer:
     """The default optimizer: SGD with Nesterov momentum; biases and norms are not decayed."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
 
 
-def one_cycle(optimizer: Optimizer, learning_rate: float, steps: int) -> LRScheduler:
+def one_cycle(
+    optimizer: Optimizer, learning_rate: float, steps: int, warm_up: float = WARM_UP_SHARE
+) -> LRScheduler:
     """The default scheduler: a short rise to `learning_rate`, then a straight way to zero."""
     return OneCycleLR(
         optimizer,
         max_lr=learning_rate,
         total_steps=max(steps, 2),
-        pct_start=0.15,
+        pct_start=warm_up,
         anneal_strategy="linear",
         cycle_momentum=False,
         div_factor=10.0,

@@ -576,7 +576,7 @@ def _can_be_captured(task: Task) -> bool:
     return (
         task.device.type == "cuda"
         and task.forward is call_on_images
-        and task.loss is cross_entropy
+        and getattr(task.loss, "func", task.loss) is cross_entropy
         and task.distillation in (None, logit_distillation)
     )
 

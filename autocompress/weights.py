@@ -70,8 +70,10 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:12]
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a state dict as safetensors, beside and then renamed."""
     with replacing(path) as beside:
         # By Python: safetensors has an error of its own for a full disk.
-        beside.write_bytes(save(dict(state)))
+        beside.write_bytes(save(dict(state), dict(metadata or {}) or None))

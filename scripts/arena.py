@@ -41,6 +41,7 @@ from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
+from autocompress.recipes import recipe_of
 from autocompress.sources import task_from_config
 from autocompress.space import spend
 from autocompress.task import Loader, Task
@@ -151,10 +152,8 @@ def make_arena(config: StudyConfig, task: Task, display: Display) -> Arena:
     """Train the task's network as the study file says and look at it once for all methods."""
     task.model.to(task.device)
     task.amp_dtype = fastest_precision(task)
-    epochs = config.baseline.epochs
-    if epochs is None:
-        epochs = 0.0 if config.model.weights is not None else 10.0
-    train_baseline(task, config.baseline, epochs, config.seed, display)
+    recipe = recipe_of(config, given=config.model.weights is not None)
+    train_baseline(task, recipe, config.seed, display)
     task.model.eval()
     # What only looks at training images must not count as training.
     task = replace(task, train=CountedLoader(task.train), calibration=task.calibrating)
