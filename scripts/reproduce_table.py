@@ -211,7 +211,7 @@ def classes_of(options: argparse.Namespace) -> int:
     Raises:
         ConfigError: If its name doesn't tell.
     """
-    known = {"cifar100": 100, "cifar10": 10, "cifar": 10, "tiny": 200, "vww": 2, "fashion": 10}
+    known = {"cifar100": 100, "cifar10": 10, "tiny": 200, "vww": 2, "fashion": 10, "digits": 10}
     name = options.data.lower().replace("-", "").replace("_", "")
     for word, count in known.items():
         if word in name:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
+from autocompress.compatible import compatible_profile
 from autocompress.config import StudyConfig, bound_settings, differences, parse_config
 from autocompress.errors import ConfigError
+from autocompress.profiler import profile_model
 from autocompress.recipes import (
     DATA,
     FAMILIES,
@@ -27,6 +29,7 @@ from autocompress.recipes import (
 )
 from autocompress.task import Task, cross_entropy, one_cycle, sgd
 from autocompress.training import fit
+from autocompress.zoo import ZOO
 
 
 def study(**settings: Any) -> StudyConfig:
@@ -200,3 +203,24 @@ def test_smoothing_is_trained_with(task: Task) -> None:
         largest = torch.cat([task.model(x).softmax(1).max(1).values for x, _ in task.val])
     # Half of the target is shared by four classes: 0.625 is left for the right one.
     assert 0.5 < float(largest.mean()) < 0.7
+
+
+def test_the_documented_tables_are_those_of_the_code() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "baselines.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    documented = [line for line in rows if not line.startswith(("| `zoo", "| name", "| network"))]
+    assert documented == [
+        f"| {network} | {data} | {r.epochs:g} ({r.short_epochs:g}) | {r.learning_rate:g} | "
+        f"{r.weight_decay:g} | {r.label_smoothing:g} | {r.augment} | {r.accuracy:.2f} %, "
+        f"{r.source} |"
+        for network, data, r in recipe_table()
+    ]
+    for line in rows:
+        if line.startswith("| `zoo:"):
+            name, params, macs, published = (cell.strip() for cell in line.strip("|").split("|"))
+            network = ZOO[name.strip("`").removeprefix("zoo:")](num_classes=100)
+            example = (torch.zeros(1, 3, 32, 32),)
+            ours = profile_model(network, example, latency=False)
+            theirs = compatible_profile(network, example)
+            assert params == f"{ours.params / 1e6:.4f} M" == f"{theirs.params_m:.4f} M"
+            assert (macs, published) == (f"{ours.macs / 1e9:.4f} G", f"{theirs.macs_g:.4f} G")
