@@ -195,6 +195,7 @@ def write_report(
         metric=view.scale.name,
         headline=_headline(view),
         comparison=_comparison(view),
+        compatible=_compatible(view),
         second=_second(view),
         int8=_int8(view),
         judged_in_int8=_judged_in_int8(view),
@@ -622,6 +623,24 @@ def _comparison(view: _View) -> dict[str, Any]:
             cells.append((quantity(value, unit, scale), change))
         rows.append((label, quantity(base.get(key), unit, scale), cells))
     return {"columns": [name for name, _ in columns], "rows": rows}
+
+
+def _compatible(view: _View) -> list[tuple[str, str, str, str]]:
+    """Rows by the published profiler's formulas: label, baseline, final, ratio; none if unknown."""
+    before = view.baseline.get("compatible")
+    after = (view.chosen or {}).get("compatible")
+    if not before or not after:
+        return []
+    labels = {
+        "params_m": "Total Parameters, M",
+        "size_mb": "Model Size, MB",
+        "macs_g": "Computational Complexity, GMACs",
+        "memory_mb": "Memory Footprint, MB",
+    }
+    return [
+        (label, f"{before[k]:.4f}", f"{after[k]:.4f}", _ratio(_divide(before[k], after[k])))
+        for k, label in labels.items()
+    ]
 
 
 def latency_label(latency: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from optuna.trial import FrozenTrial
+from torch import nn
 
 from autocompress.artifacts import write_text
+from autocompress.compatible import compatible_profile
 from autocompress.config import StudyConfig
 from autocompress.evaluation import evaluate, metric_drop, paired_drop
 from autocompress.export import save_model
@@ -147,6 +149,7 @@ def _facts(
         "baseline": {
             "profile": bench.baseline.profile.to_dict(),
             "val_score": bench.baseline.val.score,
+            "compatible": _compatible(bench, bench.baseline.model),
         },
         "val_seen": bench.task.val_seen,
         "test_reads": 0,
@@ -215,6 +218,7 @@ def _describe_finalist(
         "trial": int(number),
         "plan": json.loads(finalist.plan.to_json()),
         "profile": profile.to_dict(),
+        "compatible": _compatible(bench, finalist.model),
         "val_score": finalist.val.score,
         "val_drop": drop,
         "val_drop_bound": finalist.bound,
@@ -222,6 +226,11 @@ def _describe_finalist(
         "final_bounds": {str(seed): bound for seed, bound in finalist.seeds.items()},
         "final_epochs": finalist.epochs,
     }
+
+
+def _compatible(bench: Bench, model: nn.Module) -> dict[str, float]:
+    """A network's figures by the published profiler's formulas."""
+    return asdict(compatible_profile(model, bench.example))
 
 
 def _latency(

@@ -377,11 +377,16 @@ def profile(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1 or auto.", show_default=False)
     ] = None,
+    compatible: Annotated[
+        bool,
+        typer.Option("--compatible", help="Also by deeplite-profiler's formulas."),
+    ] = False,
 ) -> None:
     """Print what a study's network costs, and what may become of each layer; nothing is trained.
 
     **Example:** `python -m autocompress.study profile my.toml`
     """
+    from autocompress.compatible import compatible_profile
     from autocompress.latency import Deployment, LatencyMeter, describe
     from autocompress.profiler import profile_model
     from autocompress.scope import bound_text, check_names, prospects
@@ -409,6 +414,13 @@ def profile(
         f"params {found.params / 1e6:.4f} M · size {found.size_bytes / 1e6:.3f} MB · "
         f"MACs {found.macs / 1e6:.2f} M · memory {found.memory_bytes / 1e6:.2f} MB"
     )
+    if compatible:
+        theirs = compatible_profile(task.model, example)
+        _print(
+            f"by deeplite-profiler's formulas: params {theirs.params_m:.4f} M · size "
+            f"{theirs.size_mb:.4f} MB · MACs {theirs.macs_g:.4f} G · memory "
+            f"{theirs.memory_mb:.4f} MB"
+        )
     try:
         own = LatencyMeter(task.model, example, deployment).reference
         _print(

@@ -23,6 +23,7 @@ from autocompress.report import (
     transform_text,
     write_report,
 )
+from autocompress.scale import Scale
 
 DELTA = 1.0
 WIDTHS = [(3, 16, 32), (16, 16, 32), (16, 32, 16), (32, 64, 8), (64, 64, 8)]
@@ -391,6 +392,28 @@ def test_plot_tells_outcomes_apart_by_shape_and_name(met: tuple[str, Outline]) -
         assert f'"{name}"' in call
     for symbol in ("circle", "diamond", "circle-open", "diamond-open", "x-thin", "star"):
         assert f'"symbol":"{symbol}"' in call
+
+
+def test_the_published_profilers_figures_stand_aside(tmp_path: Path) -> None:
+    def compatible(scale: int) -> dict[str, float]:
+        return {"params_m": 1 / scale, "size_mb": 4 / scale, "macs_g": 0.5, "memory_mb": 9.0}
+
+    found = result()
+    _, outline = read(write_report(found, *studies(), tmp_path / "plain.html"))
+    assert "deeplite-profiler" not in outline.text
+    found["baseline"]["compatible"], found["best"]["compatible"] = compatible(1), compatible(4)
+    _, outline = read(write_report(found, *studies(), tmp_path / "both.html"))
+    assert "Total Parameters, M1.00000.25004.00x" in outline.text
+    assert "Memory Footprint, MB9.00009.00001.00x" in outline.text
+
+
+def test_another_metric_is_named_with_its_unit(tmp_path: Path) -> None:
+    found = {**result(), "metric": Scale("RMSE", "px", higher_is_better=False).to_dict()}
+    _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    assert "RMSE on validation data is worse by 0.7 of the allowed 1 px" in outline.text
+    assert "92.1 px → 91.4 px, a drop of 0.7 px" in outline.text
+    # The reasons of the trials below are made up here.
+    assert "points" not in outline.text[: outline.text.index("All trials")]
 
 
 def test_unmet_names_the_nearest(tmp_path: Path) -> None:

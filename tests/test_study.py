@@ -117,7 +117,9 @@ def test_a_studys_folder_stands_for_its_file(small: Path) -> None:
 def test_profile_needs_no_training(small: Path) -> None:
     said = call("profile", str(small)).output
     assert "conv1" in said and "MACs" in said and "interquartile" in said
-    assert re.search(r"params 0\.\d+ M", said)
+    assert re.search(r"params 0\.\d+ M", said) and "deeplite" not in said
+    both = " ".join(call("profile", str(small), "--compatible").output.split())
+    assert re.search(r"by deeplite-profiler's formulas: params 0\.\d{4} M · size 0\.\d{4} MB", both)
     assert "svd" in said and "excluded by default" in said
     assert "channels of" in said and "no layer reads its channels" in " ".join(said.split())
 
