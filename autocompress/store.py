@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import differences
 from autocompress.errors import ConfigError, StudyMismatch
+from autocompress.scale import ACCURACY
 from autocompress.trials import EXCUSED, counted
 
 PLACE = "artifacts"
@@ -123,8 +124,8 @@ def open_study(
     stage: str,
     *,
     bound: Mapping[str, Any],
-    drop_name: str,
     cost_name: str,
+    drop_name: str = ACCURACY.drop_name,
 ) -> Study:
     """Create the Optuna study of a stage, or go on with it; its sampler is set later.
 
@@ -133,8 +134,8 @@ def open_study(
         name: The study's name, without the stage.
         stage: "exploration" or "annealing".
         bound: The settings that the study stands for, flat.
-        drop_name: Name of the first objective, with its unit.
         cost_name: Name of the second objective, with its unit.
+        drop_name: Name of the first.
 
     Raises:
         StudyMismatch: If the stored study was made with other settings; says which.

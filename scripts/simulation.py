@@ -111,8 +111,7 @@ class Lots(RandomSampler):
 
 def open_simulated(url: str, name: str) -> Study:
     """The study of that name, which is made if it is not there."""
-    names = {"drop_name": "accuracy drop (points)", "cost_name": "parameters"}
-    study = open_study(open_storage(url), name, STAGE, bound={}, **names)
+    study = open_study(open_storage(url), name, STAGE, bound={}, cost_name="parameters")
     study.sampler = Lots()
     return study
 

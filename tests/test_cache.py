@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from autocompress.cache import keep
-from autocompress.config import BaselineConfig, cache_folder
+from autocompress.config import cache_folder
 from autocompress.latency import Deployment
 from autocompress.layertimes import LayerTimes
 
@@ -60,5 +60,5 @@ def test_a_trained_baseline_is_used_though_it_can_not_be_kept(lost: Path) -> Non
     loader = make_loader(64, 0)
     task = Task(model, loader, loader, loader, origin={"source": "x"}, fingerprint="f")
     with pytest.warns(UserWarning, match="AUTOCOMPRESS_HOME"):
-        train_baseline(task, BaselineConfig(), 1.0, 0, NullDisplay())
+        train_baseline(task, BaselineRecipe(epochs=1.0), 0, NullDisplay())
     assert not torch.equal(model.get_parameter("fc.weight"), before)

@@ -233,7 +233,7 @@ def test_nothing_within_delta_gives_the_nearest(task: Task, tmp_path: Path) -> N
     assert nearest["plan"]["layers"] or nearest["plan"]["channels"]
     assert "test_score" not in outcome.summary["baseline"]
     assert outcome.summary["test_reads"] == 0
-    assert any("No trial kept the drop within 0 points" in line for line in display.lines)
+    assert any("No trial kept the drop within 0.00 points" in line for line in display.lines)
     assert not (outcome.folder / "best").exists()
 
 

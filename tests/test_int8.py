@@ -27,6 +27,7 @@ from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.quantization import Attempt, Quantizer
+from autocompress.scale import ACCURACY
 from autocompress.store import StudyFolder, load_study
 from autocompress.task import Task
 from autocompress.training import Recipe
@@ -82,6 +83,7 @@ def step(
         for number in range(count)
     ]
     bench = SimpleNamespace(
+        task=SimpleNamespace(scale=ACCURACY),
         quantizer=Quantizer(cast(Any, None), EMPTY, (), DELTA, 0.95),
         delta=DELTA,
         identity="x",

@@ -122,10 +122,10 @@ def test_fewer_samples_are_compared_with_the_first_ones() -> None:
 
 
 def test_the_interval_holds_as_often_as_it_says() -> None:
-    """RMSE of two networks, of which the second errs by 10 % more, on 200 samples: 400 times."""
+    """RMSE of two networks, of which the second errs by 10 % more, on 200 samples: 200 times."""
     torch.manual_seed(1)
     truth, covered, width = 0.1, 0, 0.0
-    repeats = 400
+    repeats = 200
     for _ in range(repeats):
         noise, own = torch.randn(200), 0.3 * torch.randn(200)
         labels = torch.zeros(200)
@@ -136,7 +136,7 @@ def test_the_interval_holds_as_often_as_it_says() -> None:
         bound = drop_bound(before, after, 0.9)
         covered += bound >= truth
         width += (bound - metric_drop(before, after)) / repeats
-    assert 0.86 <= covered / repeats <= 0.94
+    assert 0.84 <= covered / repeats <= 0.95
     assert width > 0
 
 
