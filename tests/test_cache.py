@@ -13,6 +13,7 @@ from autocompress.cache import keep
 from autocompress.config import cache_folder
 from autocompress.latency import Deployment
 from autocompress.layertimes import LayerTimes
+from autocompress.recipes import BaselineRecipe
 
 
 @pytest.fixture
