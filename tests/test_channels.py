@@ -356,6 +356,24 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
     assert "follow its channels (RuntimeError: only without derivatives" in refused["*"]
 
 
+def test_what_finds_nothing_can_not_be_checked() -> None:
+    class Finder(Residual):
+        """Hands out what is above a threshold, as detectors do."""
+
+        threshold = float("inf")
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            found = super().forward(x)
+            return {"scores": found[found > self.threshold]}
+
+    torch.manual_seed(0)
+    network, example = Finder().eval(), (torch.randn(1, 3, SIZE, SIZE),)
+    groups, refused = find_groups(network, example)
+    assert not groups and "are empty" in refused["stem"] and "are empty" in refused["inner"]
+    network.threshold = float("-inf")
+    assert [group.name for group in find_groups(network, example)[0]] == ["stem", "inner"]
+
+
 def test_channels_that_an_auxiliary_classifier_reads_stay() -> None:
     class Auxiliary(nn.Module):
         """Its second head runs in training alone."""
