@@ -155,6 +155,8 @@ def run_study(
     task.model.to(task.device)
     check_names(task.model, config.search)
     check_outputs(task)
+    # Told here, and not when the baseline has been trained: a network must take tensors alone.
+    task.example()
     _check_training(config, task)
     _check_workers(config, task)
     folder = StudyFolder(Path(config.run.out) / config.name)

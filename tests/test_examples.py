@@ -17,11 +17,11 @@ import torch
 from conftest import TinyNet, make_loader, tiny_config, tiny_task
 from rich.console import Console
 from torch import Tensor, nn
-from torchmetrics import JaccardIndex, MeanMetric, MeanSquaredError
+from torchmetrics import JaccardIndex, MeanMetric, MeanSquaredError, R2Score
 from typer.testing import CliRunner, Result
 
 import autocompress
-from autocompress import TorchMetric
+from autocompress import MeanScore, TorchMetric
 from autocompress.batch import tensors_in
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, load_config, ready_folder
@@ -30,7 +30,7 @@ from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
 from autocompress.progress import NullDisplay, PlainDisplay
 from autocompress.scale import Scale
-from autocompress.sources import task_from_config
+from autocompress.sources import functions_text, task_from_config
 from autocompress.store import load_stages, trials_spent
 from autocompress.studies import scenes, segmentation
 from autocompress.study import app
@@ -423,7 +423,7 @@ LABELS = TorchMetric(MeanSquaredError(), lambda output, batch: (output.argmax(1)
                 "loss": hidden_mean,
                 "metric": LABELS,
             },
-            r"predictions must have a place for each of the 2 samples, got a tensor of shape \(4,\)",
+            r"predictions must have a place for each of the 2 samples, .* of shape \(4,\)",
         ),
         (
             {"metric": TorchMetric(MeanMetric(), lambda o, b: ([{}], b[1]), higher_is_better=True)},
@@ -436,6 +436,22 @@ def test_a_task_that_can_not_work_is_told_before_any_trial(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         compress_tiny(trained_state, tmp_path, **functions)
+    assert trials_in(tmp_path) == 0
+
+
+def test_a_list_of_images_is_refused_before_the_baseline_is_trained(
+    trained_state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    class Listed(TinyNet):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(torch.stack(list(x)))
+
+    task = tiny_task(trained_state)
+    task.model = Listed()
+    task.forward = lambda model, batch: model(list(batch[0]))
+    config = tiny_config(tmp_path, **{"baseline.epochs": 100.0, "name": "study", "run.workers": 0})
+    with pytest.raises(ConfigError, match="positional tensors only, got \\['list'\\]"):
+        run_study(config, task, NullDisplay())
     assert trials_in(tmp_path) == 0
 
 
@@ -483,3 +499,33 @@ def test_a_task_source_that_is_not_there_is_told(
     config = load_config(None, {"task.source": source.format(name), "run.device": "cpu"})
     with pytest.raises(ConfigError, match=message):
         task_from_config(config, tmp_path)
+
+
+def pixels(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    return 32 * output, 32 * batch[1]
+
+
+def shares(output: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    return output, batch[1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        TorchMetric(MeanSquaredError(squared=False), shares, name="error"),
+        TorchMetric(MeanSquaredError(), pixels, name="error"),
+        TorchMetric(R2Score(), pixels, name="error", higher_is_better=False),
+        TorchMetric(MeanSquaredError(squared=False), pixels, name="error", unit="px"),
+        MeanScore(lambda output, batch: output.mean(1)),
+    ],
+)
+def test_another_metric_makes_another_study(other: Any) -> None:
+    def told(metric: Any) -> str:
+        return functions_text({"metric": metric})
+
+    one, again = (
+        TorchMetric(MeanSquaredError(squared=False), pixels, name="error") for _ in range(2)
+    )
+    assert told(one) == told(again) and " at 0x" not in told(one)
+    assert told(one) != told(other)
+    assert told(MeanScore(pixels)) != told(MeanScore(shares))  # type: ignore[arg-type]
