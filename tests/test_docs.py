@@ -1,4 +1,4 @@
-"""Code in the documents: Python blocks run, with a namespace for each page; study files are parsed."""
+"""Code in the documents: Python blocks run, a namespace for each page; study files are parsed."""
 
 from __future__ import annotations
 

@@ -60,7 +60,8 @@ class Example:
 
     Attributes:
         scale: Of its metric.
-        exports: Whether its network can be written as ONNX and PT2.
+        exports: Whether its network can be written as ONNX and PT2. Of one that can't, int8 is
+            asked for, which must cost no result either.
         interrupted: Whether it is interrupted once, and goes on.
     """
 
@@ -103,7 +104,8 @@ class Interrupting(NullDisplay):
 
 def tiny(name: str, out: Path) -> StudyConfig:
     """The settings of a ready study on a smaller network and little data."""
-    config = load_config(name, {**TINY, "run.out": str(out)})
+    int8 = not EXAMPLES[name].exports
+    config = load_config(name, {**TINY, "int8": int8, "run.out": str(out)})
     arguments = {**config.model.arguments, "width": 8}
     return config.model_copy(
         update={"model": config.model.model_copy(update={"arguments": arguments})}
@@ -194,7 +196,11 @@ def test_what_cannot_be_exported_is_said_and_costs_no_result(done: Done) -> None
     for name in ("model.onnx", "model.pt2"):
         assert (name in written) == done.example.exports
         assert (f"best/{name} was not written: " in log) == (not done.example.exports)
-    if done.example.exports:
+    if not done.example.exports:
+        assert not done.outcome.summary["int8"]["met"]
+        assert "There is no int8 file within delta" in log
+        assert "There is no int8 file" in call("run", str(done.folder)).output
+    else:
         (images,) = done.task.images(3)
         run = autocompress.open_onnx(done.folder / "best" / "model.onnx")
         assert done.outcome.model is not None
