@@ -533,8 +533,8 @@ def _fault(
     kept = [KeptChannels(group, _later_half(group)) for group in groups]
     try:
         with torch.no_grad():
-            small = list(tensors_in(remove_channels(work, kept)(*inputs)))
-            whole = list(tensors_in(mute_channels(work, kept)(*inputs)))
+            small, inside = _computed(remove_channels(work, kept), inputs, groups)
+            whole, inside_whole = _computed(mute_channels(work, kept), inputs, groups)
     except Exception as error:  # whatever the network's own code raises at other shapes
         first = str(error).split("\n")[0]
         return f"without some of its channels the network fails: {type(error).__name__}: {first}"
@@ -548,12 +548,31 @@ def _fault(
                 "layers that run in training alone read its channels "
                 f"({type(error).__name__}: {first})"
             )
+    if not any(value.numel() for value in (*small, *whole)):
+        # A detector that finds nothing would agree with any other; what it looks at tells more.
+        small, whole = inside, inside_whole
     for one, other in zip(small, whole, strict=True):
         if one.shape != other.shape:
             return "its channels are outputs of the network"
-        if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())):
+        if other.numel() and not torch.allclose(
+            one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max())
+        ):
             return "without some of its channels the others are computed differently"
+    if not any(other.numel() for other in whole):
+        return "the network's outputs for an image are empty, so nothing can be compared"
     return None
+
+
+def _computed(
+    network: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[ChannelGroup]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A network's outputs, and those of all layers that keep their channels, call by call."""
+    changed = {m.layer for group in groups for m in group.members if m.side != "in"}
+    seen: list[Tensor] = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and name not in changed:
+            module.register_forward_hook(lambda _, __, output: seen.append(output))
+    return list(tensors_in(network(*inputs))), seen
 
 
 def _later_half(group: ChannelGroup) -> tuple[int, ...]:

@@ -155,6 +155,8 @@ def run_study(
     task.model.to(task.device)
     check_names(task.model, config.search)
     check_outputs(task)
+    # Told here, and not when the baseline has been trained: a network must take tensors alone.
+    task.example()
     _check_training(config, task)
     _check_workers(config, task)
     folder = StudyFolder(Path(config.run.out) / config.name)
@@ -434,9 +436,10 @@ def _check_failures(stage: Stage, ended: Sequence[FrozenTrial]) -> None:
     hopeless = len(failed) == stage.total and stage.name == "exploration"
     if hopeless or len(failed) >= MAX_FAILURES:
         excuse(stage.study, [trial.number for trial in failed])
+        reason = str(failed[0].user_attrs.get("reason")).rstrip(".")
         raise AutocompressError(
             f"{len(failed)} trials of the {stage.name} failed one after the other, the last with: "
-            f"{failed[0].user_attrs.get('reason')}. They don't count: mend the cause and run the "
+            f"{reason}. They don't count: mend the cause and run the "
             "same command again."
         )
 

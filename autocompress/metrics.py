@@ -207,6 +207,8 @@ class TorchMetric:
                 f"{type(found).__name__}."
             )
         count = samples_in(batch)
+        for side, what in zip(found, ("predictions", "targets"), strict=True):
+            _check_rows(side, what, count)
         parts = min(PARTS, count)
         cut = [[part_of(side, i, parts, count) for side in found] for i in range(parts)]
         if not self._merged:
@@ -269,6 +271,26 @@ def outputs_and_labels(output: Any, batch: Batch) -> tuple[Any, Any]:
     return output, batch[1]
 
 
+def _check_rows(side: Any, what: str, count: int) -> None:
+    """Refuse predictions or targets that are not one for each sample: they could not be cut apart.
+
+    Raises:
+        ConfigError: If so.
+    """
+    if isinstance(side, Tensor):
+        right = side.ndim > 0 and len(side) == count
+        got = f"a tensor of shape {tuple(side.shape)}"
+    else:
+        records = isinstance(side, (list, tuple)) and all(hasattr(one, "keys") for one in side)
+        right = not records or len(side) == count
+        got = f"a list of {len(side)}" if records else ""
+    if not right:
+        raise ConfigError(
+            f"A TorchMetric's {what} must have a place for each of the {count} samples, got {got}. "
+            "Let forward and pairs keep the samples first, and don't flatten pixels."
+        )
+
+
 def _can_be_merged(metric: Any) -> bool:
     """Whether states of some samples each make the state of all of them.
 
@@ -290,7 +312,17 @@ def _kind(value: Any) -> str:
 
 
 def as_metric(metric: Metric | ScoreFunction) -> Metric:
-    """A metric as it is, or the mean of what a function gives for each sample."""
+    """A metric as it is, or the mean of what a function gives for each sample.
+
+    Raises:
+        ConfigError: If it is one of torchmetrics' own, which is called in another way.
+    """
+    if hasattr(metric, "update") and hasattr(metric, "compute"):
+        name = getattr(metric, "__name__", type(metric).__name__)
+        raise ConfigError(
+            f"metric: {name} is a metric of torchmetrics; give "
+            f"autocompress.TorchMetric({name}(...))."
+        )
     return metric if isinstance(metric, Metric) else MeanScore(metric)
 
 

@@ -110,8 +110,13 @@ def functions_text(functions: Mapping[str, Any]) -> str:
     return "".join(f"{name}={_source(functions[name])}" for name in sorted(functions))
 
 
-def _source(function: Any) -> str:
-    """The source of a function, or the class of an object, and the plain values bound to it."""
+def _source(function: Any, whole: bool = True) -> str:
+    """The source of a function, or the class of an object, and the plain values bound to it.
+
+    Args:
+        function: The function or object.
+        whole: Whether functions and metrics that an object holds are told as well.
+    """
     if isinstance(function, partial):
         bound = f"{function.args!r} {sorted(function.keywords.items())!r}"
         return f"{_source(function.func)} {_ADDRESS.sub('', bound)}"
@@ -119,9 +124,10 @@ def _source(function: Any) -> str:
         source = inspect.getsource(function)
     except (OSError, TypeError):
         source = f"{type(function).__qualname__}"
-    bound_to = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    bound_to += [value for _, value in sorted(getattr(function, "__dict__", {}).items())]
-    return source + repr([value for value in bound_to if isinstance(value, _PLAIN)])
+    own = [value for _, value in sorted(getattr(function, "__dict__", {}).items())]
+    bound_to = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()] + own
+    source += repr([value for value in bound_to if isinstance(value, _PLAIN)])
+    return source + "".join(_source(value, False) for value in own if whole and callable(value))
 
 
 def _like_pretrained(config: StudyConfig, model: nn.Module) -> DataConfig:

@@ -85,7 +85,16 @@ def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Te
 
 
 def correct(output: Any, batch: Batch) -> Tensor:
-    """The default metric: 1 for each label at which the largest logit is, else 0."""
+    """The default metric: 1 for each label at which the largest logit is, else 0.
+
+    Raises:
+        ConfigError: If there are not as many outputs as labels; broadcasting would hide that.
+    """
+    if len(output) != len(batch[1]):
+        raise ConfigError(
+            f"The forward pass gave {len(output)} outputs for {len(batch[1])} labels; it must give "
+            "one for each sample."
+        )
     hits: Tensor = output.argmax(dim=1) == batch[1]
     return hits.float()
 

@@ -589,7 +589,11 @@ def autocast(task: Task) -> AbstractContextManager[Any]:
 
 
 def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
-    """bfloat16 where training this network with it is faster here, else None; measured."""
+    """bfloat16 where training this network with it is faster here, else None; measured.
+
+    Raises:
+        TrainingDiverged: If the loss isn't finite at once.
+    """
     if task.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return None
 
@@ -609,9 +613,11 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
             for batch in islice(_Data(task.train, 0), count):
                 batch = to_device(batch, task.device)
                 start = time.perf_counter()
-                gradient(batch)
+                loss = gradient(batch)
                 if task.device.type == "cuda":
                     torch.cuda.synchronize()
+                if dtype is None and not bool(loss.isfinite()):
+                    raise TrainingDiverged(f"the loss of a first batch is {float(loss)}")
                 elapsed = time.perf_counter() - start
                 best = min(best, elapsed)
                 if elapsed > limit:

@@ -13,6 +13,7 @@ from autocompress.channels import (
     ChannelGroup,
     KeptChannels,
     Member,
+    _fault,
     find_groups,
     kept_positions,
     removable,
@@ -354,6 +355,49 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
     groups, refused = find_groups(Fails(), (torch.randn(1, 3, SIZE, SIZE),))
     assert groups == ()
     assert "follow its channels (RuntimeError: only without derivatives" in refused["*"]
+
+
+class Finder(Residual):
+    """Hands out what is above a threshold, as detectors do."""
+
+    threshold = float("inf")
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        return {"scores": found[found > self.threshold]}
+
+
+class Biased(Finder):
+    """Reads its stem's channels in a way that no graph shows."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return super().forward(x * len(self.stem.weight))
+
+
+@pytest.mark.parametrize("threshold", [float("inf"), float("-inf")])
+def test_of_a_network_that_finds_nothing_the_layers_are_compared(threshold: float) -> None:
+    torch.manual_seed(0)
+    found = {}
+    for made in (Finder, Biased):
+        network = made().eval()
+        network.threshold = threshold
+        groups, _ = find_groups(network, (torch.randn(1, 3, SIZE, SIZE),))
+        found[made] = [group.name for group in groups]
+    assert found == {Finder: ["stem", "inner"], Biased: ["inner"]}
+
+
+def test_what_finds_nothing_and_has_no_other_layers_can_not_be_checked() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = conv(3, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stem(x).sum((1, 2, 3))[:0]
+
+    group = ChannelGroup("stem", 8, (Member("stem", "out"),))
+    reason = _fault(Bare(), (torch.randn(1, 3, SIZE, SIZE),), [group], trained=False)
+    assert reason is not None and "nothing can be compared" in reason
 
 
 def test_channels_that_an_auxiliary_classifier_reads_stay() -> None:

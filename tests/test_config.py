@@ -96,7 +96,7 @@ def test_ready_studies_are_valid_and_named_like_their_files(path: Path) -> None:
     assert config.name == path.stem
 
 
-def test_there_are_six_ready_studies() -> None:
+def test_these_are_the_ready_studies() -> None:
     names = {path.stem for path in STUDIES.glob("*.toml")}
     assert names == {
         "quickstart",
@@ -105,6 +105,11 @@ def test_there_are_six_ready_studies() -> None:
         "cifar10-resnet20",
         "cifar100-resnet18",
         "imagenet-resnet50",
+        "segmentation",
+        "detection",
+        "multilabel",
+        "regression",
+        "own-loop",
     }
 
 

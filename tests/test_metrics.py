@@ -174,6 +174,33 @@ def test_pairs_are_two(task: Task) -> None:
         check_outputs(task)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        # Of pixels in a row only the first would be seen, as many as there are images.
+        (lambda output, batch: (output.argmax(1).flatten(), batch[1]), r"predictions .* \(432,\)"),
+        (lambda output, batch: (output.argmax(1), batch[1].flatten()), r"targets .* \(432,\)"),
+        (lambda output, batch: (output.argmax(1), [{}] * 3), "targets .* a list of 3"),
+        (lambda output, batch: (output.mean(), batch[1]), r"predictions .* shape \(\)"),
+    ],
+)
+def test_pairs_have_a_place_for_each_sample(pairs: Any, message: str) -> None:
+    metric = TorchMetric(JaccardIndex("multiclass", num_classes=CLASSES), pairs=pairs)
+    with pytest.raises(ConfigError, match=message):
+        metric.observe(masks(0)[0], masks(0))
+
+
+@pytest.mark.parametrize("metric", [MeanSquaredError(), MeanSquaredError])
+def test_a_metric_of_torchmetrics_is_to_be_wrapped(metric: Any) -> None:
+    with pytest.raises(ConfigError, match=r"give autocompress.TorchMetric\(MeanSquaredError\("):
+        as_metric(metric)
+
+
+def test_fewer_outputs_than_labels_are_no_accuracy() -> None:
+    with pytest.raises(ConfigError, match="gave 1 outputs for 4 labels"):
+        correct(torch.eye(4)[:1], (None, torch.zeros(4)))
+
+
 def test_a_score_that_is_no_number_is_named(task: Task) -> None:
     def broken(output: Tensor, batch: Any) -> Tensor:
         scores = torch.ones(len(output))
