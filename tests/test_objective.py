@@ -225,7 +225,7 @@ def test_a_metric_that_is_no_number_is_a_failure(bench: Bench) -> None:
     bench.task.metric = lambda output, batch: torch.full((len(output),), float("nan"))
     frozen = run(bench)
     assert frozen.state == TrialState.FAIL
-    assert "The metric gave a score" in frozen.user_attrs["reason"]
+    assert "got nan for sample 0" in frozen.user_attrs["reason"]
 
 
 def test_an_interruption_is_recorded_and_goes_on(bench: Bench) -> None:

@@ -99,7 +99,7 @@ def wait_for_workers(study: Path, deadline: float) -> None:
     pytest.fail("a worker went on without the process that started it")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_study_goes_on_to_exactly_the_same_total(workers: int, tmp_path: Path) -> None:
     study = tmp_path / "killed.toml"
     study.write_text(STUDY)

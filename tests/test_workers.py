@@ -248,6 +248,7 @@ def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
     assert code == 2 and "The data here is not that of study 'mine'" in output
 
 
+@pytest.mark.slow
 def test_a_trial_that_hangs_is_ended_and_the_study_goes_on(mine: Path) -> None:
     write(mine.parent, trials=3, more="workers = 1\nstall_limit = 0.1\n")
     first = conductor(mine)
