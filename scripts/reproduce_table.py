@@ -268,7 +268,7 @@ def row_of(
             "test_drop_interval": best["test_drop_interval"],
             "compatible": compatible(network, plan, example),
         }
-    kept = ("delta", "confidence", "seed", "trials", "seconds", "device", "precision", "versions")
+    kept = ("delta", "confidence", "seed", "trials", "seconds", "device", "precision")
     return {
         "network": options.network,
         "width": options.width,
@@ -282,6 +282,7 @@ def row_of(
         },
         **found,
         **{key: summary[key] for key in kept},
+        "versions": {k: v for k, v in summary["versions"].items() if k != "platform"},
         "threads": torch.get_num_threads(),
         "command": command,
         "finished": summary["finished"],
