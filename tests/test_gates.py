@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import tiny_config
 from torch import nn
 
 from autocompress.evaluation import Evaluation, evaluate
-from autocompress.gates import GATE_IMAGES, Gate, Record, gate_batches, least_loss
+from autocompress.gates import GATE_IMAGES, Gate, Record, gate_batches, least_loss, usual_gate
+from autocompress.scale import Scale
 from autocompress.task import Task
+from autocompress.training import Recipe
 
 KEPT_A_TENTH = [Record((40.0, 8.0), 4.0), Record((30.0, 6.0), 3.6), Record((20.0, 5.0), 3.0)]
 
@@ -76,3 +81,13 @@ def test_scores_beyond_the_gates_are_not_compared(task: Task) -> None:
     base = evaluate(task.model, task, task.val)
     longer = Evaluation(torch.cat([base.records, torch.ones(500)]))
     assert not Gate(task, longer, [], most=0.0, useful=1.0).closes(task.model, 0)
+
+
+def test_the_usual_gate_is_on_the_scale_of_the_metric(tmp_path: Path) -> None:
+    assert usual_gate(Scale(), 91.0) == 50.0
+    assert usual_gate(Scale("mIoU", ""), 0.8) == pytest.approx(0.4)
+    assert usual_gate(Scale("RMSE", "px", higher_is_better=False), 2.0) == pytest.approx(18.0)
+    config = tiny_config(tmp_path)
+    assert Recipe.from_config(config.finetune, gate=0.4).gate == config.finetune.gate
+    left_open = config.finetune.model_copy(update={"gate": None})
+    assert Recipe.from_config(left_open, gate=0.4).gate == 0.4
