@@ -447,3 +447,48 @@ def test_progress_is_told_now_and_then_where_steps_are_short(
 
 if __name__ == "__main__":
     go_on(Path(sys.argv[1]))
+
+
+def test_a_loop_of_the_users_own_trains_in_place_of_ours(task: Task) -> None:
+    calls: list[tuple[Any, ...]] = []
+    told: list[tuple[float, float, float]] = []
+
+    def loop(
+        model: nn.Module,
+        *,
+        epochs: float,
+        learning_rate: float,
+        seed: int,
+        teacher: nn.Module | None,
+        on_step: OnStep,
+    ) -> None:
+        assert model.training and teacher is not None and not teacher.training
+        calls.append((epochs, learning_rate, seed, torch.initial_seed()))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.5)
+        on_step(epochs / 2, epochs, 3.0)
+        on_step(epochs, epochs, 0.25)
+
+    task.training = loop
+    teacher = deepcopy(task.model).train()
+    result = fit(
+        task.model,
+        task,
+        epochs=1.5,
+        learning_rate=0.1,
+        seed=3,
+        teacher=teacher,
+        on_step=lambda done, total, loss: told.append((done, total, loss)),
+    )
+    assert calls == [(1.5, 0.1, 3, 3)]
+    assert all(bool((p == 0.5).all()) for p in task.model.parameters())
+    assert told == [(0.75, 1.5, 3.0), (1.5, 1.5, 0.25)]
+    assert result.loss == 0.25 and result.steps == round(1.5 * len(task.train))
+    assert not task.model.training
+
+    def stop(done: float, total: float, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(task.model, task, epochs=1, learning_rate=0.1, seed=0, teacher=teacher, on_step=stop)
