@@ -455,6 +455,8 @@ def _quiet() -> Iterator[None]:
         for module in ("torch", "onnx", "onnxscript", "onnx_ir"):
             warnings.filterwarnings("ignore", module=rf"{module}(\..*)?$")
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
+        # Sizes are tensors while a network is traced; torchvision's detectors copy theirs.
+        warnings.filterwarnings("ignore", message="To copy construct from a tensor")
         # torch 2.11 says it of itself, in the name of `copyreg`.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         for logger in loggers:

@@ -392,3 +392,17 @@ def test_a_quick_export_falls_back_on_the_slow_one(monkeypatch: pytest.MonkeyPat
         expected = network(image)
     (output,) = open_onnx(quick_onnx(network, (image,)))(image)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_copies_its_sizes_is_traced_without_a_word(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Warnings are errors here, and after an error the slow exporter would be called.
+    monkeypatch.setattr(export, "export_onnx", lambda *_: pytest.fail("not traced"))
+
+    class Copying(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            height = torch.tensor(x.shape[2], dtype=torch.float32)
+            return x / height
+
+    assert export.quick_onnx(Copying(), (torch.zeros(1, 3, 8, 8),))
