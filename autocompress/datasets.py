@@ -62,6 +62,16 @@ def open_torchvision(name: str, root: Path | None, config: DataConfig) -> Arrays
             f"data.source = 'torchvision:{name}': torchvision.datasets has no '{name}'.{hint}"
         )
     dataset_class = getattr(datasets, name)
+    found, synonyms = _found(dataset_class, name, root)
+    if config.classes is not None:
+        found = only(found, config.classes, synonyms)
+    return decoded(found, config.image_size) if isinstance(found, Encoded) else found
+
+
+def _found(
+    dataset_class: Any, name: str, root: Path | None
+) -> tuple[Arrays | Encoded, dict[str, int]]:
+    """All images of a data set, and further names of its classes."""
     if root is None:
         installed = _INSTALLED.get(name)
         root = installed if installed and installed.is_dir() else cache_folder() / "data"
@@ -73,12 +83,12 @@ def open_torchvision(name: str, root: Path | None, config: DataConfig) -> Arrays
             )
             for part in ("train", "t10k")
         )
-        return Arrays(name, train, None, test, texts(dataset_class.classes))
+        return Arrays(name, train, None, test, texts(dataset_class.classes)), {}
     opened = _open_splits(dataset_class, name, root)
     known_classes = getattr(opened[0], "classes", None)
     if all(isinstance(getattr(d, "data", None), (np.ndarray, Tensor)) for d in opened if d):
         splits = [None if d is None else _dataset_arrays(d) for d in opened]
-        return numbered(name, splits, known_classes)
+        return numbered(name, splits, known_classes), {}
     parts: list[Part | None] = []
     for split, dataset in zip(("train", "val", "test"), opened, strict=True):
         if dataset is None:
@@ -95,12 +105,7 @@ def open_torchvision(name: str, root: Path | None, config: DataConfig) -> Arrays
     assert train_part is not None and test_part is not None
     every = np.concatenate([p.labels for p in parts if p is not None])
     classes = texts(known_classes or range(int(every.max()) + 1))
-    found = Encoded(name, train_part, val_part, test_part, classes)
-    if config.classes is not None:
-        chosen = only(found, config.classes, _synonyms(opened[0]))
-        assert isinstance(chosen, Encoded)
-        found = chosen
-    return decoded(found, config.image_size)
+    return Encoded(name, train_part, val_part, test_part, classes), _synonyms(opened[0])
 
 
 def _synonyms(dataset: Any) -> dict[str, int]:

@@ -33,10 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from autocompress.artifacts import write_text
-from autocompress.compatible import CompatibleProfile, compatible_profile
+from autocompress.compatible import compatible_profile
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, parse_config
 from autocompress.database import open_storage
@@ -244,10 +243,10 @@ def row_of(
     exploration = load_study(open_storage(storage), config.name, "exploration")
     assert exploration is not None
     example = tuple(torch.zeros(shape) for shape in exploration.user_attrs["input_shapes"])
-    network = build_model(config.model.source, config.model.arguments, None)
     stage1 = summary["stage_best"].get("exploration")
     found: dict[str, Any] = {"stage1": None, "final": None}
     if stage1 is not None:
+        network = build_model(config.model.source, config.model.arguments, None)
         plan = Plan.from_json(exploration.trials[stage1["trial"]].user_attrs["plan"])
         found["stage1"] = {
             **{key: stage1["metrics"][key] for key in ("params", "macs", "size_bytes")},
@@ -255,10 +254,9 @@ def row_of(
             "latency_ms": stage1["metrics"]["latency_ms"],
             "val_drop": stage1["metrics"]["drop"],
             "val_drop_bound": stage1["metrics"]["drop_bound"],
-            "compatible": compatible(network, plan, example),
+            "compatible": asdict(compatible_profile(build_plan(network, plan), example)),
         }
     if best is not None:
-        plan = Plan.from_json(json.dumps(best["plan"]))
         found["final"] = {
             **costs(best["profile"]),
             "val_drop": best["val_drop"],
@@ -266,7 +264,7 @@ def row_of(
             "test_score": best["test_score"],
             "test_drop": best["test_drop"],
             "test_drop_interval": best["test_drop_interval"],
-            "compatible": compatible(network, plan, example),
+            "compatible": best["compatible"],
         }
     kept = ("delta", "confidence", "seed", "trials", "seconds", "device", "precision")
     return {
@@ -278,7 +276,7 @@ def row_of(
             **costs(baseline["profile"]),
             "val_score": baseline["val_score"],
             "test_score": baseline.get("test_score"),
-            "compatible": asdict(compatible_profile(network, example)),
+            "compatible": baseline["compatible"],
         },
         **found,
         **{key: summary[key] for key in kept},
@@ -294,12 +292,6 @@ def costs(profile: Mapping[str, Any]) -> dict[str, Any]:
     latency = profile.get("latency") or {}
     found = {key: profile[key] for key in ("params", "macs", "size_bytes", "memory_bytes")}
     return {**found, "latency_ms": latency.get("median_ms")}
-
-
-def compatible(network: nn.Module, plan: Plan, example: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    """The published profiler's figures of a network after a plan."""
-    found: CompatibleProfile = compatible_profile(build_plan(network, plan), example)
-    return asdict(found)
 
 
 def show_rows(folder: Path) -> int:

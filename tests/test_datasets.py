@@ -62,6 +62,20 @@ def test_idx_files_are_read_where_they_lie(suffix: str, tmp_path: Path) -> None:
         load_data(DataConfig(source="torchvision:FashionMNIST", root=str(tmp_path)), 0)
 
 
+def test_classes_of_arrays_are_chosen_and_numbered_anew(tmp_path: Path) -> None:
+    images = np.arange(40, dtype=np.uint8)[:, None, None] + np.zeros((40, 8, 8), np.uint8)
+    for part, count in (("train", 40), ("t10k", 20)):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", images[:count])
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+    chosen = ("Bag", "Trouser")  # 8 and 1
+    source = {"source": "torchvision:FashionMNIST", "root": str(tmp_path)}
+    found = load_data(DataConfig(**source, classes=chosen), 0)
+    assert found.classes == chosen
+    assert isinstance(found.test, ArrayLoader)
+    assert found.test.labels.tolist() == [1, 0, 1, 0]
+    assert found.test.images[:, 0, 0, 0].tolist() == [1, 8, 11, 18]
+
+
 def test_broken_idx_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="no complete IDX file"):

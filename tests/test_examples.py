@@ -254,9 +254,8 @@ def test_the_commands_know_the_task(done: Done, tmp_path: Path) -> None:
         assert [*tensors_in(loaded(*done.task.images(2)))]
 
 
+@pytest.mark.parametrize("done", ["regression"], indirect=True, scope="module")
 def test_the_same_command_again_has_nothing_to_do(done: Done) -> None:
-    if done.name != "regression":
-        pytest.skip("one example is enough")
     best, scale = done.outcome.summary["best"], done.example.scale
     said = " ".join(call("run", str(done.folder)).output.split())
     assert "Nothing to do" in said and "RMSE" in said

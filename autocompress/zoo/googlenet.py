@@ -7,6 +7,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor, nn
 
+from autocompress.zoo.vgg import convolution
 from autocompress.zoo.width import scaled
 
 
@@ -50,18 +51,18 @@ class Inception(nn.Module):
 
     def __init__(self, inputs: int, size: Branches) -> None:
         super().__init__()
-        self.b1 = nn.Sequential(*_convolution(inputs, size.one, 1))
+        self.b1 = nn.Sequential(*convolution(inputs, size.one, 1))
         self.b2 = nn.Sequential(
-            *_convolution(inputs, size.before_three, 1),
-            *_convolution(size.before_three, size.three, 3),
+            *convolution(inputs, size.before_three, 1),
+            *convolution(size.before_three, size.three, 3),
         )
         self.b3 = nn.Sequential(
-            *_convolution(inputs, size.before_five, 1),
-            *_convolution(size.before_five, size.five, 3),
-            *_convolution(size.five, size.five, 3),
+            *convolution(inputs, size.before_five, 1),
+            *convolution(size.before_five, size.five, 3),
+            *convolution(size.five, size.five, 3),
         )
         pool = nn.MaxPool2d(3, stride=1, padding=1)
-        self.b4 = nn.Sequential(pool, *_convolution(inputs, size.pooled, 1))
+        self.b4 = nn.Sequential(pool, *convolution(inputs, size.pooled, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """From `n x inputs x h x w` to `n x size.outputs x h x w`."""
@@ -83,7 +84,7 @@ class GoogLeNet(nn.Module):
     def __init__(self, num_classes: int = 10, in_channels: int = 3, width: float = 1.0) -> None:
         super().__init__()
         channels = scaled(192, width)
-        self.pre_layers = nn.Sequential(*_convolution(in_channels, channels, 3))
+        self.pre_layers = nn.Sequential(*convolution(in_channels, channels, 3))
         for stage, modules in STAGES.items():
             for letter, branches in modules.items():
                 size = branches.scaled(width)
@@ -103,8 +104,3 @@ class GoogLeNet(nn.Module):
             x = self.maxpool(x) if stage < max(STAGES) else x
         logits: Tensor = self.linear(self.avgpool(x).flatten(1))
         return logits
-
-
-def _convolution(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

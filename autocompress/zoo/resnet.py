@@ -173,16 +173,8 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.stages = [f"layer{index + 1}" for index in range(len(blocks))]
-        inputs = width
-        for index, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
-            planes = width * 2**index
-            outputs = planes * block.expansion
-            first = block(inputs, planes, 1 if index == 0 else 2)
-            rest = [block(outputs, planes, 1) for _ in range(count - 1)]
-            self.add_module(name, nn.Sequential(first, *rest))
-            inputs = outputs
-        self.fc = nn.Linear(inputs, num_classes)
+        self.stages, outputs = _add_stages(self, block, blocks, width)
+        self.fc = nn.Linear(outputs, num_classes)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,6 +192,8 @@ class PreActBlock(nn.Module):
     Names and order are those of pytorch-cifar: the shortcut starts after the first ReLU where the
     shape changes, and at the block's input elsewhere.
     """
+
+    expansion = 1
 
     def __init__(self, inputs: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -241,15 +235,8 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.stages = [f"layer{index + 1}" for index in range(len(blocks))]
-        inputs = width
-        for index, (name, count) in enumerate(zip(self.stages, blocks, strict=True)):
-            planes = width * 2**index
-            first = PreActBlock(inputs, planes, 1 if index == 0 else 2)
-            rest = [PreActBlock(planes, planes, 1) for _ in range(count - 1)]
-            self.add_module(name, nn.Sequential(first, *rest))
-            inputs = planes
-        self.linear = nn.Linear(inputs, num_classes)
+        self.stages, outputs = _add_stages(self, PreActBlock, blocks, width)
+        self.linear = nn.Linear(outputs, num_classes)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,6 +256,25 @@ def resnet_small(
 ) -> ResNet:
     """A small residual network for images from 8x8 (digits) to 32x32 pixels."""
     return ResNet(BasicBlock, blocks, num_classes, in_channels, width)
+
+
+def _add_stages(
+    network: nn.Module,
+    block: type[BasicBlock] | type[Bottleneck] | type[PreActBlock],
+    blocks: Sequence[int],
+    width: int,
+) -> tuple[list[str], int]:
+    """Give a network its stages; the names of these, and the channels that leave the last one."""
+    names = [f"layer{index + 1}" for index in range(len(blocks))]
+    inputs = width
+    for index, (name, count) in enumerate(zip(names, blocks, strict=True)):
+        planes = width * 2**index
+        outputs = planes * block.expansion
+        first = block(inputs, planes, 1 if index == 0 else 2)
+        rest = [block(outputs, planes, 1) for _ in range(count - 1)]
+        network.add_module(name, nn.Sequential(first, *rest))
+        inputs = outputs
+    return names, inputs
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:

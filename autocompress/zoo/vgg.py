@@ -29,7 +29,7 @@ class VGG(nn.Module):
         for channels, count in STAGES:
             outputs = scaled(channels, width)
             for _ in range(count):
-                layers += _convolution(inputs, outputs)
+                layers += convolution(inputs, outputs)
                 inputs = outputs
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1))
@@ -41,6 +41,7 @@ class VGG(nn.Module):
         return logits
 
 
-def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+def convolution(inputs: int, outputs: int, kernel: int = 3) -> list[nn.Module]:
+    """A convolution that keeps the image's size, batch norm and ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
     return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
