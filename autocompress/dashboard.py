@@ -20,17 +20,16 @@ from sqlalchemy.exc import ArgumentError
 
 from autocompress.database import hide_password, open_storage
 from autocompress.errors import ConfigError
-from autocompress.report import (
-    OBJECTIVES,
+from autocompress.scale import Scale
+from autocompress.trials import lost, violation, within_delta
+from autocompress.view import OBJECTIVES, pareto_trials
+from autocompress.wording import (
     latency_label,
-    pareto_trials,
     plan_channels,
     plan_layers,
     quantity,
     transform_text,
 )
-from autocompress.scale import Scale
-from autocompress.trials import lost, violation, within_delta
 
 _METRICS = {
     "score": "",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, sqrt
 from statistics import NormalDist, stdev
+from typing import Any
 
 import torch
 from scipy.special import stdtrit
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.batch import samples_in
+from autocompress.batch import Batch, samples_in
 from autocompress.errors import AutocompressError
 from autocompress.metrics import MeanScore, Metric, Records
 from autocompress.task import Loader, Task, batches, correct
@@ -70,16 +71,26 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module, task: Task, loader: Loader, batch_count: int | None = None
+    model: nn.Module,
+    task: Task,
+    loader: Loader,
+    batch_count: int | None = None,
+    watch: Callable[[Any, Batch], None] | None = None,
 ) -> Evaluation:
-    """Score `model` on the first `batch_count` batches of `loader` (all for None), in float32."""
+    """Score `model` on the first `batch_count` batches of `loader` (all for None), in float32.
+
+    `watch(output, batch)` is called after each batch.
+    """
     was_training = model.training
     metric, records, samples = task.measure, [], 0
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches(loader, task.device, batch_count):
-                records.append(metric.observe(task.forward(model, batch), batch))
+                output = task.forward(model, batch)
+                records.append(metric.observe(output, batch))
+                if watch is not None:
+                    watch(output, batch)
                 samples += samples_in(batch)
     finally:
         model.train(was_training)

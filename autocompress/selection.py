@@ -23,13 +23,15 @@ from autocompress.export import save_model
 from autocompress.finals import Finalist, candidates, choose_finalists
 from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
+from autocompress.layermap import layer_rows
 from autocompress.objective import Bench, pace, timed
 from autocompress.outlook import rehearsal_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
-from autocompress.report import layer_rows
+from autocompress.review import Predictions, class_changes, write_lost_images
 from autocompress.store import StudyFolder, trials_spent
 from autocompress.trials import lost, violation, within_delta
+from autocompress.view import View, search_facts
 
 TIMING_SECONDS = 2.0
 """Time for the latency of each network that is handed out."""
@@ -81,7 +83,7 @@ def conclude(
                 int8 = make_int8(bench, folder, winners, display)
         with timed(seconds, "test"):
             summary["test_reads"] = _count_test_read(bench)
-            best |= _test(bench, winners[0], int8, display)
+            best |= _test(bench, winners[0], int8, folder, display)
         summary["baseline"]["test_score"] = best.pop("baseline_test_score")
         with timed(seconds, "export"):
             _export(bench, winners[0], best, folder.best, int8, display)
@@ -101,6 +103,7 @@ def conclude(
             f"{nearest['stage']}/{nearest['trial']} with {scale.number(nearest['val_drop'])}, at "
             f"most {scale.number(nearest['val_drop_bound'])} at confidence {config.confidence:g}."
         )
+    summary |= search_facts(View.read(summary, bench.studies))
     write_text(folder.result, json.dumps(summary, indent=1))
     return summary
 
@@ -262,11 +265,15 @@ def _count_test_read(bench: Bench) -> int:
     return reads
 
 
-def _test(bench: Bench, finalist: Finalist, int8: Int8 | None, display: Display) -> dict[str, Any]:
+def _test(
+    bench: Bench, finalist: Finalist, int8: Int8 | None, folder: StudyFolder, display: Display
+) -> dict[str, Any]:
     """Read the test data, once, for the baseline, the winner and the int8 file together."""
     task = bench.task
-    before = evaluate(bench.baseline.model, task, task.test)
-    after = evaluate(finalist.model, task, task.test)
+    was = Predictions()
+    now = Predictions(was)
+    before = evaluate(bench.baseline.model, task, task.test, watch=was)
+    after = evaluate(finalist.model, task, task.test, watch=now)
     if int8 is not None:
         int8.record.update(score_int8(bench, int8, before, display))
     drop, low, high = paired_drop(before, after)
@@ -282,6 +289,8 @@ def _test(bench: Bench, finalist: Finalist, int8: Int8 | None, display: Display)
         "test_drop": drop,
         "test_drop_interval": [low, high],
         "test_images": before.size,
+        "classes": class_changes(was, now, task.classes),
+        "lost_images": write_lost_images(now, folder.lost, task.classes, task.normalization),
     }
 
 

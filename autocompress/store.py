@@ -40,6 +40,7 @@ class StudyFolder:
         self.config = path / "study.json"
         self.result = path / "result.json"
         self.report = path / "report.html"
+        self.lost = path / "lost_images"
         self.best = path / "best"
         self.second = path / "second"
         self.finals = path / "finals"

@@ -1,4 +1,4 @@
-"""The HTML report on synthetic studies that look like those the conductor makes."""
+"""The report on synthetic studies that look like those the conductor makes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import math
 import random
 import re
+import tomllib
+from dataclasses import replace
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,13 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from autocompress.report import (
-    layer_rows,
-    outcome,
-    pareto_trials,
-    plan_summary,
-    quantity,
-    transform_text,
-    write_report,
-)
+from autocompress.config import flatten, parse_config
+from autocompress.figures import history_figure
+from autocompress.layermap import REST, kind_of, layer_rows, segments
+from autocompress.report import cell, study_file, write_report
 from autocompress.scale import Scale
+from autocompress.view import View, history, importances, outcome, pareto_trials, search_facts
+from autocompress.wording import plan_summary, quantity, transform_text
 
 DELTA = 1.0
 WIDTHS = [(3, 16, 32), (16, 16, 32), (16, 32, 16), (32, 64, 8), (64, 64, 8)]
@@ -247,7 +247,7 @@ def read(path: Path) -> tuple[str, Outline]:
 def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Outline]:
     path = tmp_path_factory.mktemp("run") / "demo" / "report.html"
     assert write_report(result(), *studies(), path) == path
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    assert {file.name for file in path.parent.iterdir()} == {"report.html", "report.md"}
     return read(path)
 
 
@@ -273,7 +273,8 @@ def test_a_rise_is_no_negative_drop(tmp_path: Path) -> None:
 
 def test_page_fetches_nothing(met: tuple[str, Outline]) -> None:
     page, outline = met
-    assert outline.fetched == []
+    assert all(address.startswith("#") for address in outline.fetched)
+    assert {f'id="{address[1:]}"' in page for address in outline.fetched} == {True}
     assert "default-src 'none'" in page
     assert "Plotly.newPlot" in page and len(page) > 1_000_000
 
@@ -287,7 +288,7 @@ def test_sections_and_tables(met: tuple[str, Outline]) -> None:
     assert "Latency, torch, batch 1, 2 threads" in outline.text
     assert "Second best: annealing trial 5" in outline.text
     assert "autocompress.load(" in page and "best" in page
-    assert "search.transforms" in outline.text and "svd, tucker2" in outline.text
+    assert 'search.transforms = ["svd", "tucker2"]' in outline.text
     assert outline.tags.count("details") == 2
     assert "prefers-color-scheme: dark" in page and "@media print" in page
 
@@ -332,7 +333,7 @@ def test_channels_are_told_of_every_layer_that_lost_some(tmp_path: Path) -> None
     first, second = studies()
     first.set_user_attr("left_groups", {"head": "its channels are outputs of the network"})
     _, outline = read(write_report(found, first, second, tmp_path / "report.html"))
-    assert "channels left" in outline.text and f"{outs - 3} of {outs} out" in outline.text
+    assert f"left: {outs - 3} of {outs} out" in outline.text
     assert "Channels that can't be removed: 1 group" in outline.text
     assert "its channels are outputs of the network" in outline.text
     assert plan_summary(found["best"]["plan"]).endswith("; 1 channel group: 5 of 8 channels")
@@ -340,7 +341,7 @@ def test_channels_are_told_of_every_layer_that_lost_some(tmp_path: Path) -> None
 
 
 def test_without_removed_channels_no_column_is_shown(met: tuple[str, Outline]) -> None:
-    assert "channels left" not in met[1].text
+    assert "left: " not in met[1].text
 
 
 def test_layer_rows_say_what_was_done_or_why_not() -> None:
@@ -424,7 +425,7 @@ def test_unmet_names_the_nearest(tmp_path: Path) -> None:
     assert "4,608 → not profiled" in outline.text
     assert "4.10x" in outline.text
     assert "On test data" not in outline.text
-    assert "Load the result" not in outline.text
+    assert "Use it" not in outline.text
 
 
 def test_macs_and_speed_stand_side_by_side(tmp_path: Path) -> None:
@@ -434,12 +435,12 @@ def test_macs_and_speed_stand_side_by_side(tmp_path: Path) -> None:
     found["best"]["profile"]["latency"] |= times | {"median_ms": 2.5}
     found["best"]["test_images"] = 10_000
     _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
-    headline, table = outline.text.split("Before and after")[:2]
-    label = "atency, ONNX Runtime 1.32.0, batch 1, 1 thread"
-    for part in (headline, table):
+    headline, _, table = outline.text.split("Before and after")  # the second is a link
+    where = "ONNX Runtime 1.32.0, batch 1, 1 thread"
+    for part, label in ((headline, "latency"), (table, f"Latency, {where}")):
         assert part.index("MACs") < part.index(label) < part.index("emory")
         assert "2.00x" in part
-    assert "5.00 ms → 2.50 ms" in headline
+    assert f"5.00 ms → 2.50 ms{where}" in headline
     assert "paired on the same 10,000 images" in outline.text
 
 
@@ -530,6 +531,166 @@ def test_pareto_trials_are_feasible_and_not_beaten() -> None:
     found = [outcome(t) for t in trials[4:]]
     assert found == ["feasible", "infeasible", "stopped", "failed"]
     assert pareto_trials([]) == []
+
+
+def view() -> View:
+    first, second = studies()
+    return View.read(result(), {"exploration": first, "annealing": second})
+
+
+def test_the_best_so_far_only_rises_and_is_within_delta() -> None:
+    trials = view().trials
+    moments = history(trials)
+    assert [m.count for m in moments] == list(range(1, len(trials) + 1))
+    known = [m.best for m in moments if m.best is not None]
+    assert known == sorted(known)
+    assert known[-1] == max(t.ratio for t in trials if t.outcome == "feasible" and t.ratio)
+    figure = history_figure(trials, "params")
+    assert figure is not None
+    lines = [t for t in figure.data if t.mode == "lines"]
+    assert [list(line.y) for line in lines] == [known, known]
+    assert history([]) == [] and history_figure([], "params") is None
+
+
+def test_pauses_are_no_time_of_trials() -> None:
+    def at(hour: int, minute: int) -> datetime:
+        return datetime(2026, 1, 1, hour, minute)
+
+    first, second, third = (view().trials[index] for index in range(3))
+    overlapping = [
+        replace(first, started=at(1, 0), ended=at(1, 10)),
+        replace(second, started=at(1, 5), ended=at(1, 15)),
+        replace(third, started=at(9, 0), ended=at(9, 1)),
+    ]
+    assert [m.minutes for m in history(overlapping)] == [10, 15, 16]
+
+
+def test_importance_finds_the_layer_that_matters() -> None:
+    rng = random.Random(0)
+    names = ("a.rank_fraction", "a.transform", "b.rank_fraction")
+    spaces = {name: optuna.distributions.FloatDistribution(0, 1) for name in names}
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for _ in range(40):
+        params = {name: rng.random() for name in names}
+        study.add_trial(
+            create_trial(
+                values=[params["a.rank_fraction"], params["b.rank_fraction"]],
+                params=params,
+                distributions=spaces,
+            )
+        )
+    found = importances({"exploration": study})
+    assert next(iter(found["drop"])) == "a" and next(iter(found["cost"])) == "b"
+    assert sum(found["drop"].values()) == pytest.approx(1)
+    assert found["drop"]["a"] > 0.8
+    few = optuna.create_study(directions=["minimize", "minimize"])
+    few.add_trials(study.trials[:9])
+    assert importances({"exploration": few}) == {} == importances({})
+
+
+def test_what_the_search_found_is_in_the_result_too() -> None:
+    facts = json.loads(json.dumps(search_facts(view())))
+    assert len(facts["history"]) == 45
+    assert facts["front"] == sorted(facts["front"], key=lambda row: row["drop"])
+    assert facts["front"][-1]["ratio"] == facts["history"][-1]["best"]
+
+
+def test_bars_have_one_scale_and_hold_everything() -> None:
+    entry = {"plan": plan(8), "profile": profile(7.0)}
+    rows = layer_rows({"layers": layer_specs()}, profile(), entry, {})
+    params = profile()["params"]
+    left = profile(7.0)["params"] + 500
+    before, after = segments(rows, params + 1000, left, "params")
+    assert sum(part.share for part in before) == pytest.approx(100)
+    assert sum(part.share for part in after) == pytest.approx(100 * left / (params + 1000))
+    assert before[-1].name == REST and before[-1].text == "everything else: 1,000 params"
+    kinds = {part.name: part.kind for part in before}
+    assert kinds["layer1.conv"] == "svd" and kinds["layer2.conv"] == "tucker2"
+    assert kinds["fc"] == "kept"
+    assert kind_of({"transform": None, "channels": "3 of 4 in"}) == "channels"
+
+
+def test_the_layers_are_drawn(met: tuple[str, Outline]) -> None:
+    page, outline = met
+    assert page.count('class="strip') >= 4 and 'class="k k-tucker2"' in page
+    assert "Tucker-2" in outline.text and "tensor train" in outline.text
+    assert 'title="layer1.conv: 2,304 params"' in page
+
+
+CLASSES = [
+    {"name": "cat|<b>", "images": 100, "before": 90.0, "after": 84.0, "lost": 8, "won": 2},
+    {"name": "dog", "images": 100, "before": 90.0, "after": 90.0, "lost": 0, "won": 0},
+]
+
+
+def test_classes_and_lost_images_are_shown(tmp_path: Path) -> None:
+    found = result()
+    (tmp_path / "lost_images").mkdir()
+    (tmp_path / "lost_images/00.png").write_bytes(b"picture")
+    row = {"index": 3, "label": "cat", "guess": "dog", "sure_before": 0.91, "sure_after": 0.6}
+    found["best"] |= {
+        "classes": CLASSES * 10,
+        "lost_images": [
+            {**row, "file": "lost_images/00.png"},
+            {**row, "file": "lost_images/gone.png"},
+        ],
+    }
+    page, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    assert "What the smaller network got worse at" in outline.text
+    assert "cat|<b>10090.0 %84.0 %−6.082" in outline.text
+    assert "dog10090.0 %90.0 %0.000" in outline.text
+    assert "The other 8 classes" in outline.text
+    assert page.count("data:image/png;base64,cGljdHVyZQ==") == 1 == page.count("<img ")
+    assert "cat (91 %) → dog (60 %)" in outline.text
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| cat\\|&lt;b> | 100 | 90.0 % | 84.0 % | −6.0 | 8 | 2 |" in markdown
+
+
+def test_markdown_says_the_same(tmp_path: Path) -> None:
+    found = result() | {"int8": INT8, "pace": {"images_per_second": 1234.5, "overhead": 0.125}}
+    found["best"]["files"] = {"model.onnx": 39_100, "plan.json": 10}
+    write_report(found, *studies(), tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    ratio = profile()["params"] / profile(7.0)["params"]
+    assert text.startswith(f"# demo: {ratio:.2f}x fewer parameters\n")
+    for heading in (
+        "## Before and after",
+        "## In int8",
+        "## Trials",
+        "## What happened to each layer",
+        "## Use it",
+        "## Where the time went",
+        "## How to make it again",
+    ):
+        assert f"\n{heading}\n\n" in text
+    assert "| layer2.conv | conv 16→32, 3×3, stride 2 | tucker2 (rank_in 8, rank_out 8) |" in text
+    assert "1,234 images a second were learned from; 12.5 % of a trial" in text
+    assert "| best/model.onnx | 39.1 kB | ONNX Runtime and others, any batch size |" in text
+    assert "\n\n\n" not in text
+    # Each table has as many cells in every row as in its heading.
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    write_report(result(met=False), None, None, tmp_path / "report.html")
+    text = (tmp_path / "report.md").read_text()
+    assert "Use it" not in text and "No plan kept the drop" in text
+
+
+def test_the_study_file_in_the_report_is_one() -> None:
+    given = {
+        "name": "mine",
+        "model.source": "zoo:resnet20",
+        "model.arguments": {"num_classes": 10},
+        "data.source": "digits",
+        "search.bounds": [{"layers": "a.*", "compression": 4.0}],
+        "search.exclude": ["fc", 'odd "name"'],
+    }
+    config = parse_config(given)
+    text = study_file(config.model_dump(mode="json"))
+    assert parse_config(flatten(tomllib.loads(text))) == config
+
+
+def test_cells_of_markdown_can_not_be_left() -> None:
+    assert cell("a|b\n<i>[x](y)") == "a\\|b &lt;i>\\[x](y)"
 
 
 def test_plan_texts() -> None:
