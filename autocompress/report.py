@@ -481,7 +481,8 @@ def _importance(view: View) -> list[tuple[str, float, float]]:
     """Layer, its share in the differences of the drop and of the cost, percent."""
     drop, cost = (view.importance.get(name) or {} for name in ("drop", "cost"))
     layers = sorted({*drop, *cost}, key=lambda n: -(drop.get(n, 0) + cost.get(n, 0)))
-    return [(n, 100 * drop.get(n, 0), 100 * cost.get(n, 0)) for n in layers[:MOST_IMPORTANT]]
+    rows = [(n, 100 * drop.get(n, 0), 100 * cost.get(n, 0)) for n in layers[:MOST_IMPORTANT]]
+    return [row for row in rows if max(row[1:]) >= 0.5]
 
 
 def _classes(view: View) -> list[dict[str, str]]:
