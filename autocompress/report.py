@@ -587,8 +587,9 @@ def _finals(view: View) -> list[tuple[str, str]]:
     if not bounds:
         return []
     ends = ", ".join(f"{signed(b, view.scale)} (seed {seed})" for seed, b in bounds.items())
+    own = "" if chosen.get("final_epochs") else "; the weights of the trial itself are better"
     epochs = chosen.get("final_epochs") or view.result.get("final_epochs")
-    return [("winner, fine-tuned at length", f"{epochs:g} epochs; drop at most {ends}")]
+    return [("winner, fine-tuned at length", f"{epochs:g} epochs; drop at most {ends}{own}")]
 
 
 def study_file(settings: Mapping[str, Any]) -> str:

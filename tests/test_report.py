@@ -668,6 +668,7 @@ def test_markdown_says_the_same(tmp_path: Path) -> None:
     assert "1,234 images a second were learned from; 12.5 % of a trial" in text
     assert "| best/model.onnx | 39.1 kB | ONNX Runtime and others, any batch size |" in text
     assert "| 20 epochs; drop at most −0.20 (seed 0), 0.93 (seed 1) |" in text
+    assert "the weights of the trial itself" not in text
     assert "\n\n\n" not in text
     # Each table has as many cells in every row as in its heading.
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
@@ -675,6 +676,14 @@ def test_markdown_says_the_same(tmp_path: Path) -> None:
     write_report(result(met=False), None, None, tmp_path / "report.html")
     text = (tmp_path / "report.md").read_text()
     assert "Use it" not in text and "No plan kept the drop" in text
+
+
+def test_a_winner_with_the_weights_of_its_trial_says_so(tmp_path: Path) -> None:
+    found = result() | {"final_epochs": 20.0}
+    found["best"] |= {"final_epochs": 0.0, "final_bounds": {"0": 2.39}}
+    write_report(found, *studies(), tmp_path / "report.html")
+    expected = "20 epochs; drop at most 2.39 (seed 0); the weights of the trial itself are better"
+    assert expected in (tmp_path / "report.md").read_text()
 
 
 def test_the_study_file_in_the_report_is_one() -> None:
