@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.annotations import annotate
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.crew import Crew, Solo, Team
@@ -39,6 +38,7 @@ from autocompress.models import load_state
 from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
+from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
     COST_NAMES,

@@ -19,11 +19,11 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from autocompress.annotations import annotate
 from autocompress.artifacts import open_artifacts
 from autocompress.database import PatientStorage, hide_password, open_storage
 from autocompress.errors import ConfigError
 from autocompress.notes import OUTCOME
+from autocompress.pinboard import annotate
 from autocompress.process import SEARCHING
 from autocompress.store import PLACE, STAGES, load_stages
 
@@ -45,6 +45,10 @@ p.MuiTypography-root { white-space: normal; overflow-wrap: anywhere; }
   padding: 3px 18px 3px 0; border-bottom: 1px solid #8884; text-align: start;
 }
 .MuiCardContent-root > table [style*="right"] { text-align: end !important; }
+/* Plots of a study's own come first, and in line with the other cards. */
+.MuiGrid-root:has(> .MuiPaper-root [id^="user-defined-plot:"]) {
+  order: -1; padding: 16px 0 0 16px;
+}
 </style></head>"""
 
 
@@ -63,7 +67,7 @@ def build_server(
         ConfigError: Database or port is missing.
     """
     check_database(storage)
-    _mend_best_trials()
+    _mend_pages()
     app = optuna_dashboard.wsgi(open_storage(storage, PATIENCE), artifact_store=store)
     try:
         return make_server(host, port or 0, _styled(app), _ThreadedServer, _QuietHandler)
@@ -234,14 +238,16 @@ def check_database(storage: str) -> None:
         )
 
 
-def _mend_best_trials() -> None:
-    """Let the dashboard call only feasible trials the best; its own front knows no constraints.
+def _mend_pages() -> None:
+    """Mend two things that pages show wrongly; where a newer dashboard has them, nothing is done.
 
-    Its plots do, and so does Optuna's `Study.best_trials`.
+    Trials that are not feasible are called the best, though plots and Optuna's own
+    `Study.best_trials` know better; and the plots of a study come in any order.
     """
     app: Any = optuna_dashboard._app
     front = getattr(app, "get_pareto_front_trials", None)
-    if front is None or hasattr(front, "mended"):
+    plots = getattr(app, "get_plotly_graph_objects", None)
+    if front is None or plots is None or hasattr(front, "mended"):
         return
 
     def feasible_front(trials: Sequence[FrozenTrial], directions: Any) -> Any:
@@ -250,6 +256,7 @@ def _mend_best_trials() -> None:
 
     feasible_front.mended = True  # type: ignore[attr-defined]
     app.get_pareto_front_trials = feasible_front
+    app.get_plotly_graph_objects = lambda attrs: dict(sorted(plots(attrs).items()))
 
 
 def _styled(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:

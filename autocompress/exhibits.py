@@ -99,11 +99,13 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     costs = ["params before", "params after", "MACs before", "MACs after"]
-    table.writerow(["layer", "shape", "transform", "error", "channels", *costs])
+    table.writerow(["layer", "shape", "transform", "else", "error", "channels", *costs])
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:.4f}"
         numbers = ["" if n is None else n for n in (*row["params"], *row["macs"])]
-        table.writerow([row["name"], row["shape"], _done(row), error, row["channels"], *numbers])
+        done = "" if row["transform"] is None else transform_text(row["transform"])
+        why = "" if row["transform"] is not None else row["why"]
+        table.writerow([row["name"], row["shape"], done, why, error, row["channels"], *numbers])
     return text.getvalue()
 
 
@@ -173,7 +175,7 @@ def _done(row: Mapping[str, Any]) -> str:
     """What was done to a layer, in words, or why nothing was."""
     if row["transform"] is not None:
         return transform_text(row["transform"])
-    return str(row["channels"] or row["why"])
+    return f"channels: {row['channels']}" if row["channels"] else str(row["why"])
 
 
 def publish(

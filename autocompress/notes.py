@@ -128,9 +128,9 @@ class Board:
         return cost
 
     @property
-    def confidence(self) -> float:
-        """How sure the study must be that a drop is within delta."""
-        return float((self.facts.get("config") or {}).get("confidence", 0.95))
+    def confidence(self) -> str:
+        """How sure the study must be that a drop is within delta: "95 %"."""
+        return f"{100 * (self.facts.get('config') or {}).get('confidence', 0.95):g} %"
 
     def address(self, label: str) -> str:
         """Where the dashboard shows a trial, "annealing/7"; "" for stages that are not there."""
@@ -162,7 +162,7 @@ def study_note(board: Board, stage: str) -> str:
             f"## {cell(board.name)}: {stage}, stage {STAGES.index(stage) + 1} of {len(STAGES)}",
             "",
             f"**Goal:** {goal}, with a drop in {cell(scale.name)} of at most "
-            f"{scale.difference(delta)} on validation data{judged}, at {board.confidence:.0%} "
+            f"{scale.difference(delta)} on validation data{judged}, at {board.confidence} "
             "confidence.  ",
             f"**Trials:** {_counts(board, stage)}.  ",
             f"**Other stage:** {', '.join(other)}.",
@@ -278,7 +278,7 @@ def _legend(board: Board) -> list[str]:
         "",
         f"- **{cell(scale.drop_name)}**, the first objective: by how much a trial is worse than "
         "the baseline on validation data.",
-        f"- **Constraint**: the drop's upper bound at {board.confidence:.0%} confidence, less "
+        f"- **Constraint**: the drop's upper bound at {board.confidence} confidence, less "
         f"delta ({scale.number(board.delta)}). Trials above 0 are *infeasible*, and grey in plots; "
         "*Trials (Selection)* can hide them.",
         "- **Pruned**: stopped early, as earlier trials told that it would not come within delta.",
@@ -300,7 +300,7 @@ def trial_note(board: Board, view: TrialView, trial: FrozenTrial) -> str:
         f"## {cell(name)}",
         "",
         f"{scale.title} drop {scale.difference(trial.values[0])}, at most "
-        f"{scale.number(lost(trial, board.delta))} at {board.confidence:.0%} confidence: {verdict} "
+        f"{scale.number(lost(trial, board.delta))} at {board.confidence} confidence: {verdict} "
         f"the allowed {scale.number(board.delta)}.",
         "",
     ]

@@ -26,8 +26,9 @@ MOST_NOTES = 200
 time a page asks for news: with 1,000 of them that would take it seconds."""
 CHUNK = 2045
 """Characters of a note or plot in one attribute, as optuna-dashboard has it."""
-PARETO_PLOT = "pareto-front-of-both-stages"
-HISTORY_PLOT = "history-of-both-stages"
+PARETO_PLOT = "1-pareto-front"
+HISTORY_PLOT = "2-history"
+"""Names of the plots, by which they are sorted."""
 
 _SIGNED = "written by autocompress, and anew when there is news, until you change this note"
 _SIGNATURE = re.compile(rf'\n\n\[note\]: # "{_SIGNED}; ([0-9a-f]{{12}})"\n$')
@@ -84,7 +85,15 @@ def _in_card(figure: Any, title: str) -> Any:
         # A dashboard may be dark.
         paper_bgcolor="#ffffff",
         font={"color": "#222222"},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top", "font": {"size": 11}},
+        # Two columns.
+        legend={
+            "orientation": "h",
+            "y": -0.2,
+            "yanchor": "top",
+            "font": {"size": 11},
+            "entrywidth": 0.48,
+            "entrywidthmode": "fraction",
+        },
     )
     return figure
 
