@@ -22,8 +22,11 @@ from autocompress.notes import Board, study_note, trial_note
 from autocompress.trials import violation
 
 MOST_NOTES = 200
-"""Trials of a stage that have a note. The dashboard goes through all notes for each trial, each
-time a page asks for news: with 1,000 of them that would take it seconds."""
+"""Trials of a stage that have a note. The dashboard goes through all notes for each trial whenever
+a page asks for news: 1,000 notes on 1,000 trials double the seconds that a page takes."""
+LARGEST_PLOT = 200_000
+"""Characters from which on a plot does without the texts that appear under the mouse; that is some
+900 trials on the Pareto plot."""
 CHUNK = 2045
 """Characters of a note or plot in one attribute, as optuna-dashboard has it."""
 PARETO_PLOT = "1-pareto-front"
@@ -73,7 +76,7 @@ def _plots(board: Board) -> Iterator[tuple[str, str]]:
         (HISTORY_PLOT, "History of both stages", history),
     ):
         if figure is not None:
-            yield name, _in_card(figure, title).to_json()
+            yield name, _light(_in_card(figure, title))
 
 
 def _in_card(figure: Any, title: str) -> Any:
@@ -96,6 +99,15 @@ def _in_card(figure: Any, title: str) -> Any:
         },
     )
     return figure
+
+
+def _light(figure: Any) -> str:
+    """A figure as JSON, which each page loads again and again."""
+    text: str = figure.to_json()
+    if len(text) > LARGEST_PLOT:
+        figure.update_traces(text=None, hovertemplate=None)
+        text = figure.to_json()
+    return text
 
 
 def _write(study: Study, notes: Mapping[int | None, str], plots: Mapping[str, str]) -> int:
