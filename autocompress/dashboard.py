@@ -39,6 +39,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STYLE = b"""<style>
 /* A plan is one long line, and would make a trial's page as wide as itself. */
 p.MuiTypography-root { white-space: normal; overflow-wrap: anywhere; }
+/* Or a row of a table as high as a page. */
+.MuiTableBody-root .MuiTableCell-root {
+  max-width: min(36em, 45vw); white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+}
 /* Tables of notes. */
 .MuiCardContent-root > table { border-collapse: collapse; }
 .MuiCardContent-root > table :is(td, th) {

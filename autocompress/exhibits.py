@@ -99,7 +99,7 @@ def layer_table(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     costs = ["params before", "params after", "MACs before", "MACs after"]
-    table.writerow(["layer", "shape", "transform", "else", "error", "channels", *costs])
+    table.writerow(["layer", "shape", "transform", "why not", "error", "channels", *costs])
     for row in rows:
         error = "" if row["error"] is None else f"{row['error']:.4f}"
         numbers = ["" if n is None else n for n in (*row["params"], *row["macs"])]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.exhibits import PICTURE, artifact_ids, trial_name
 from autocompress.process import SEARCHING
@@ -292,20 +292,21 @@ def _legend(board: Board) -> list[str]:
 
 
 def trial_note(board: Board, view: TrialView, trial: FrozenTrial) -> str:
-    """The note of a trial that was carried out: before and after, its layers, its files."""
+    """The note of an ended trial: before and after, its layers; or why it has none."""
+    if trial.state != TrialState.COMPLETE:
+        return _unfinished_note(board, view, trial)
     scale, attributes = board.scale, trial.user_attrs
-    name = trial_name(view.label, board.objective, view.ratio, None, scale)
     verdict = "**within**" if view.outcome == "feasible" else "**not surely within**"
     lines = [
-        f"## {cell(name)}",
+        f"## {_title(board, view)}",
         "",
         f"{scale.title} drop {scale.difference(trial.values[0])}, at most "
         f"{scale.number(lost(trial, board.delta))} at {board.confidence} confidence: {verdict} "
         f"the allowed {scale.number(board.delta)}.",
         "",
+        *_won(board, view),
+        *_parent(board, attributes),
     ]
-    if attributes.get(PARENT):
-        lines += [f"It began with the weights of {board.link(str(attributes[PARENT]))}.", ""]
     rows = metric_rows(board.baseline, view.metrics, scale)
     lines += [*table(("metric", "before", "after", "ratio"), rows, right=1), ""]
     files = artifact_ids(trial.system_attrs)
@@ -319,6 +320,37 @@ def trial_note(board: Board, view: TrialView, trial: FrozenTrial) -> str:
         f"```\npython -m autocompress.study export {cell(board.name)} --trial {view.label}\n```",
     ]
     return "\n".join(lines)
+
+
+def _unfinished_note(board: Board, view: TrialView, trial: FrozenTrial) -> str:
+    what = "Stopped early" if view.outcome == "stopped" else "Failed"
+    return "\n".join(
+        [
+            f"## {_title(board, view)}",
+            "",
+            f"**{what}:** {cell(view.reason or 'no reason is known')}.",
+            "",
+            *_parent(board, trial.user_attrs),
+            *_plan(trial.user_attrs),
+        ]
+    )
+
+
+def _title(board: Board, view: TrialView) -> str:
+    return cell(trial_name(view.label, board.objective, view.ratio, None, board.scale))
+
+
+def _won(board: Board, view: TrialView) -> list[str]:
+    outcome = board.facts.get(OUTCOME) or {}
+    if outcome.get("label") != view.label:
+        return []
+    drop = board.scale.difference(outcome["val_drop"])
+    return [f"**The winner.** Fine-tuned at length, its drop on validation data is {drop}.", ""]
+
+
+def _parent(board: Board, attributes: Mapping[str, Any]) -> list[str]:
+    parent = attributes.get(PARENT)
+    return [f"It began with the weights of {board.link(str(parent))}.", ""] if parent else []
 
 
 def _plan(attributes: Mapping[str, Any]) -> list[str]:

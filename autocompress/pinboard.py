@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from optuna.study import Study
-from optuna.trial import TrialState
 
 from autocompress.database import write_study_attrs
 from autocompress.figures import history_figure, pareto_figure
@@ -32,6 +31,9 @@ CHUNK = 2045
 PARETO_PLOT = "1-pareto-front"
 HISTORY_PLOT = "2-history"
 """Names of the plots, by which they are sorted."""
+
+_SHORTER = {"within the allowed drop": "within delta", "not surely within it": "not surely"}
+"""In the legend, of which a card has room for two columns."""
 
 _SIGNED = "written by autocompress, and anew when there is news, until you change this note"
 _SIGNATURE = re.compile(rf'\n\n\[note\]: # "{_SIGNED}; ([0-9a-f]{{12}})"\n$')
@@ -57,10 +59,10 @@ def _notes(board: Board, stage: str) -> dict[int | None, str]:
     """The notes of a stage, by the trial's id; None is the study's own."""
     notes: dict[int | None, str] = {None: study_note(board, stage)}
     views = {view.number: view for view in board.trials if view.stage == stage}
-    complete = [t for t in board.records[stage] if t.state == TrialState.COMPLETE]
+    ended = [t for t in board.records[stage] if t.state.is_finished()]
     # Where there are too many: those of the front, then those that came nearest to delta.
-    complete.sort(key=lambda t: (not views[t.number].on_front, violation(t), t.number))
-    for trial in complete[:MOST_NOTES]:
+    ended.sort(key=lambda t: (not views[t.number].on_front, violation(t), t.number))
+    for trial in ended[:MOST_NOTES]:
         notes[trial._trial_id] = trial_note(board, views[trial.number], trial)
     return notes
 
@@ -80,22 +82,26 @@ def _plots(board: Board) -> Iterator[tuple[str, str]]:
 
 
 def _in_card(figure: Any, title: str) -> Any:
-    """A figure as it fits into a card of half a page's width."""
+    """A figure as it fits into a card of half a page's width, its legend in two columns below."""
+    rows = math.ceil(sum(trace.showlegend is not False for trace in figure.data) / 2)
+    for trace in figure.data:
+        for long, short in _SHORTER.items():
+            trace.name = (trace.name or "").replace(long, short) or None
     figure.update_layout(
-        title={"text": title, "x": 0.01, "xanchor": "left", "y": 0.98, "font": {"size": 17}},
+        title={"text": f"<b>{title}</b>", "x": 0.01, "y": 0.98, "font": {"size": 17}},
         height=450,
-        margin={"l": 10, "r": 10, "t": 60, "b": 10},
+        margin={"l": 10, "r": 10, "t": 50, "b": 60 + 19 * rows},
         # A dashboard may be dark.
         paper_bgcolor="#ffffff",
         font={"color": "#222222"},
-        # Two columns.
         legend={
-            "orientation": "h",
-            "y": -0.2,
-            "yanchor": "top",
+            "xref": "container",
+            "x": 0.02,
+            "yref": "container",
+            "y": 0.01,
+            "yanchor": "bottom",
+            "entrywidth": 165,
             "font": {"size": 11},
-            "entrywidth": 0.48,
-            "entrywidthmode": "fraction",
         },
     )
     return figure

@@ -94,8 +94,8 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 def test_pages_have_notes_constraints_artifacts_and_plots(
     url: str, studies: dict[str, optuna.Study], tmp_path: Path
 ) -> None:
-    # The notes of both studies and of four trials in each, and two plots for each.
-    assert annotate(studies) == 2 * (1 + 4 + 2)
+    # The notes of both studies and of five trials in each, and two plots for each.
+    assert annotate(studies) == 2 * (1 + 5 + 2)
     with served(url, FileSystemArtifactStore(tmp_path)) as address:
         names = {
             s["study_name"] for s in json.loads(fetch(f"{address}/api/studies"))["study_summaries"]
@@ -108,15 +108,15 @@ def test_pages_have_notes_constraints_artifacts_and_plots(
             # Trial 3 is on the front of all trials, and infeasible.
             assert [trial["number"] for trial in detail["best_trials"]] == [0, 1]
             assert "| parameters | 270 k |" in detail["note"]["body"]
-            assert [bool(t["note"]["body"]) for t in trials] == [True] * 4 + [False]
+            assert [bool(t["note"]["body"]) for t in trials] == [True] * 5
             assert "| parameters | 270 k | 50.0 k | 5.40x |" in trials[1]["note"]["body"]
             plots = [plot["id"] for plot in detail["plotly_graph_objects"]]
             assert plots == [PARETO_PLOT, HISTORY_PLOT]
             pareto = json.loads(detail["plotly_graph_objects"][0]["graph_object"])
             drawn = {trace["name"] for trace in pareto["data"]}
             assert {
-                "exploration: within the allowed drop",
-                "annealing: within the allowed drop",
+                "exploration: within delta",
+                "annealing: within delta",
             } <= drawn
             assert any("allowed drop" in a["text"] for a in pareto["layout"]["annotations"])
             [artifact] = trials[1]["artifacts"]

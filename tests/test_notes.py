@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from recorded import TRIALS, add_trial, describe
 
 from autocompress.notes import OUTCOME, Board, outcome_facts, study_note, trial_note
@@ -57,6 +58,18 @@ def test_a_trials_note_tells_of_channels(studies: dict[str, optuna.Study]) -> No
     assert "No layer was changed." in note_of(studies, "annealing", trial.number)
 
 
+def test_a_stopped_trials_note_says_why(studies: dict[str, optuna.Study]) -> None:
+    trial = add_trial(
+        studies["annealing"], "annealing", 9.0, 10_000.0, TrialState.PRUNED,
+        before_end=lambda trial: trial.set_user_attr("reason", "9 points lost > gate 5"),
+    )  # fmt: skip
+    note = note_of(studies, "annealing", trial.number)
+    assert note.startswith("## annealing/5: 27.0x fewer parameters\n")
+    assert "**Stopped early:** 9 points lost > gate 5." in note and "| svd (rank 12) |" in note
+    assert "export" not in note
+    assert "**Stopped early:** no reason is known." in note_of(studies, "annealing", 4)
+
+
 def test_a_studys_note_says_how_far_it_is(studies: dict[str, optuna.Study]) -> None:
     note = study_note(board_of({"exploration": studies["exploration"]}), "exploration")
     assert note.startswith("## demo: exploration, stage 1 of 2\n")
@@ -98,6 +111,9 @@ def test_a_finished_studys_note_says_who_won(studies: dict[str, optuna.Study]) -
     assert "**10.0x fewer parameters** (270 k → 27.0 k)" in note
     assert "validation 0.40 points; test 0.50 points (95 % interval -0.10 to 1.10)" in note
     assert f"[report.html](/artifacts/{studies['exploration']._study_id}/a-b)" in note
+    winner = note_of(studies, "annealing", 1)
+    assert "**The winner.** Fine-tuned at length, its drop on validation data is 0.40" in winner
+    assert "winner" not in note_of(studies, "exploration", 1)
     # It has begun again.
     studies["exploration"].set_user_attr("searching", True)
     assert "Winner" not in study_note(board_of(studies), "annealing")
