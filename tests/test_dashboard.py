@@ -226,7 +226,7 @@ def test_the_command_serves_a_study_of_which_only_the_database_is_here(
     study.set_user_attr("artifacts", str(tmp_path / "elsewhere"))
     command = [sys.executable, "-m", "autocompress.study", "dashboard", "demo", "--storage", url]
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         address = process.stdout.readline().split()[0].rstrip("/")
