@@ -28,6 +28,15 @@ OUTCOME = "outcome"
 """User attribute of the exploration: see `outcome_facts`."""
 MOST_ON_FRONT = 12
 """Trials of the Pareto front that a study's note lists."""
+MOST_LISTED = 100
+"""Trials of its own stage that it lists, the latest."""
+_OUTCOMES = {
+    "feasible": "within delta",
+    "infeasible": "not surely within it",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "unfinished": "running or waiting",
+}
 
 _METRICS = {
     "score": "",
@@ -176,21 +185,16 @@ def study_note(board: Board, stage: str) -> str:
             "",
             *_left_alone(board),
             *_legend(board),
+            "",
+            *_listed(board, stage),
         ]
     )
 
 
 def _counts(board: Board, stage: str) -> str:
     """ "24: 3 within delta, 17 not surely, 4 stopped early"."""
-    words = {
-        "feasible": "within delta",
-        "infeasible": "not surely within it",
-        "stopped": "stopped early",
-        "failed": "failed",
-        "unfinished": "running or waiting",
-    }
     own = [trial.outcome for trial in board.trials if trial.stage == stage]
-    parts = [f"{own.count(kind)} {text}" for kind, text in words.items() if kind in own]
+    parts = [f"{own.count(kind)} {text}" for kind, text in _OUTCOMES.items() if kind in own]
     return f"{len(own)}: {', '.join(parts)}" if own else "none yet"
 
 
@@ -239,26 +243,46 @@ def _front(board: Board) -> list[str]:
     front = sorted((t for t in board.trials if t.on_front), key=lambda t: t.cost or 0.0)
     if not front:
         return []
-    scale, metric = board.scale, OBJECTIVES[board.objective][0]
-    rows = [
-        (
-            board.link(t.label),
-            ratio_text(t.ratio),
-            quantity(t.cost, metric),
-            scale.number(t.drop or 0.0),
-            scale.number(t.metrics["drop_bound"]) if "drop_bound" in t.metrics else "–",
-        )
-        for t in front[:MOST_ON_FRONT]
-    ]
+    rows = [_row(board, t) for t in front[:MOST_ON_FRONT]]
     more = len(front) - MOST_ON_FRONT
-    title = OBJECTIVES[board.objective][1].lower()
-    heading = ("trial", "ratio", title, cell(scale.drop_name), "at most")
     return [
         "### Pareto front of both stages",
         "",
-        *table(heading, rows, right=1),
+        *table(_heading(board), rows, right=1),
         *([f"\nand {more} more, in the plot."] if more > 0 else []),
         "",
+    ]
+
+
+def _heading(board: Board) -> tuple[str, ...]:
+    title = OBJECTIVES[board.objective][1].lower()
+    return ("trial", "ratio", title, cell(board.scale.drop_name), "at most")
+
+
+def _row(board: Board, trial: TrialView) -> tuple[str, ...]:
+    scale, metric = board.scale, OBJECTIVES[board.objective][0]
+    bound = trial.metrics.get("drop_bound")
+    return (
+        board.link(trial.label),
+        ratio_text(trial.ratio),
+        quantity(trial.cost, metric),
+        "–" if trial.drop is None else scale.number(trial.drop),
+        "–" if bound is None else scale.number(bound),
+    )
+
+
+def _listed(board: Board, stage: str) -> list[str]:
+    """The ended trials of a stage under names that say more than their numbers, latest first."""
+    ended = [t for t in board.trials if t.stage == stage and t.outcome != "unfinished"]
+    if not ended:
+        return []
+    rows = [(*_row(board, t), _OUTCOMES[t.outcome]) for t in reversed(ended[-MOST_LISTED:])]
+    earlier = len(ended) - MOST_LISTED
+    return [
+        f"### Trials of the {stage}, latest first",
+        "",
+        *table((*_heading(board), "outcome"), rows, right=1),
+        *([f"\nand {earlier} earlier ones."] if earlier > 0 else []),
     ]
 
 

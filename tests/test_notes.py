@@ -80,7 +80,12 @@ def test_a_studys_note_says_how_far_it_is(studies: dict[str, optuna.Study]) -> N
     assert "3 input channels &lt;b>" in note
     both = study_note(board_of(studies), "exploration")
     assert f"[annealing](/dashboard/studies/{studies['annealing']._study_id})" in both
-    assert both.count("| 5.40x | 50.0 k | 0.70 | 0.70 |") == 1
+    # Of equal trials one is on the front.
+    front, _, listed = both.partition("### Trials of the exploration, latest first")
+    assert front.count("| 5.40x | 50.0 k | 0.70 | 0.70 |") == 1
+    rows = [line for line in listed.splitlines() if "trials?numbers=" in line]
+    assert [row.split("numbers=")[1][0] for row in rows] == ["4", "3", "2", "1", "0"]
+    assert rows[0].endswith("| stopped early |") and rows[3].endswith("| within delta |")
 
 
 def test_a_studys_note_without_feasible_trials_and_in_int8() -> None:
