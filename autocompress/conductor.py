@@ -27,16 +27,18 @@ from torch import nn
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings
 from autocompress.crew import Crew, Solo, Team
-from autocompress.dashboard import annotate
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.exhibits import publish
 from autocompress.finals import rehearse
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
 from autocompress.models import load_state
+from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
+from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
     COST_NAMES,
@@ -295,11 +297,26 @@ def _run(setting: _Setting, command: str) -> Outcome:
     if rehearsal is not None:
         seconds["rehearsal"] = rehearsal["seconds"]
     summary = conclude(config, bench, folder, display, seconds, command)
-    for study in bench.studies.values():
-        annotate(study)
     write_report(summary, exploration, annealing, folder.report)
     display.say(f"Report: {folder.report}")
+    _show(summary, bench, folder, display)
     return _outcome(summary, bench, folder)
+
+
+def _show(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder, display: Display) -> None:
+    """Let the dashboard show how the study ended, with its report and result as artifacts."""
+    exploration = bench.studies["exploration"]
+    kept = exploration.user_attrs.get(OUTCOME) or {}
+    if kept.get("finished") != summary["finished"]:
+        artifacts = {}
+        try:
+            artifacts = publish(
+                [folder.report, folder.result], list(bench.studies.values()), bench.store
+            )
+        except OSError as error:
+            display.say(f"The report is not among the study's artifacts: {error}")
+        exploration.set_user_attr(OUTCOME, outcome_facts(summary, artifacts))
+    annotate(bench.studies)
 
 
 def _store(study: Study, place: str) -> ArtifactStore:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +33,7 @@ from autocompress.evaluation import (
     metric_drop,
     recalibrate,
 )
+from autocompress.exhibits import trial_files, trial_name
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
@@ -53,7 +54,9 @@ from autocompress.training import Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
     EARLY,
+    NAME,
     PARENT,
+    RATIO,
     SEED,
     WEIGHTS,
     has_weights,
@@ -337,6 +340,7 @@ def _carry_out(
         # Of the gate's images, but as near to that of all as is known.
         score = bench.baseline.val.score + task.scale.drop(0.0, drop)
         _record(trial, watch, score, drop, gate.lost, profile, latency, full)
+        _name(bench, stage, trial, drop, cost, " when it was stopped")
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
@@ -345,10 +349,11 @@ def _carry_out(
     watch.lap("evaluate")
     set_constraint(trial, bound - bench.delta)
     trial.set_user_attr(WEIGHTS, _keep_weights(model, trial, bench.store))
-    save_text(plan.to_json(), "plan.json", trial, bench.store)
+    _exhibit(bench, stage, trial, plan, replace(profile, score=after.score))
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
     _record(trial, watch, after.score, drop, bound, profile, latency, full)
+    _name(bench, stage, trial, drop, cost)
     return (drop, cost), None
 
 
@@ -397,6 +402,28 @@ def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
             logger.warning("The weights could not be kept; again in %g s: %s", pause, error)
             time.sleep(pause)
     return save_weights(model, trial, store)
+
+
+def _exhibit(bench: Bench, stage: str, trial: Trial, plan: Plan, profile: Profile) -> None:
+    """Upload what people look at in the dashboard; a trial is not lost for the lack of it."""
+    facts = bench.studies[stage].user_attrs
+    errors = trial.user_attrs.get("layer_errors") or {}
+    described = profile.to_dict() | {LATENCY: trial.user_attrs.get(LATENCY)}
+    files = trial_files(plan.to_json(), described, facts, errors, bench.objective)
+    try:
+        for name, text in files.items():
+            save_text(text, name, trial, bench.store)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        logger.warning("The files for the dashboard could not be kept: %s", error)
+
+
+def _name(bench: Bench, stage: str, trial: Trial, drop: float, cost: float, when: str = "") -> None:
+    ratio, label = _ratio(bench, cost), f"{stage}/{trial.number}"
+    name = trial_name(label, bench.objective, ratio, drop, bench.task.scale)
+    trial.set_user_attr(NAME, name + when)
+    trial.set_user_attr(RATIO, round(ratio, 4))
 
 
 def _checkpoint(bench: Bench, trial: Trial) -> Checkpoint:

@@ -527,26 +527,79 @@ def export(
 def dashboard(
     study: StudyArgument = None,
     port: Annotated[
-        int | None,
-        typer.Option(help="Port on 127.0.0.1; a free one by default.", show_default=False),
+        int | None, typer.Option(help="Port; a free one by default.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open it in the browser.")
+    ] = False,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="Where the study's artifacts are seen from here.", show_default=False),
     ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
-    """Show a study in optuna-dashboard, on this machine only; also while it runs.
+    """Show a study in optuna-dashboard; also while it runs, and from any machine. Ctrl-C ends it.
 
-    **Example:** `python -m autocompress.study dashboard my.toml --port 8080`
+    With the database's URL alone, STUDY is the study's name; nothing else need be here. The URL is
+    best given as AUTOCOMPRESS_STORAGE then, which no list of processes shows.
+
+    **Examples**
+
+    - `python -m autocompress.study dashboard my.toml --open`
+
+    - `python -m autocompress.study dashboard mine --storage postgresql://me@host/studies`
     """
-    from autocompress.dashboard import annotate, serve
+    import warnings
 
+    from autocompress.dashboard import LOOPBACK, artifact_place, find_artifacts, serve
+
+    warnings.filterwarnings("ignore", module="optuna")
+    url, name, here = _whereabouts(study, storage, out)
+    place = artifact_place(url, name)
+    store = find_artifacts(place, here, artifacts)
+    if store is None:
+        _complain(
+            f"The artifacts are in {place}, which is not on this machine; pages are without them. "
+            "--artifacts says where they are seen from here."
+        )
+    if host not in LOOPBACK:
+        _complain(
+            f"Whoever reaches {host} can read and change the studies in this database, and delete "
+            "them: there is no password."
+        )
+    serve(
+        url,
+        store,
+        host,
+        port,
+        open_browser,
+        lambda at: _print(f"{at}  (Ctrl-C ends it)"),
+        name,
+    )
+
+
+def _whereabouts(
+    study: str | None, storage: str | None, out: str | None
+) -> tuple[str, str, Path | None]:
+    """A study's database, its name there, and its folder of artifacts if it has a folder here."""
+    import os
+
+    from autocompress.config import ready_folder
+    from autocompress.process import STORAGE_VARIABLE
+
+    url = storage or os.environ.get(STORAGE_VARIABLE)
+    known = study is None or Path(study).exists() or (ready_folder() / f"{study}.toml").is_file()
+    if study is not None and not known and url is not None:
+        _hide_url(storage)
+        return url, study, None
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
-    studies = _studies(config)
-    for one in studies.values():
-        annotate(one)
-    url = folder.storage_url(config.run.storage)
-    store = folder.artifact_store(studies["exploration"])
-    serve(url, store, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
+    _studies(config)
+    return folder.storage_url(config.run.storage), config.name, folder.artifacts
 
 
 @models.command("list")
