@@ -260,6 +260,7 @@ def announce(bench: Bench, trial: FrozenTrial) -> None:
         within_delta(trial),
         trial.state.name,
         trial.user_attrs.get("reason"),
+        facts_of(trial, bench.baseline.profile),
     )
 
 
