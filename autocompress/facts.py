@@ -7,7 +7,16 @@ from optuna.trial import FrozenTrial
 from autocompress.profiler import Profile
 from autocompress.slots import WORKER
 from autocompress.tally import Facts
+from autocompress.view import OBJECTIVES
 from autocompress.wording import plan_summary
+
+
+def cost_ratio(trial: FrozenTrial, objective: str, baseline: Profile) -> float | None:
+    """Baseline / trial of the cost that the study makes small; None if it was not measured."""
+    key = OBJECTIVES[objective][0]
+    cost = trial.user_attrs.get("metrics", {}).get(key)
+    costs = {**baseline.to_dict(), "latency_ms": baseline.latency_ms, "share": 100.0}
+    return costs[key] / cost if cost and costs[key] else None
 
 
 def facts_of(trial: FrozenTrial, baseline: Profile) -> Facts:

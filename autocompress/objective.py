@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ from autocompress.evaluation import (
     metric_drop,
     recalibrate,
 )
+from autocompress.facts import facts_of
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
+from autocompress.news import Phase
 from autocompress.observation import Observations
 from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsal_of
 from autocompress.plan import Plan
@@ -55,6 +58,7 @@ from autocompress.trials import (
     EARLY,
     PARENT,
     SEED,
+    TRACEBACK,
     WEIGHTS,
     has_weights,
     lost,
@@ -73,6 +77,8 @@ WORK = ("recalibrate", "gate", "finetune", "evaluate")
 UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
 """Seconds after which an upload of weights that failed is tried again."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+MOST_OF_TRACEBACK = 8000
+"""Characters of a failed trial's traceback that the database keeps: its end says the most."""
 COST_METRICS = {
     "params": "params",
     "size": "size_bytes",
@@ -111,6 +117,7 @@ class Bench:
         int8: Whether networks are judged by their int8 files.
         watch: Asked at each step whether the trial should go on.
         checkpoint_every: Seconds between two checkpoints of a trial.
+        doing: What it does at the moment.
     """
 
     task: Task
@@ -133,6 +140,12 @@ class Bench:
     int8: bool = False
     watch: Watch = field(default_factory=Watch)
     checkpoint_every: float = 180.0
+    doing: Phase | None = None
+
+    def show(self, phase: str, done: float = 0.0, total: float = 0.0, note: str = "") -> None:
+        """Tell the display, and those who look from elsewhere, what is done at the moment."""
+        self.doing = (phase, done, total, note)
+        self.display.step(phase, done, total, note)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -244,6 +257,8 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> Fro
 def _failed(stage: str, trial: Trial, error: Exception) -> str:
     """Why a trial failed; the study's log has the whole story."""
     logger.warning("%s %d failed", stage, trial.number, exc_info=error)
+    text = "".join(format_exception(error))[-MOST_OF_TRACEBACK:]
+    trial.study._storage.set_trial_system_attr(trial._trial_id, TRACEBACK, text)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
     return f"{type(error).__name__}: {error}"
@@ -282,6 +297,7 @@ def _carry_out(
     trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
 
+    bench.show("build")
     model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
@@ -295,6 +311,7 @@ def _carry_out(
     gate = _gate(bench, stage, trial)
     closed = False
     if not gate.drops:
+        bench.show("recalibrate")
         recalibrate(model, task, RECALIBRATION_BATCHES)
         watch.lap("recalibrate")
         closed = gate.closes(model, 0)
@@ -302,7 +319,8 @@ def _carry_out(
         watch.lap("gate")
 
     def on_step(done: float, total: float, loss: float) -> None:
-        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
+        looked = f", drop {task.scale.number(gate.drops[-1])} so far" if gate.drops else ""
+        bench.show("fine-tune", done, total, f"loss {loss:.3f}{looked}")
         bench.watch.step()
 
     def hopeless(rung: int) -> bool:
@@ -341,6 +359,7 @@ def _carry_out(
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
+    bench.show("evaluate")
     after = evaluate(model, task, task.val)
     drop, bound = bench.judge(model, after)
     watch.lap("evaluate")

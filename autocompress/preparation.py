@@ -58,8 +58,6 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
-SETTINGS = "settings"
-"""User attribute of the exploration: the study file as JSON, without the database's password."""
 BASELINE = "baseline_weights"
 """User attribute of the exploration: the artifact of the baseline's weights."""
 TABLE = "layer_table"

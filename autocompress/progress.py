@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,14 +17,12 @@ from rich.console import Console
 from rich.live import Live
 
 from autocompress.formats import clean, format_ratio, format_seconds
+from autocompress.logs import SHOWN
 from autocompress.scale import ACCURACY, Scale
 from autocompress.screen import Panel, trial_line
 from autocompress.tally import NO_FACTS, Clock, Facts, Tally
 
 logger = logging.getLogger("autocompress")
-
-SHOWN = {"shown": True}
-"""Marks records of the log that are on the screen as well."""
 
 STEP_INTERVAL = 30.0
 """Seconds between two lines of one phase in a plain log."""
@@ -184,11 +182,10 @@ class PlainDisplay:
     ) -> None:
         tally = self._tally
         tally.trial_finished(number, drop, cost_ratio, feasible, facts)
-        words = [f"[{tally.counter()}] trial {number}"]
-        words += tally.outcome(drop, cost_ratio, feasible, state, reason)
-        best = [] if tally.best is None else [f"best {format_ratio(tally.best[0])}"]
-        self._print("  ".join([*words, *best, *_eta_words(tally)]))
-        logger.info("  ".join([*words, *_all_facts(tally, facts), *best]), extra=SHOWN)
+        words = tally.outcome(drop, cost_ratio, feasible, state, reason)
+        self._print(plain_trial_line(tally, number, words))
+        words += _all_facts(tally, facts)
+        logger.info("%s", plain_trial_line(tally, number, words), extra=SHOWN)
 
     def close(self) -> None:
         """Nothing is on the screen that could be taken off."""
@@ -384,19 +381,32 @@ def make_display(
         environ: The environment variables; by default those of this process.
     """
     console = console or Console()
+    return LiveDisplay(console) if can_redraw(console, environ) else PlainDisplay(console)
+
+
+def can_redraw(console: Console, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether lines can be redrawn there: not in a pipe, on a dumb terminal, or in CI, which keeps
+    all that is written."""
     environ = os.environ if environ is None else environ
-    if console.is_terminal and not console.is_dumb_terminal and not _is_kept(console, environ):
-        return LiveDisplay(console)
-    return PlainDisplay(console)
-
-
-def _is_kept(console: Console, environ: Mapping[str, str]) -> bool:
-    """Whether what is written is kept as it is, as by CI, so that redrawn lines pile up."""
+    if not console.is_terminal or console.is_dumb_terminal:
+        return False
     if environ.get("CI", "").lower() not in ("", "0", "false") or "GITHUB_ACTIONS" in environ:
-        return True
-    # These make Rich take a file or a pipe for a terminal; colours are welcome there, redrawing not.
+        return False
+    # These make Rich take a file or a pipe for a terminal: for colours, not for lines redrawn.
     forced = any(environ.get(name) for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))
-    return forced and not console.file.isatty()
+    return not forced or console.file.isatty()
+
+
+def plain_trial_line(tally: Tally, number: int, words: Iterable[str]) -> str:
+    """An ended trial on one line of a log.
+
+    Args:
+        tally: Knows the stage, the best so far and the time left.
+        number: Of the trial.
+        words: About its end, as `Tally.outcome` gives them.
+    """
+    best = [] if tally.best is None else [f"best {format_ratio(tally.best[0])}"]
+    return "  ".join([f"[{tally.counter()}] trial {number}", *words, *best, *_eta_words(tally)])
 
 
 def _all_facts(tally: Tally, facts: Facts) -> list[str]:

@@ -23,6 +23,8 @@ EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
 CHECKPOINT = "checkpoint"
 """User attribute of a trial: the artifact of its latest checkpoint."""
+TRACEBACK = "autocompress:traceback"
+"""System attribute of a trial that failed: where, and how that was reached."""
 EXCUSED = "excused"
 """User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
 not count either."""

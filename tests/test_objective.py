@@ -209,7 +209,7 @@ def test_a_trial_that_fails_says_why(bench: Bench, error: Exception, reason: str
     frozen = run(bench)
     assert frozen.state == TrialState.FAIL
     assert frozen.user_attrs["reason"] == reason
-    assert bench.display.ends[0][-2:] == ("FAIL", reason)  # type: ignore[attr-defined]
+    assert bench.display.ends[0][-3:-1] == ("FAIL", reason)  # type: ignore[attr-defined]
     bench.task.loss = cross_entropy
     assert run(bench).state == TrialState.COMPLETE
 

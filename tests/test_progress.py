@@ -76,7 +76,9 @@ def test_plain_keeps_long_and_odd_text_on_one_clean_line() -> None:
     display.trial_finished(1, None, None, False, "FAIL", reason)
     lines = written(console).splitlines()
     assert lines[0] == "[annealing 1/2] resume  allowed drop 0.50 points"
-    assert lines[1].startswith("[annealing 2/2] trial 1  failed: out of memory: [bold]tried[/bold] 3 GiB x")
+    assert lines[1].startswith(
+        "[annealing 2/2] trial 1  failed: out of memory: [bold]tried[/bold] 3 GiB x"
+    )
     assert lines[1].endswith("best 6.00x")
     assert len(lines) == 2
     assert "\x1b" not in written(console) and "\r" not in written(console)
