@@ -82,7 +82,7 @@ def find_fields(pattern: str = "") -> list[Field]:
         field
         for section in sections()
         for field in section.fields
-        if wanted in field.name.lower() or wanted in field.description.lower()
+        if wanted in f"{field.name} {field.name.replace('_', ' ')} {field.description}".lower()
     ]
 
 

@@ -17,8 +17,10 @@ from typing import Any, Self
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from autocompress.progress import Display
+from autocompress.logs import SHOWN
+from autocompress.progress import STEP_INTERVAL, Display
 from autocompress.scale import ACCURACY, Scale
+from autocompress.screen import phase_words
 from autocompress.slots import host_name
 from autocompress.tally import NO_FACTS, Facts, Tally
 
@@ -46,7 +48,7 @@ def doing_of(trial: FrozenTrial) -> Phase | None:
 
 
 class Bulletin:
-    """A display that passes on what it is told, and tells the database too.
+    """A display that passes on what it is told, and tells the database and the log too.
 
     It is a context: at its end the database has how the study was left. The display itself stays
     as it is.
@@ -64,6 +66,7 @@ class Bulletin:
         self._end = Event()
         self._thread = Thread(target=self._run, name="news", daemon=True)
         self._told: dict[str, Any] = {}
+        self._logged: dict[str, float] = {}
 
     def say(self, message: str) -> None:
         """Show a message that stays."""
@@ -96,6 +99,15 @@ class Bulletin:
         """A phase has come further."""
         with self._lock:
             self._tally.step(phase, done, total, note, worker)
+            now = time.monotonic()
+            due = phase and now - self._logged.get(worker, 0.0) >= STEP_INTERVAL
+            if due:
+                self._logged[worker] = now
+        if due:
+            who, row = worker or "here", self._tally.rows.get(worker)
+            trial = "" if row is None or row.number is None else f" trial {row.number}"
+            words = phase_words(phase, done, total, note)
+            logger.debug("[%s] %s%s: %s", self._tally.counter(), who, trial, words, extra=SHOWN)
         self._display.step(phase, done, total, note, worker)
 
     def trial_finished(

@@ -34,7 +34,7 @@ from autocompress.evaluation import (
     metric_drop,
     recalibrate,
 )
-from autocompress.facts import facts_of
+from autocompress.facts import costs_of, facts_of
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
@@ -55,6 +55,7 @@ from autocompress.task import Task
 from autocompress.training import Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
+    COST_METRICS,
     EARLY,
     PARENT,
     SEED,
@@ -79,14 +80,6 @@ UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_OF_TRACEBACK = 8000
 """Characters of a failed trial's traceback that the database keeps: its end says the most."""
-COST_METRICS = {
-    "params": "params",
-    "size": "size_bytes",
-    "macs": "macs",
-    "latency": "latency_ms",
-    "params+macs": "share",
-}
-"""Objective to its place in the metrics of a trial."""
 LATENCY = "latency"
 """User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
 
@@ -275,7 +268,7 @@ def announce(bench: Bench, trial: FrozenTrial) -> None:
         within_delta(trial),
         trial.state.name,
         trial.user_attrs.get("reason"),
-        facts_of(trial, bench.baseline.profile),
+        facts_of(trial, costs_of(bench.baseline.profile.to_dict())),
     )
 
 

@@ -168,7 +168,7 @@ class PlainDisplay:
         words = [f"[{tally.counter()}] {trial}{phase}{far}"]
         words += [clean(note)] if note else []
         words += _eta_words(tally)
-        self._line("  ".join(words))
+        self._print("  ".join(words))
 
     def trial_finished(
         self,

@@ -22,10 +22,9 @@ from rich.text import Text
 
 from autocompress.config import StudyConfig
 from autocompress.database import hide_password
-from autocompress.facts import cost_ratio, facts_of
+from autocompress.facts import Costs, cost_ratio, costs_of, facts_of
 from autocompress.formats import format_ratio, format_seconds
 from autocompress.news import NEWS, SILENT, doing_of
-from autocompress.profiler import Profile
 from autocompress.progress import STEP_INTERVAL, can_redraw, plain_trial_line
 from autocompress.scale import Scale
 from autocompress.screen import Panel, phase_words, trial_line
@@ -87,7 +86,7 @@ class Situation:
     tally: Tally
     stages: Sequence[StageCount]
     ended: Sequence[Ended] = field(default=())
-    baseline: Profile | None = None
+    baseline: Costs | None = None
 
     @property
     def over(self) -> bool:
@@ -221,7 +220,7 @@ def read_situation(
     stages = _counts(config, studies)
     heard = None if news is None else max(0.0, time.time() - news["at"])
     state = _state(config, stages, news, heard, has_result)
-    baseline = Profile.from_dict(facts["baseline"]) if "baseline" in facts else None
+    baseline = costs_of(facts["baseline"]) if "baseline" in facts else None
     ended = _ended(config, studies, baseline)
     tally = _tally(config, studies, stages, news, state)
     _add_best(tally, ended, baseline)
@@ -275,7 +274,7 @@ def _state(
 
 
 def _ended(
-    config: StudyConfig, studies: Mapping[str, Study], baseline: Profile | None
+    config: StudyConfig, studies: Mapping[str, Study], baseline: Costs | None
 ) -> list[Ended]:
     found = []
     for stage, study in studies.items():
@@ -324,7 +323,7 @@ def _add_running(tally: Tally, studies: Mapping[str, Study]) -> None:
             tally.rows[worker] = Row(trial.number, doing_of(trial), since)
 
 
-def _add_best(tally: Tally, ended: Sequence[Ended], baseline: Profile | None) -> None:
+def _add_best(tally: Tally, ended: Sequence[Ended], baseline: Costs | None) -> None:
     tally.best, tally.best_trial, tally.history = None, "", []
     for one in ended:
         if one.within and one.ratio is not None and one.drop is not None and baseline is not None:
