@@ -23,7 +23,7 @@ WIDE = 110
 """Columns from which on there is room for more than the necessary."""
 LABEL, VERDICT, COST = 16, 34, 14
 """Columns of a trial's label, of what is said of its drop, and of its cost."""
-BAR, WIDE_BAR = 12, 20
+BAR, WIDE_BAR = 10, 20
 
 
 class Panel:

@@ -212,7 +212,7 @@ def run(
     command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
     check_places(config)
     watch = Watch()
-    with voice.hearing(), watch.orders.listening(complain):
+    with voice.hearing(), watch.orders.listening(_tell):
         try:
             with log_of(config, folder, command), voice.display() as display:
                 modules = _modules(study)
@@ -921,6 +921,16 @@ def _say_kept(config: StudyConfig, folder: StudyFolder, voice: Voice) -> None:
             "trials": ended,
         }
     )
+
+
+def _tell(text: str) -> None:
+    """Say that an order was understood; the log has it too."""
+    import logging
+
+    from autocompress.logs import SHOWN
+
+    logging.getLogger("autocompress").info(text, extra=SHOWN)
+    complain(text)
 
 
 def _print(what: Any) -> None:

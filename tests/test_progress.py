@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import time
 
 import pytest
@@ -21,6 +22,7 @@ from autocompress.progress import (
 )
 from autocompress.scale import ACCURACY
 from autocompress.screen import Panel
+from autocompress.tally import Facts
 
 
 class HandClock:
@@ -127,6 +129,25 @@ def test_a_plain_log_names_the_worker() -> None:
     assert lines[1].startswith("[exploration 0/4] worker 1  trial 1  fine-tune 0.5/1")
 
 
+def test_a_phase_of_unknown_length_has_no_figures() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    display.stage("exploration", 4)
+    clock.now += STEP_INTERVAL
+    display.step("evaluate", 0.0, 0.0)
+    assert written(console).splitlines()[-1] == "[exploration 0/4] evaluate"
+
+
+def test_the_log_has_more_than_the_screen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="autocompress")
+    facts = Facts(91.5, {"params": 2.0, "macs": 1.5}, 61.0, "1 layer: 1 svd", "host/7")
+    for display in (PlainDisplay(pipe()), LiveDisplay(terminal()), NullDisplay()):
+        caplog.clear()
+        display.trial_finished(3, 0.5, 2.0, True, "COMPLETE", None, facts)
+        for word in ("trial 3", "MACs 1.50x", "91.50 %", "1m01s", "1 layer: 1 svd", "by host/7"):
+            assert word in caplog.text, type(display)
+
+
 def test_plain_steps_are_throttled() -> None:
     console, clock = pipe(), HandClock()
     display = PlainDisplay(console, clock)
@@ -200,15 +221,41 @@ def test_live_keeps_a_finished_trial_on_one_line() -> None:
     display.trial_finished(0, 31.0, 9.0, False, "PRUNED", "over the gate " * 10)
     last = clean(written(console), lines=True).splitlines()[-1].strip()
     assert last.startswith("exploration 0   drop 31.00 > 1.00 ")
-    assert "params 9.00x    stopped: ov" in last
+    assert "params 9.00x  stopped: over the gate" in last
     assert len(last) == 80 and last.endswith("…")
 
 
 def test_display_follows_the_console() -> None:
-    assert isinstance(make_display(pipe()), PlainDisplay)
-    assert isinstance(make_display(terminal()), LiveDisplay)
+    assert isinstance(make_display(pipe(), {}), PlainDisplay)
+    assert isinstance(make_display(terminal(), {}), LiveDisplay)
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    assert isinstance(make_display(dumb), PlainDisplay)
+    assert isinstance(make_display(dumb, {}), PlainDisplay)
+
+
+@pytest.mark.parametrize("environ", [{"CI": "true"}, {"GITHUB_ACTIONS": "true"}, {"CI": "1"}])
+def test_ci_keeps_lines_so_none_is_redrawn(environ: dict[str, str]) -> None:
+    assert isinstance(make_display(terminal(), environ), PlainDisplay)
+    assert isinstance(make_display(terminal(), {"CI": "false"}), LiveDisplay)
+
+
+def test_colours_that_are_forced_make_no_terminal_of_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console(file=io.StringIO(), width=80)
+    assert console.is_terminal
+    assert isinstance(make_display(console), PlainDisplay)
+
+
+def test_no_colour_is_respected() -> None:
+    environ = {"TERM": "xterm-256color", "NO_COLOR": "1"}
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=environ)
+    console.print(Panel(LiveDisplay(console)._tally))
+    display = LiveDisplay(console, HandClock())
+    display._tally.stage("exploration", 4, 2, 1.0, "params", (4.0, 0.5), 0.0, ACCURACY)
+    console.print(Panel(display._tally))
+    assert "exploration" in written(console)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", written(console))
 
 
 @pytest.mark.parametrize("make", [LiveDisplay, PlainDisplay, NullDisplay])
