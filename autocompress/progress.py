@@ -364,7 +364,7 @@ class Beside(NullDisplay):
         self._display.say(message)
 
     def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
-        self._display.step(self._name, done, total, note, self._name)
+        self._display.step(phase, done, total, note, self._name)
 
     def close(self) -> None:
         """Take the row away."""

@@ -57,7 +57,7 @@ class Panel:
         between = [""] if names else []
         title = Text(tally.name, style="bold")
         if tally.has_trials:
-            bar: RenderableType = ProgressBar(total=tally.total, completed=tally.done)
+            bar: RenderableType = _bar(tally.done, tally.total)
             words = ", ".join([f"{tally.done} of {tally.total} trials", *self._times(wide)])
         else:
             bar, words = "", ", ".join(self._times(wide))
@@ -87,7 +87,7 @@ class Panel:
         phase, done, total, note = row.phase
         bar: RenderableType = ""
         if total > 0:
-            bar = ProgressBar(total=total, completed=min(done, total))
+            bar = _bar(min(done, total), total)
         return Text(label), bar, Text(phase_words(phase, done, total, note))
 
     def _best_lines(self, width: int) -> list[RenderableType]:
@@ -112,6 +112,11 @@ class Panel:
             found += f"{format_ratio(tally.history[0])} to {format_ratio(tally.history[-1])}"
             lines.append(Text(" " * 14 + found, overflow="ellipsis", no_wrap=True))
         return list(lines)
+
+
+def _bar(done: float, total: float) -> ProgressBar:
+    # Rich's own red looks like an alarm.
+    return ProgressBar(total=total, completed=done, complete_style="cyan", finished_style="green")
 
 
 def phase_words(phase: str, done: float, total: float, note: str) -> str:
@@ -142,11 +147,12 @@ def trial_line(
     """
     parts = list(words)
     line = f"{tally.name} {number}".ljust(LABEL)
-    if len(parts) == 2:
+    wide = width >= WIDE
+    if len(parts) == 2 or (wide and len(parts) > 2):
         line += f"{parts[0].ljust(VERDICT)}  {parts[1].ljust(COST)}  "
         line += ("best so far" if is_best else "").ljust(13)
-        if width >= WIDE:
-            line += "  ".join(facts.words(tally.scale, tally.objective))
+        more = parts[2:] or (facts.words(tally.scale, tally.objective) if wide else [])
+        line += "  ".join(more)
     else:
         # Where a reason is told it gets the room.
         line += "  ".join(parts)

@@ -98,7 +98,7 @@ def test_each_worker_has_a_line_of_its_own() -> None:
     lines = shown(display)
     rows = [line for line in lines if "of 1," in line or "rehearsal" in line]
     assert [row.split()[:2] for row in rows[1:]] == [["trial", "0"], ["trial", "2"]]
-    assert "rehearsal 3 of 10" in rows[0]
+    assert rows[0].startswith("rehearsal ") and "fine-tune 3 of 10" in rows[0]
     Beside(display, "rehearsal").close()
     display.step("", 0, 0, worker="worker 2")
     assert sum("trial" in line and "fine-tune" in line for line in shown(display)) == 1
