@@ -333,7 +333,11 @@ def test_a_trial_goes_on_from_its_checkpoint_with_another_worker(bench: Bench) -
     second = take(study)
     assert second is not None
     steps: list[float] = []
-    bench.display.step = lambda phase, done, *_: steps.append(done)  # type: ignore[method-assign]
+
+    def step(phase: str, done: float, *_: Any) -> None:
+        steps.extend([done] if phase == "fine-tune" else [])
+
+    bench.display.step = step  # type: ignore[method-assign]
     ended = run_trial(bench, "exploration", space_of(bench), second)
     assert ended is not None and ended.state == TrialState.COMPLETE
     assert min(steps) > 0.5, "it didn't begin anew"
