@@ -339,6 +339,7 @@ def _analyse(
     groups: tuple[ChannelGroup, ...] = ()
     unfit: dict[str, str] = {}
     if table is None:
+        display.stage("layer table", 0)
         groups, readers, unfit = channel_groups(
             baseline.model, example, layers, left_alone, config.search
         )
