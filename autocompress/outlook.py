@@ -6,16 +6,18 @@ after five more, so a search for what is within delta after one epoch ends at tw
 it could have. But how much is won back differs from network to network. So there is a prior for it
 by the lengths alone, which what the study itself has seen corrects.
 
-    bound at the end = margin + kept * drop,    margin = bound - drop
+    bound at the end = margin + kept * drop - gained,    margin = bound - drop
 
-`kept` is the share of a trial's drop that is left, a product over the steps from the trial's length
-to the winner's. The margin, which the confidence asks for, stays: it is that of the images.
+`kept` is the share of a trial's drop that is left, and `gained` what every network gains whatever
+it had lost (much where the baseline was not trained to its end, or learns from more images now);
+both over the steps from the trial's length to the winner's. A rise is kept whole. The margin, which
+the confidence asks for, stays: it is that of the images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,18 +58,26 @@ class Step:
     longer: float
     pairs: tuple[tuple[float, float], ...] = ()
 
-    def kept(self, delta: float) -> float:
-        """The share of a drop that is left, 0 to 1.
+    def learned(self, delta: float) -> tuple[float, float]:
+        """The share of a drop that is left, 0 to 1, and what is gained whatever was lost, points.
 
-        Least squares through the origin on the pairs; the prior weighs as much as one network that
-        had lost delta.
+        Least squares on the pairs. The prior of the share weighs as much as one network that had
+        lost delta, and that of the gain, nothing, as much as one network.
         """
         if self.longer <= 1:
-            return 1.0
+            return 1.0, 0.0
         weight = (delta or 1.0) ** 2
-        products = weight * math.pow(self.longer, -RECOVERY) + sum(a * b for a, b in self.pairs)
-        squares = weight + sum(before**2 for before, _ in self.pairs)
-        return min(1.0, max(LEAST_KEPT, products / squares))
+        prior = math.pow(self.longer, -RECOVERY)
+        # after = kept * drop - gained, where a rise stays and adds to what is after.
+        drops = [max(before, 0.0) for before, _ in self.pairs]
+        ends = [after - min(before, 0.0) for before, after in self.pairs]
+        squares = weight + sum(drop**2 for drop in drops)
+        products = weight * prior + sum(d * e for d, e in zip(drops, ends, strict=True))
+        counted = 1 + len(drops)
+        determinant = squares * counted - sum(drops) ** 2
+        gained = max(0.0, (sum(drops) * products - squares * sum(ends)) / determinant)
+        kept = (products + gained * sum(drops)) / squares
+        return min(1.0, max(LEAST_KEPT, kept)), gained
 
 
 @dataclass(frozen=True)
@@ -85,11 +95,18 @@ class Outlook:
     steps: Mapping[str, Step]
     ends: Mapping[str, float] = field(default_factory=dict)
 
-    def kept(self, stage: str) -> float:
-        """Share of a trial's drop that is left in the end, 0 to 1."""
+    def learned(self, stage: str) -> tuple[float, float]:
+        """Share of a trial's drop that is left in the end, 0 to 1, and what it gains besides."""
         stages = list(self.steps)
-        later = stages[stages.index(stage) :] if stage in stages else []
-        return math.prod(self.steps[name].kept(self.delta) for name in later)
+        return self._over(stages[stages.index(stage) :] if stage in stages else [])
+
+    def _over(self, stages: Sequence[str]) -> tuple[float, float]:
+        """The same over some steps, one after the other."""
+        kept, gained = 1.0, 0.0
+        for stage in stages:
+            share, gain = self.steps[stage].learned(self.delta)
+            kept, gained = share * kept, share * gained + gain
+        return kept, gained
 
     def bound(self, stage: str, drop: float, margin: float) -> float:
         """The bound of a drop that is expected in the end, in points.
@@ -99,7 +116,7 @@ class Outlook:
             drop: What the trial lost, in points.
             margin: By how much its bound is larger.
         """
-        return margin + (self.kept(stage) * drop if drop > 0 else drop)
+        return margin + _after(drop, *self.learned(stage))
 
     def expected(self, stage: str, trial: FrozenTrial) -> float:
         """The bound that is expected of a finished trial, or that it came to; that of the trial
@@ -118,7 +135,8 @@ class Outlook:
 
     def useful(self, stage: str) -> float:
         """The most that a trial may lose to be of any use, in points."""
-        return max(LEAST_USEFUL, NEARLY / self.kept(stage)) * self.delta
+        kept, gained = self.learned(stage)
+        return max(LEAST_USEFUL * self.delta, (NEARLY * self.delta + gained) / kept)
 
     def having_seen(self, stage: str, before: float, after: float) -> Outlook:
         """The outlook that knows of one more network, fine-tuned as long as the winner.
@@ -130,9 +148,9 @@ class Outlook:
         """
         if stage not in self.steps:
             return self
-        last = list(self.steps)[-1]
-        if stage != last:
-            before *= self.kept(stage) / self.kept(last)
+        stages = list(self.steps)
+        before = _after(before, *self._over(stages[stages.index(stage) : -1]))
+        last = stages[-1]
         step = self.steps[last]
         pairs = (*step.pairs, (before, after))
         return replace(self, steps={**self.steps, last: replace(step, pairs=pairs)})
@@ -183,6 +201,11 @@ def rehearsal_of(studies: Mapping[str, Study]) -> Mapping[str, Any] | None:
     """What `finals.rehearse` found, and its "seconds"; None if there was none."""
     annealing = studies.get("annealing")
     return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
+
+
+def _after(drop: float, kept: float, gained: float) -> float:
+    """What a drop comes to."""
+    return (kept * drop if drop > 0 else drop) - gained
 
 
 def _times(longer: float, shorter: float) -> float:

@@ -573,11 +573,23 @@ def _shares(seconds: Mapping[str, float]) -> list[tuple[str, str, float]]:
 
 
 def _facts(view: View) -> list[tuple[str, str]]:
-    facts = [("seed", str(view.result.get("seed", "–")))]
+    facts = [("seed", str(view.result.get("seed", "–"))), *_finals(view)]
     for key in ("command", "device", "precision", "finished"):
         if view.result.get(key):
             facts.append((key, str(view.result[key])))
     return facts + [(k, str(v)) for k, v in (view.result.get("versions") or {}).items()]
+
+
+def _finals(view: View) -> list[tuple[str, str]]:
+    """What each long fine-tuning of the winner came to, by its seed."""
+    chosen = view.chosen or {}
+    bounds = chosen.get("final_bounds") or {}
+    if not bounds:
+        return []
+    ends = ", ".join(f"{signed(b, view.scale)} (seed {seed})" for seed, b in bounds.items())
+    own = "" if chosen.get("final_epochs") else "; the weights of the trial itself are better"
+    epochs = chosen.get("final_epochs") or view.result.get("final_epochs")
+    return [("winner, fine-tuned at length", f"{epochs:g} epochs; drop at most {ends}{own}")]
 
 
 def study_file(settings: Mapping[str, Any]) -> str:

@@ -133,7 +133,8 @@ class View:
             facts=next((a for a in attributes if a.get("layers")), {}),
             layer_errors=_layer_errors(records, chosen),
             scale=Scale.from_dict(result.get("metric")),
-            importance=importances(studies),
+            # It takes seconds in large spaces, so it is not told anew where it is known.
+            importance=result.get("importance") or importances(studies),
         )
 
 
@@ -218,7 +219,7 @@ def importances(studies: Mapping[str, Study]) -> dict[str, dict[str, float]]:
 def _importance(study: Study, objective: int) -> dict[str, float]:
     shares = get_param_importances(
         study,
-        evaluator=FanovaImportanceEvaluator(seed=0),
+        evaluator=FanovaImportanceEvaluator(n_trees=32, seed=0),
         target=lambda trial: trial.values[objective],
     )
     layers: dict[str, float] = defaultdict(float)

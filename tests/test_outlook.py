@@ -48,21 +48,46 @@ def trial(
 
 
 def test_the_longer_the_winners_fine_tuning_the_more_a_trial_may_lose() -> None:
-    kept = [Step(longer).kept(DELTA) for longer in (0.5, 1.0, 2.0, 10.0)]
+    kept = [Step(longer).learned(DELTA)[0] for longer in (0.5, 1.0, 2.0, 10.0)]
     assert kept[0] == kept[1] == 1.0 > kept[2] > kept[3] > 0.3
 
 
 def test_what_was_seen_outweighs_the_prior_the_more_the_larger_the_drops_were() -> None:
-    prior = Step(4.0).kept(DELTA)
-    assert Step(4.0, ((0.05, 0.05),)).kept(DELTA) == pytest.approx(prior, abs=0.01)
-    assert prior < 0.6 < Step(4.0, ((2.0, 1.8),)).kept(DELTA) < 0.9
-    assert Step(4.0, ((2.0, -1.0),)).kept(DELTA) == LEAST_KEPT  # one lucky run is no miracle
-    assert Step(4.0, ((2.0, 4.0),)).kept(DELTA) == 1.0
+    def kept(*pairs: tuple[float, float]) -> float:
+        return Step(4.0, pairs).learned(DELTA)[0]
+
+    prior = kept()
+    assert kept((0.05, 0.05)) == pytest.approx(prior, abs=0.01)
+    assert prior < 0.6 < kept((2.0, 1.8)) < 0.9
+    assert kept((2.0, -1.0)) == LEAST_KEPT  # one lucky run is no miracle
+    assert kept((2.0, 4.0)) == 1.0
+
+
+def test_what_every_network_gains_is_told_from_the_share_that_is_left() -> None:
+    true = [(drop, 0.5 * drop - 1.0) for drop in (0.0, 0.5, 1.0, 2.0, 4.0)]
+    kept, gained = Step(4.0, tuple(true * 20)).learned(DELTA)
+    assert (kept, gained) == (pytest.approx(0.5, abs=0.02), pytest.approx(1.0, abs=0.03))
+    # One network that rose tells of half as much gain, and nothing of the share.
+    kept, gained = Step(4.0, ((-0.1, -1.3),)).learned(DELTA)
+    assert (kept, gained) == (Step(4.0).learned(DELTA)[0], pytest.approx(0.6))
+    # No network loses by being fine-tuned longer.
+    assert Step(4.0, ((0.0, 2.0),)).learned(DELTA)[1] == 0.0
+
+
+def test_gains_add_up_over_the_steps() -> None:
+    pairs = ((0.0, -1.0), (1.0, -0.5))
+    outlook = Outlook(DELTA, {"exploration": Step(4.0, pairs), "annealing": Step(3.0, pairs)})
+    first, second = (outlook.steps[name].learned(DELTA) for name in outlook.steps)
+    by_steps = second[0] * (first[0] * 2.0 - first[1]) - second[1]
+    assert outlook.bound("exploration", 2.0, 0.3) == pytest.approx(0.3 + by_steps)
+    assert outlook.bound("annealing", -0.2, 0.3) == pytest.approx(0.3 - 0.2 - second[1])
+    most = outlook.useful("exploration")
+    assert outlook.bound("exploration", most, 0.0) == pytest.approx(1.5 * DELTA)
 
 
 def test_the_margin_stays_and_only_the_drop_is_won_back() -> None:
     outlook = Outlook(DELTA, {"annealing": Step(4.0)})
-    kept = outlook.kept("annealing")
+    kept, _ = outlook.learned("annealing")
     assert outlook.bound("annealing", 2.0, 0.5) == pytest.approx(0.5 + 2 * kept)
     assert outlook.bound("annealing", -0.2, 0.5) == pytest.approx(0.3)
     # Nothing follows such a trial.
@@ -74,7 +99,8 @@ def test_an_exploration_trial_has_two_steps_before_it() -> None:
     assert annealing_epochs(RECIPE) == 4.0
     steps = [step.longer for step in outlook.steps.values()]
     assert steps == [4.0, 4.0]
-    assert outlook.kept("exploration") == pytest.approx(outlook.kept("annealing") ** 2)
+    once, twice = (outlook.learned(stage)[0] for stage in ("annealing", "exploration"))
+    assert twice == pytest.approx(once**2)
     alone = outlook_of({"exploration": study_with()}, RECIPE, DELTA, annealed=False)
     assert alone.steps["exploration"].longer == 16.0
 
@@ -99,7 +125,8 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
     )
     found = outlook_of({"exploration": exploration, "annealing": annealing}, RECIPE, DELTA, True)
     assert found.steps["exploration"].pairs == ((2.0, 1.9),)
-    assert found.kept("exploration") > 1.3 * found.kept("annealing") ** 2
+    once, twice = (found.learned(stage)[0] for stage in ("annealing", "exploration"))
+    assert twice > 1.3 * once**2
 
 
 def test_the_rehearsal_tells_the_second_step() -> None:
@@ -107,13 +134,14 @@ def test_the_rehearsal_tells_the_second_step() -> None:
     annealing = study_with(trial(2.0), **{EPOCHS: 4.0, REHEARSAL: rehearsal})
     found = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
     assert found.steps["annealing"].pairs == ((2.0, 0.1),)
-    assert found.kept("annealing") < Step(4.0).kept(DELTA)
+    prior, _ = Step(4.0).learned(DELTA)
+    assert found.learned("annealing")[0] < prior
     # What that trial came to is known.
     assert found.expected("annealing", annealing.trials[0]) == 0.7
     assert found.expected("exploration", annealing.trials[0]) != 0.7
     # An exploration trial would first have lost less by the annealing's length.
     seen = found.having_seen("exploration", 4.0, 1.0)
-    assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * Step(4.0).kept(DELTA)), 1.0)
+    assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * prior), 1.0)
 
 
 def test_a_trial_of_some_use_in_the_end_is_not_stopped() -> None:
