@@ -48,7 +48,7 @@ from autocompress.store import open_study, trials_spent
 from autocompress.surgery import apply_plan
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
-from autocompress.trials import CHECKPOINT, INTERRUPTED, PARENT
+from autocompress.trials import CHECKPOINT, INTERRUPTED, PARENT, TRACEBACK
 from autocompress.watch import Watch
 from autocompress.weights import save_weights
 
@@ -209,6 +209,7 @@ def test_a_trial_that_fails_says_why(bench: Bench, error: Exception, reason: str
     frozen = run(bench)
     assert frozen.state == TrialState.FAIL
     assert frozen.user_attrs["reason"] == reason
+    assert "in loss" in frozen.system_attrs[TRACEBACK]
     assert bench.display.ends[0][-3:-1] == ("FAIL", reason)  # type: ignore[attr-defined]
     bench.task.loss = cross_entropy
     assert run(bench).state == TrialState.COMPLETE
