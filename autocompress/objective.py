@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -34,10 +35,12 @@ from autocompress.evaluation import (
     recalibrate,
 )
 from autocompress.exhibits import trial_files, trial_name
+from autocompress.facts import costs_of, facts_of
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
+from autocompress.news import Phase
 from autocompress.observation import Observations
 from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsal_of
 from autocompress.plan import Plan
@@ -53,11 +56,13 @@ from autocompress.task import Task
 from autocompress.training import Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
+    COST_METRICS,
     EARLY,
     NAME,
     PARENT,
     RATIO,
     SEED,
+    TRACEBACK,
     WEIGHTS,
     has_weights,
     lost,
@@ -76,14 +81,8 @@ WORK = ("recalibrate", "gate", "finetune", "evaluate")
 UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
 """Seconds after which an upload of weights that failed is tried again."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-COST_METRICS = {
-    "params": "params",
-    "size": "size_bytes",
-    "macs": "macs",
-    "latency": "latency_ms",
-    "params+macs": "share",
-}
-"""Objective to its place in the metrics of a trial."""
+MOST_OF_TRACEBACK = 8000
+"""Characters of a failed trial's traceback that the database keeps: its end says the most."""
 LATENCY = "latency"
 """User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
 
@@ -114,6 +113,7 @@ class Bench:
         int8: Whether networks are judged by their int8 files.
         watch: Asked at each step whether the trial should go on.
         checkpoint_every: Seconds between two checkpoints of a trial.
+        doing: What it does at the moment.
     """
 
     task: Task
@@ -136,6 +136,12 @@ class Bench:
     int8: bool = False
     watch: Watch = field(default_factory=Watch)
     checkpoint_every: float = 180.0
+    doing: Phase | None = None
+
+    def show(self, phase: str, done: float = 0.0, total: float = 0.0, note: str = "") -> None:
+        """Tell the display, and those who look from elsewhere, what is done at the moment."""
+        self.doing = (phase, done, total, note)
+        self.display.step(phase, done, total, note)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -247,6 +253,8 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> Fro
 def _failed(stage: str, trial: Trial, error: Exception) -> str:
     """Why a trial failed; the study's log has the whole story."""
     logger.warning("%s %d failed", stage, trial.number, exc_info=error)
+    text = "".join(format_exception(error))[-MOST_OF_TRACEBACK:]
+    trial.study._storage.set_trial_system_attr(trial._trial_id, TRACEBACK, text)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
     return f"{type(error).__name__}: {error}"
@@ -263,6 +271,7 @@ def announce(bench: Bench, trial: FrozenTrial) -> None:
         within_delta(trial),
         trial.state.name,
         trial.user_attrs.get("reason"),
+        facts_of(trial, costs_of(bench.baseline.profile.to_dict())),
     )
 
 
@@ -284,6 +293,7 @@ def _carry_out(
     trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
 
+    bench.show("build")
     model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
@@ -297,6 +307,7 @@ def _carry_out(
     gate = _gate(bench, stage, trial)
     closed = False
     if not gate.drops:
+        bench.show("recalibrate")
         recalibrate(model, task, RECALIBRATION_BATCHES)
         watch.lap("recalibrate")
         closed = gate.closes(model, 0)
@@ -304,7 +315,8 @@ def _carry_out(
         watch.lap("gate")
 
     def on_step(done: float, total: float, loss: float) -> None:
-        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
+        looked = f", drop {task.scale.number(gate.drops[-1])} so far" if gate.drops else ""
+        bench.show("fine-tune", done, total, f"loss {loss:.3f}{looked}")
         bench.watch.step()
 
     def hopeless(rung: int) -> bool:
@@ -344,6 +356,7 @@ def _carry_out(
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
+    bench.show("evaluate")
     after = evaluate(model, task, task.val)
     drop, bound = bench.judge(model, after)
     watch.lap("evaluate")

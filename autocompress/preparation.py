@@ -58,8 +58,6 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
-SETTINGS = "settings"
-"""User attribute of the exploration: the study file as JSON, without the database's password."""
 BASELINE = "baseline_weights"
 """User attribute of the exploration: the artifact of the baseline's weights."""
 TABLE = "layer_table"
@@ -341,6 +339,7 @@ def _analyse(
     groups: tuple[ChannelGroup, ...] = ()
     unfit: dict[str, str] = {}
     if table is None:
+        display.stage("layer table", 0)
         groups, readers, unfit = channel_groups(
             baseline.model, example, layers, left_alone, config.search
         )
