@@ -43,19 +43,27 @@ class Facts:
     tuned: bool = False
 
 
-def write_card(folder: Path, facts: Facts | None = None) -> None:
+def write_card(folder: Path, facts: Facts | None = None) -> str | None:
     """Write a network's model card, in one step; one that a person has made their own stays.
 
     Args:
         folder: A saved network, complete but for its card.
         facts: What else is known.
+
+    Returns:
+        Why it could not be written; None if all is well. A card never costs the network.
     """
     target = folder / CARD
     if target.exists() and not is_generated(target):
-        return
+        return None
     beside = folder / f".{CARD}.partial"
-    beside.write_text(card_text(folder, facts or Facts()), encoding="utf-8")
-    os.replace(beside, target)
+    try:
+        beside.write_text(card_text(folder, facts or Facts()), encoding="utf-8")
+        os.replace(beside, target)
+    except Exception as error:
+        beside.unlink(missing_ok=True)
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def is_generated(path: Path) -> bool:
@@ -95,6 +103,7 @@ def card_text(folder: Path, facts: Facts) -> str:
         baseline=baseline,
         found=found,
         tuned=facts.tuned,
+        int8=_int8(result, found),
         costs=_costs(folder, baseline, scale),
         compression=_compression(folder, baseline),
         plan=plan_summary(read_text(folder / "plan.json")),
@@ -113,6 +122,13 @@ def _network(manifest: Manifest) -> str:
     arguments = manifest.origin.get("arguments") or {}
     given = ", ".join(f"{name} = {value!r}" for name, value in arguments.items())
     return f"`{manifest.origin['source']}`" + (f" ({given})" if given else "")
+
+
+def _int8(result: Mapping[str, Any], found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the study measured of the network's int8 file; None where it is another's, or none."""
+    int8 = result.get("int8") or {}
+    own = all(int8.get(key) == found.get(key) for key in ("stage", "trial"))
+    return int8 if own and "val_score" in int8 else None
 
 
 def _data(result: Mapping[str, Any]) -> str | None:

@@ -145,7 +145,10 @@ def save_model(
         scripts = write_scripts(place, manifest, files)
         report = ExportReport(files, checks, skipped, _words(images), scripts)
         _write_json(place / "export.json", asdict(report))
-        write_card(place, facts)
+        reason = write_card(place, facts)
+        if reason is not None:
+            report = replace(report, skipped={**skipped, CARD: reason})
+            _write_json(place / "export.json", asdict(report))
     return report
 
 

@@ -96,9 +96,7 @@ def conclude(
             if int8 is not None:
                 home = folder.best if int8.label == winners[0].label else folder.second
                 summary["int8"] = int8.record | measure_int8(bench, int8, home, display)
-            write_card(folder.best, Facts(summary, best))
-            if summary["second"] is not None:
-                write_card(folder.second, Facts(summary, summary["second"]))
+            _cards(summary, folder, display)
     elif labelled:
         summary["nearest"] = nearest = _nearest(labelled, config.delta)
         trial = labelled[f"{nearest['stage']}/{nearest['trial']}"]
@@ -323,6 +321,15 @@ def _export(
         display.say(f"{place.name}/{name} was not written: {reason}")
     found["files"] = dict(export.files)
     found["export_differences"] = dict(export.checks)
+
+
+def _cards(summary: Mapping[str, Any], folder: StudyFolder, display: Display) -> None:
+    """The model cards of what was handed out, with all that the study measured."""
+    for place, name in ((folder.best, "best"), (folder.second, "second")):
+        if summary[name] is not None:
+            reason = write_card(place, Facts(summary, summary[name]))
+            if reason is not None:
+                display.say(f"{name}/README.md was not written: {reason}")
 
 
 def versions() -> dict[str, str]:

@@ -129,6 +129,26 @@ def test_it_says_what_a_study_measured(folder: Path) -> None:
     )
 
 
+def test_an_int8_file_has_figures_of_its_own(folder: Path) -> None:
+    int8 = {
+        "stage": "annealing", "trial": 3, "val_score": 95.1, "val_drop": 0.4,
+        "test_score": 94.4, "test_drop": 0.6,
+    }  # fmt: skip
+    text = card_text(folder, Facts({**result(), "int8": int8}, found()))
+    assert "| int8, on validation data | 95.50 % | 95.10 % | 0.40 points |" in text
+    assert "| int8, on test data | 95.00 % | 94.40 % | 0.60 points |" in text
+    others = {**result(), "int8": {**int8, "trial": 4}}
+    assert "int8, on" not in card_text(folder, Facts(others, found()))
+
+
+def test_a_card_never_costs_the_network(folder: Path) -> None:
+    before = (folder / CARD).read_text()
+    reason = write_card(folder, Facts(result(), {"val_score": "high", "val_drop": None}))
+    assert reason is not None and "Error" in reason
+    assert (folder / CARD).read_text() == before
+    assert not (folder / f".{CARD}.partial").exists()
+
+
 def test_it_says_nothing_that_is_not_known(folder: Path) -> None:
     text = (folder / CARD).read_text()
     matter = front(text)
