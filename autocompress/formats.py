@@ -540,6 +540,8 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore", torch.jit._trace.TracerWarning)
         # Sizes are tensors while a network is traced; torchvision's detectors copy theirs.
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+        # ExecuTorch's schema is read in an old way.
+        warnings.filterwarnings("ignore", message="open_text is dep", category=DeprecationWarning)
         # torch 2.11 says it of itself, in the name of `copyreg`.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         for logger in loggers:
