@@ -174,7 +174,7 @@ def test_files_are_compared_without_the_data_too(
     monkeypatch.setattr("autocompress.handout.task_from_config", gone)
     done = call("export", *at(small), "--format", "onnx", "--to", str(tmp_path / "it"))
     assert done.exit_code == 0
-    assert "The study's data can't be read" in done.stderr and "the disk is gone" in done.stderr
+    assert "the study's data can't be read" in done.stderr and "the disk is gone" in done.stderr
     assert "Compared with PyTorch on made-up inputs." in done.stdout
     # What the study knew is in its database.
     about = json.loads((tmp_path / "it" / "model.json").read_text())
