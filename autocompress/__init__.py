@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autocompress.config import load_config as load_config
     from autocompress.errors import AutocompressError as AutocompressError
     from autocompress.export import load as load
+    from autocompress.export import save as save
     from autocompress.metrics import MeanScore as MeanScore
     from autocompress.metrics import TorchMetric as TorchMetric
     from autocompress.plan import Plan as Plan
@@ -49,6 +50,7 @@ _HOMES = {
     "profile_model": "profiler",
     "quantize_onnx": "quantization",
     "run_study": "conductor",
+    "save": "export",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604

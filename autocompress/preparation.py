@@ -47,6 +47,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.task import Task
 from autocompress.training import Recipe, fastest_precision
+from autocompress.usage import usage_of
 from autocompress.weights import portable_state, save_weights, state_digest, write_weights
 
 COST_NAMES = {
@@ -406,8 +407,7 @@ def _facts(
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,
         "input_shapes": [list(value.shape) for value in bench.example],
-        "classes": list(task.classes),
-        "normalization": dict(task.normalization) if task.normalization is not None else None,
+        **usage_of(task),
     }
 
 

@@ -16,7 +16,7 @@ from typing import Protocol, Self
 from rich.console import Console
 from rich.live import Live
 
-from autocompress.formats import clean, format_ratio, format_seconds
+from autocompress.amounts import clean, format_ratio, format_seconds
 from autocompress.logs import SHOWN
 from autocompress.scale import ACCURACY, Scale
 from autocompress.screen import Panel, trial_line

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from autocompress.formats import clean, format_number, format_ratio, format_seconds, sparkline
+from autocompress.amounts import clean, format_number, format_ratio, format_seconds, sparkline
 from autocompress.tally import NO_FACTS, Facts, Row, Tally
 
 MOST_ROWS = 8

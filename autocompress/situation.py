@@ -20,10 +20,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from autocompress.amounts import format_ratio, format_seconds
 from autocompress.config import StudyConfig
 from autocompress.database import hide_password
 from autocompress.facts import Costs, cost_ratio, costs_of, facts_of
-from autocompress.formats import format_ratio, format_seconds
 from autocompress.news import NEWS, SILENT, doing_of
 from autocompress.progress import STEP_INTERVAL, can_redraw, plain_trial_line
 from autocompress.scale import Scale

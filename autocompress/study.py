@@ -540,31 +540,58 @@ def export(
         str, typer.Option(help="Which trial, e.g. annealing/7; best: the study's winner.")
     ] = "best",
     to: Annotated[str | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="onnx, onnx-fp16, pt2, torchscript, openvino, openvino-fp16, executorch, or all "
+            "that can be written here; again, or with commas, for several. By default onnx, pt2.",
+            show_default=False,
+        ),
+    ] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Add an int8 ONNX file; reads the study's data.")
     ] = False,
     storage: StorageOption = None,
     out: OutOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """Write any trial's network as safetensors, plan, ONNX and pt2, and with --int8 as int8 ONNX.
+    """Write any trial's network as files that run elsewhere, each with a program that runs it.
+
+    Every file is compared with the network on validation images.
 
     \b
-    Example:
+    Examples:
       python -m autocompress.study export my.toml --trial annealing/7 --to small/
+      python -m autocompress.study export runs/my --format onnx-fp16,openvino --int8
     """
-    from autocompress.handout import export_trial, quantizer_of
+    from dataclasses import asdict
+
+    from autocompress.formats import DEFAULT_FORMATS, choose_formats
+    from autocompress.handout import export_trial, quantizer_of, read_task
     from autocompress.sources import task_from_config
 
+    names = choose_formats(formats or DEFAULT_FORMATS)
     config = _config(study, {"run.storage": storage, "run.out": out})
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
     studies = _studies(config)
+    modules = _modules(study)
     quantizer = None
     if int8:
-        quantizer = quantizer_of(config, folder, task_from_config(config, _modules(study)))
-    written = export_trial(folder, studies, trial, target, _modules(study), quantizer, say=complain)
+        quantizer = quantizer_of(config, folder, task_from_config(config, modules))
+    reading = read_task(config, studies, modules, say=complain)
+    written = export_trial(
+        folder, studies, trial, target, modules, quantizer, complain, names, reading
+    )
+    voice = Voice(json=json)
+    voice.document({"folder": str(target.resolve()), **asdict(written)})
     for name, size in written.files.items():
-        _print(f"{target / name}  {size / 1e6:.3f} MB")
+        voice.say(f"{target / name}  {size / 1e6:.3f} MB")
+    for name in (*written.scripts, "README.md"):
+        voice.say(f"{target / name}")
+    if written.checks:
+        voice.say(f"Compared with PyTorch on {written.checked_with}.")
     for name, reason in written.skipped.items():
         complain(f"{name} was not written: {reason}")
 
@@ -966,10 +993,6 @@ def _tell(text: str) -> None:
 
     logging.getLogger("autocompress").info(text, extra=SHOWN)
     complain(text)
-
-
-def _print(what: Any) -> None:
-    Voice().say(what)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from autocompress.formats import clean, format_ratio, format_seconds
+from autocompress.amounts import clean, format_ratio, format_seconds
 from autocompress.scale import ACCURACY, Scale
 
 Clock = Callable[[], float]

@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from autocompress.formats import clean
+from autocompress.amounts import clean
 from autocompress.progress import (
     STEP_INTERVAL,
     Beside,

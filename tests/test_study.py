@@ -144,6 +144,54 @@ def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> Non
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_formats_are_asked_for_by_name(small: Path, tmp_path: Path) -> None:
+    there = tmp_path / "it"
+    done = call("export", *at(small), "--format", "onnx,onnx-fp16", "--to", str(there))
+    assert done.exit_code == 0 and "Compared with PyTorch on 64 real inputs." in done.output
+    names = {path.name for path in there.iterdir()}
+    assert {"model.onnx", "model.fp16.onnx", "predict_onnx.py", "README.md"} <= names
+    assert "model.pt2" not in names
+    about = json.loads((there / "model.json").read_text())
+    assert about["image"] == {"mode": "L", "resize": 8, "crop": [8, 8]}
+    assert about["task"]["kind"] == "classification"
+    # The study's own winner says the same of itself.
+    own = json.loads((small.parent / "small" / "best" / "model.json").read_text())
+    assert own == about
+
+
+def test_formats_that_cannot_be_written_cost_nothing(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "it"
+    said = fail(capsys, "export", *at(small), "--format", "onx", "--to", str(there))
+    assert "Did you mean 'onnx'?" in said and not there.exists()
+
+
+def test_files_are_compared_without_the_data_too(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("autocompress.handout.task_from_config", gone)
+    done = call("export", *at(small), "--format", "onnx", "--to", str(tmp_path / "it"))
+    assert done.exit_code == 0
+    assert "the study's data can't be read" in done.stderr and "the disk is gone" in done.stderr
+    assert "Compared with PyTorch on made-up inputs." in done.stdout
+    # What the study knew is in its database.
+    about = json.loads((tmp_path / "it" / "model.json").read_text())
+    assert about["image"] == {"mode": "L", "resize": 8, "crop": [8, 8]}
+
+
+def test_the_winner_has_a_model_card(small: Path) -> None:
+    folder = small.parent / "small"
+    result = json.loads((folder / "result.json").read_text())
+    text = (folder / "best" / "README.md").read_text()
+    assert f"{result['best']['test_score']:.2f} %" in text
+    assert "Test data was read once by the study" in text
+    assert "pipeline_tag: image-classification" in text
+
+
 def test_a_trial_is_handed_out_in_int8(small: Path, tmp_path: Path) -> None:
     there = str(tmp_path / "it")
     done = call("export", *at(small), "--trial", "exploration/0", "--to", there, "--int8")
@@ -152,6 +200,8 @@ def test_a_trial_is_handed_out_in_int8(small: Path, tmp_path: Path) -> None:
     assert re.search(r"int8 \(minmax\): [\d.]+ % on validation data", done.stderr)
     sizes = json.loads((tmp_path / "it" / "export.json").read_text())["files"]
     assert sizes["model.int8.onnx"] < sizes["model.onnx"]
+    text = (tmp_path / "it" / "README.md").read_text()
+    assert "`model.int8.onnx`" in text and "Test data was not read for this network" in text
     (output,) = autocompress.open_onnx(tmp_path / "it" / "model.int8.onnx")(torch.zeros(2, 1, 8, 8))
     assert output.shape == (2, 10)
 
