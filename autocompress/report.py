@@ -19,7 +19,9 @@ import optuna
 
 from autocompress.artifacts import write_text
 from autocompress.figures import history_figure, outside, pareto_figure
+from autocompress.formats import FORMATS, INT8_FILE
 from autocompress.layermap import kind_of, layer_rows, segments
+from autocompress.predict import script_of
 from autocompress.scale import Scale
 from autocompress.view import OBJECTIVES, TrialView, View, divide, history, metrics_of_profile
 from autocompress.wording import (
@@ -539,21 +541,17 @@ def _pace(view: View) -> str:
     return "; ".join(words)
 
 
-USES = {
-    "model.safetensors": "weights; with plan.json and model.json, what autocompress.load() reads",
-    "model.onnx": "ONNX Runtime and others, any batch size",
-    "model.int8.onnx": "the same in int8",
-    "model.pt2": "torch.export.load(), without autocompress",
-}
-"""What an exported file is for."""
-
-
-def _exported(view: View) -> list[tuple[str, str, str]]:
-    """File, size and use of each exported file of the winner."""
+def _exported(view: View) -> list[tuple[str, str, str, str]]:
+    """File, size, use and program of each exported file of the winner."""
     sizes = (view.chosen or {}).get("files") or {}
+    uses = {
+        "model.safetensors": "weights, which autocompress.load() reads",
+        **{one.file: one.use for one in FORMATS.values()},
+        INT8_FILE: "the ONNX file in int8",
+    }
     return [
-        (name, quantity(sizes[name], "size_bytes"), use)
-        for name, use in USES.items()
+        (name, quantity(sizes[name], "size_bytes"), use, script_of(name))
+        for name, use in uses.items()
         if name in sizes
     ]
 

@@ -666,7 +666,8 @@ def test_markdown_says_the_same(tmp_path: Path) -> None:
         assert f"\n{heading}\n\n" in text
     assert "| layer2.conv | conv 16→32, 3×3, stride 2 | tucker2 (rank_in 8, rank_out 8) |" in text
     assert "1,234 images a second were learned from; 12.5 % of a trial" in text
-    assert "| best/model.onnx | 39.1 kB | ONNX Runtime and others, any batch size |" in text
+    program = "`python best/predict_onnx.py IMAGE`"
+    assert f"| best/model.onnx | 39.1 kB | ONNX Runtime and others | {program} |" in text
     assert "| 20 epochs; drop at most −0.20 (seed 0), 0.93 (seed 1) |" in text
     assert "the weights of the trial itself" not in text
     assert "\n\n\n" not in text
