@@ -505,9 +505,10 @@ def export(
     **Example:** `python -m autocompress.study export my.toml --trial annealing/7 --to small/`
     """
     from autocompress.handout import export_trial, quantizer_of
-    from autocompress.sources import task_from_config
+    from autocompress.sources import load_transforms, task_from_config
 
     config = _config(study, {"run.storage": storage, "run.out": out})
+    load_transforms(config, _modules(study))
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
     studies = _studies(config)
