@@ -72,7 +72,7 @@ def compress(
         ConfigError: If an argument is wrong; before any work is spent.
         StudyMismatch: If the folder holds a study that was made with other settings.
 
-    Example:
+    Examples:
         >>> outcome = autocompress.compress(model, train, test, delta=1.0)  # doctest: +SKIP
         >>> outcome.model, outcome.summary["best"]["test_drop"]  # doctest: +SKIP
     """
