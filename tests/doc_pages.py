@@ -78,7 +78,7 @@ def blocks(text: str) -> list[Block]:
 
 def commands(text: str) -> list[str]:
     """The commands of a bash block: comments cut off, continued lines joined, `&&` split."""
-    text = re.sub(r"\\\n\s*", " ", text)
+    text = re.sub(r"\s*\\\n\s*", " ", text)
     found: list[str] = []
     rest = ""
     for line in text.splitlines():
