@@ -4,7 +4,8 @@ A page's blocks are carried out in their order, in one folder and one Python nam
 
 - `python` runs. A block whose first line is `# name.py` is written to that file, too.
 - `toml` is parsed as (a part of) a study file, and written to the file that its first line names.
-- `bash`: each command has a rule, see `Page.command`. What isn't run is in `NOT_RUN`, with the reason.
+- `bash`: each command has a rule, see `Page.command`. What isn't run is in `NOT_RUN` and
+  `NOT_RUN_PROGRAMS`, with the reason.
 - `text`, or no language: what a program prints, or a layout of files.
 
 Any other language is an error, and so is a command without a rule: nothing is passed over.
@@ -138,11 +139,11 @@ class Page:
 
     def command(self, line: str) -> None:
         """A command: ours, pip's, a script's, or one that is not run."""
+        plain = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
         ours = re.match(
-            r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun .*?) -m autocompress\.study|autocompress)\b(.*)",
-            line,
+            r"(?:(?:python|torchrun .*?) -m autocompress\.study|autocompress)\b(.*)", plain
         )
-        script = re.match(r"(?:[A-Z_]+=\S+ )*(?:python )?scripts/([\w.]+)(.*)", line)
+        script = re.match(r"(?:python )?scripts/([\w.]+)(.*)", plain)
         if ours:
             self.study(shlex.split(ours[1]))
         elif line.startswith("pip install "):

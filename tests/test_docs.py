@@ -277,6 +277,27 @@ def test_a_wrong_script_or_option_is_noticed() -> None:
     check_install([".", "autocompress[ray,slurm]", "nncf"])
 
 
+def test_a_broken_site_is_noticed(tmp_path: Path) -> None:
+    """What `scripts/docs` looks for in the site that it has built."""
+    (tmp_path / "a.html").write_text(
+        '<h1 id="a">[see this][gone.away]</h1><a href="b.html#b"></a><a href="b.html#c"></a>'
+        '<img src="c.png"><code>[x][y]</code><a href="https://elsewhere"></a>'
+    )
+    (tmp_path / "b.html").write_text('<h1 id="b"></h1><a href="../out.py"></a>')
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "check_site.py", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        "a.html: b.html#c: there is no such place in b.html",
+        "a.html: c.png leads nowhere",
+        "a.html: [see this][gone.away] was not resolved",
+        "b.html: ../out.py leads nowhere",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("zensical") is None, reason="needs the extra docs")
 def test_the_site_can_be_built() -> None:
