@@ -43,7 +43,8 @@ NOT_RUN = {
     "worker": "it joins a study that runs; tests/test_workers.py does",
     "train": "it trains a network for long; tests/test_pretrain.py does",
 }
-"""Commands of ours whose lines are only parsed."""
+"""Commands of ours whose lines are only parsed; so are those with --watch, which go on, and with
+--storage, which want a server."""
 
 NOT_RUN_PROGRAMS = {
     r"export [A-Z_]+=\S+": "sets a variable for the lines below, which are only parsed",
@@ -139,7 +140,7 @@ class Page:
 
     def command(self, line: str) -> None:
         """A command: ours, pip's, a script's, or one that is not run."""
-        plain = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line)
+        plain = re.sub(r"^(?:[A-Z_]+=\S+ )+| > \S+$", "", line)
         ours = re.match(
             r"(?:(?:python|torchrun .*?) -m autocompress\.study|autocompress)\b(.*)", plain
         )
@@ -163,8 +164,8 @@ class Page:
         study = given.get("study")
         if name == "run":
             self.run(args, given)
-        elif name not in NOT_RUN and not given.get("watch"):
-            if study is not None and study.endswith(".toml") and not Path(study).exists():
+        elif name not in NOT_RUN and not given.get("watch") and not given.get("storage"):
+            if study is not None and re.search(r"\.toml$|/", study) and not Path(study).exists():
                 args = ["runs/quickstart" if arg == study else arg for arg in args]
             # The study of the tests is short; any of its trials will do.
             args = ["best" if re.fullmatch(r"(exploration|annealing)/\d+", a) else a for a in args]
