@@ -11,10 +11,10 @@ From the command line: `python -m autocompress.study --help`.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from autocompress.api import compress as compress
     from autocompress.conductor import Outcome as Outcome
     from autocompress.conductor import run_study as run_study
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from autocompress.config import load_config as load_config
     from autocompress.errors import AutocompressError as AutocompressError
     from autocompress.export import load as load
+    from autocompress.export import save as save
     from autocompress.metrics import MeanScore as MeanScore
     from autocompress.metrics import TorchMetric as TorchMetric
     from autocompress.plan import Plan as Plan
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from autocompress.scale import Scale as Scale
     from autocompress.surgery import apply_plan as apply_plan
     from autocompress.task import Task as Task
-
-try:
-    __version__ = version("autocompress")
-except PackageNotFoundError:
-    __version__ = "0.0.0"
 
 _HOMES = {
     "AutocompressError": "errors",
@@ -54,18 +50,31 @@ _HOMES = {
     "profile_model": "profiler",
     "quantize_onnx": "quantization",
     "run_study": "conductor",
+    "save": "export",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `--help` doesn't wait for torch."""
+    """Find a public name when it is first used, so that `--help` doesn't wait for torch."""
+    if name == "__version__":
+        globals()[name] = found = _version()
+        return found
     if name not in _HOMES:
         raise AttributeError(f"module 'autocompress' has no attribute {name!r}")
     value = getattr(import_module(f"autocompress.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("autocompress")
+    except PackageNotFoundError:
+        return "0.0.0"
 
 
 def __dir__() -> list[str]:

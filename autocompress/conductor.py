@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from itertools import takewhile
@@ -25,24 +25,27 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.artifacts import open_artifacts, write_text
-from autocompress.config import StudyConfig, bound_settings
+from autocompress.config import StudyConfig, bound_settings, flatten
 from autocompress.crew import Crew, Solo, Team
-from autocompress.dashboard import annotate
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.exhibits import publish
 from autocompress.finals import rehearse
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
+from autocompress.logs import study_log
 from autocompress.models import load_state
+from autocompress.news import Bulletin, doing_of
+from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, announce, best_so_far, timed
 from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
+from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
     COST_NAMES,
     DATA,
     FINGERPRINTS,
-    SETTINGS,
     WEIGHTS,
     describe_study,
     prepare,
@@ -58,6 +61,7 @@ from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
 from autocompress.store import (
     PLACE,
+    SETTINGS,
     StudyFolder,
     check_same,
     excuse,
@@ -68,9 +72,11 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
-from autocompress.trials import has_weights, violation, within_delta
+from autocompress.trials import TRACEBACK, has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
+
+logger = logging.getLogger("autocompress")
 
 MAX_PARENTS = 4
 """How many of the exploration's trials annealing may start from."""
@@ -161,8 +167,8 @@ def run_study(
     _check_workers(config, task)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
-    with folder.lock(), _log_to(folder.log):
-        url = folder.storage_url(config.run.storage)
+    url = folder.storage_url(config.run.storage)
+    with folder.lock(), log_of(config, folder, command):
         storage = open_storage(url)
         storage.say = display.say
         with sole(storage, config.name) as hold:
@@ -241,9 +247,8 @@ def _check_workers(config: StudyConfig, task: Task) -> None:
 
 
 def _run(setting: _Setting, command: str) -> Outcome:
-    config, task, display = setting.config, setting.task, setting.display
-    folder, watch = setting.folder, setting.watch
-    seconds: dict[str, float] = {}
+    """Open the study and carry it out, with news of it in the database."""
+    config, task, folder = setting.config, setting.task, setting.folder
     bound = {
         **bound_settings(config),
         DATA: task.fingerprint,
@@ -254,10 +259,11 @@ def _run(setting: _Setting, command: str) -> Outcome:
         config.name,
         "exploration",
         bound=bound,
-        drop_name=setting.task.scale.drop_name,
+        drop_name=task.scale.drop_name,
         cost_name=COST_NAMES[config.objective],
     )
     folder.claim(exploration)
+    folder.remember(setting.modules)
     if config.search.stage == "annealing" and not trials_spent(exploration):
         raise ConfigError(
             "search.stage = 'annealing' goes on from an exploration, and this study has none yet; "
@@ -266,6 +272,17 @@ def _run(setting: _Setting, command: str) -> Outcome:
     settings = config.model_dump_json(indent=1)
     write_text(folder.config, settings)
     exploration.set_user_attr(SETTINGS, settings)
+    with Bulletin(setting.display, exploration) as display:
+        return _conduct(replace(setting, display=display), exploration, bound, command)
+
+
+def _conduct(
+    setting: _Setting, exploration: Study, bound: Mapping[str, Any], command: str
+) -> Outcome:
+    """Everything in order, from the baseline to the report."""
+    config, task, display = setting.config, setting.task, setting.display
+    folder, watch = setting.folder, setting.watch
+    seconds: dict[str, float] = {}
     store = _store(exploration, setting.place)
     prepared = prepare(config, task, display, folder, exploration, store, seconds)
     bench, space = prepared.bench, prepared.space
@@ -295,11 +312,26 @@ def _run(setting: _Setting, command: str) -> Outcome:
     if rehearsal is not None:
         seconds["rehearsal"] = rehearsal["seconds"]
     summary = conclude(config, bench, folder, display, seconds, command)
-    for study in bench.studies.values():
-        annotate(study)
     write_report(summary, exploration, annealing, folder.report)
     display.say(f"Report: {folder.report}")
+    _show(summary, bench, folder, display)
     return _outcome(summary, bench, folder)
+
+
+def _show(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder, display: Display) -> None:
+    """Let the dashboard show how the study ended, with its report and result as artifacts."""
+    exploration = bench.studies["exploration"]
+    kept = exploration.user_attrs.get(OUTCOME) or {}
+    if kept.get("finished") != summary["finished"]:
+        artifacts = {}
+        try:
+            artifacts = publish(
+                [folder.report, folder.result], list(bench.studies.values()), bench.store
+            )
+        except OSError as error:
+            display.say(f"The report is not among the study's artifacts: {error}")
+        exploration.set_user_attr(OUTCOME, outcome_facts(summary, artifacts))
+    annotate(bench.studies)
 
 
 def _store(study: Study, place: str) -> ArtifactStore:
@@ -388,6 +420,7 @@ def _run_stage(
 
     show()
     stale, looked = StaleWatch(), -LOOK
+    others: dict[str, int] = {}
     shown = {trial.number for trial in trials_spent(study)}
     while True:
         top_up(study, stage.total)
@@ -395,6 +428,7 @@ def _run_stage(
         for trial in ended:
             if trial.number not in shown:
                 announce(bench, trial)
+                _log_failure(trial)
                 shown.add(trial.number)
         _check_failures(stage, ended)
         if len(ended) >= stage.total:
@@ -410,15 +444,36 @@ def _run_stage(
             looked = time.monotonic()
             setting.hold()
             stale.cut_off_stale(study)
-            _show_others(study, display)
+            _show_others(study, display, others)
 
 
-def _show_others(study: Study, display: Display) -> None:
-    """Show which trials run on other machines."""
-    for trial in running(study):
-        host, _, _ = trial.user_attrs.get(WORKER, "").rpartition("/")
-        if host not in ("", host_name()):
-            display.step(f"on {host}", 0, 1, worker=f"{host}, trial {trial.number}")
+def _show_others(study: Study, display: Display, shown: dict[str, int]) -> None:
+    """Show what workers on other machines do.
+
+    Args:
+        study: The stage's.
+        display: Told of them.
+        shown: Which trial is shown of each of them; kept up to date.
+    """
+    now = {str(trial.user_attrs.get(WORKER, "")): trial for trial in running(study)}
+    now = {k: t for k, t in now.items() if k.rpartition("/")[0] not in ("", host_name())}
+    for worker in shown.keys() - now.keys():
+        del shown[worker]
+        display.step("", 0, 0, worker=worker)
+    for worker, trial in now.items():
+        if shown.get(worker) != trial.number:
+            shown[worker] = trial.number
+            display.trial_started(trial.number, worker)
+        doing = doing_of(trial)
+        if doing is not None:
+            display.step(*doing, worker=worker)
+
+
+def _log_failure(trial: FrozenTrial) -> None:
+    """Put in the log what a worker on another machine has in its own."""
+    host, _, _ = str(trial.user_attrs.get(WORKER, "")).rpartition("/")
+    if TRACEBACK in trial.system_attrs and host not in ("", host_name()):
+        logger.warning("trial %d on %s:\n%s", trial.number, host, trial.system_attrs[TRACEBACK])
 
 
 def _end_of(trial: FrozenTrial) -> datetime:
@@ -551,18 +606,8 @@ def _spent(study: Study) -> float:
     return round(sum(d.total_seconds() for d in durations if d is not None), 2)
 
 
-@contextmanager
-def _log_to(path: Path) -> Iterator[None]:
-    """Append what the package says to the study's log."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("autocompress")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()
+def log_of(config: StudyConfig, folder: StudyFolder, command: str) -> AbstractContextManager[None]:
+    """A block in which everything that is said goes to the study's log, without passwords."""
+    url = config.run.storage or ""
+    settings = flatten(config.model_dump(mode="json"))
+    return study_log(folder.log, command, settings, {url: hide_password(url)} if url else {})

@@ -6,6 +6,7 @@ is wrong with it, one line an error. Nothing here imports torch, so that `--help
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,8 @@ Names = Annotated[tuple[str, ...], _AsTuple]
 Positive = Annotated[float, Field(gt=0)]
 
 # In memory None stands for what the study finds out by itself; TOML has no such value.
-_AutoIsNone = BeforeValidator(lambda value: None if value == "auto" else value)
+AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
+"""Marks fields that may be "auto"."""
 Numbers = Annotated[tuple[float, ...], _AsTuple]
 
 NAMED_DATA = ("digits", "tiny-imagenet", "imagenet", "vww")
@@ -247,23 +249,23 @@ class SearchConfig(_Section):
 class FinetuneConfig(_Section):
     """How a compressed network recovers."""
 
-    epochs: Annotated[float | None, _AutoIsNone] = Field(
+    epochs: Annotated[float | None, AUTO] = Field(
         default=None,
         ge=0,
         description="Passes over the training data in a trial of the exploration, or 'auto': as a "
         "probe tells. A trial of the annealing has the geometric mean of this and final_epochs.",
     )
-    final_epochs: Annotated[float | None, _AutoIsNone] = Field(
+    final_epochs: Annotated[float | None, AUTO] = Field(
         default=None,
         ge=0,
         description="Passes over the training data for the winner, or 'auto': ten times epochs.",
     )
-    learning_rate: Annotated[float | None, _AutoIsNone] = Field(
+    learning_rate: Annotated[float | None, AUTO] = Field(
         default=None,
         gt=0,
         description="Peak of the schedule, or 'auto': as a probe tells.",
     )
-    final_learning_rate: Annotated[float | None, _AutoIsNone] = Field(
+    final_learning_rate: Annotated[float | None, AUTO] = Field(
         default=None,
         gt=0,
         description="The same for the winner, or 'auto': twice that of a trial where it is "
@@ -272,7 +274,7 @@ class FinetuneConfig(_Section):
     distillation: float = Field(
         default=0.5, ge=0, le=1, description="Share of the loss that imitates the baseline."
     )
-    gate: Annotated[float | None, _AutoIsNone] = Field(
+    gate: Annotated[float | None, AUTO] = Field(
         default=None,
         ge=0,
         description="Drop before fine-tuning at which a trial stops, or 'auto': 50 points; for a "
@@ -289,7 +291,7 @@ class LatencyConfig(_Section):
         "torch and torch-compile (PyTorch on the CPU), or cuda (PyTorch on the GPU).",
     )
     batch_size: int = Field(default=1, ge=1, description="Images in a timed batch.")
-    threads: Annotated[int | None, _AutoIsNone] = Field(
+    threads: Annotated[int | None, AUTO] = Field(
         default=None, ge=1, description="CPU threads, or 'auto': as many as PyTorch has."
     )
 
@@ -307,7 +309,7 @@ class RunConfig(_Section):
         description="Where weights are kept: a folder that all workers share, or s3://BUCKET; "
         "None: in the study's folder.",
     )
-    workers: Annotated[int | None, _AutoIsNone] = Field(
+    workers: Annotated[int | None, AUTO] = Field(
         default=None,
         ge=0,
         description="Processes that run trials on this machine, or 'auto': one for each GPU, or "
@@ -389,7 +391,7 @@ class StudyConfig(_Section):
 
 
 # Budgets and places: a study may be continued with other values of these.
-_UNBOUND = {
+UNBOUND = {
     "int8",
     "search.trials",
     "search.annealing_trials",
@@ -400,7 +402,7 @@ _UNBOUND = {
     "data.root",
 }
 
-_UNITS = {
+UNITS = {
     "delta": "points of accuracy, or the metric's unit",
     "finetune.gate": "points of accuracy, or the metric's unit",
     "finetune.epochs": "passes over the training data",
@@ -522,6 +524,39 @@ def cache_folder() -> Path:
     return Path(home) if home else Path.home() / ".cache" / "autocompress"
 
 
+def parse_value(text: str) -> Any:
+    """What is given as `key=value` on a command line: TOML as in a study file, else JSON, else a
+    text that needs no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def parse_pairs(pairs: Sequence[str], option: str, example: str) -> dict[str, Any]:
+    """What several `key=value` say.
+
+    Args:
+        pairs: As they were given.
+        option: By which option, for messages.
+        example: One, for messages.
+
+    Raises:
+        ConfigError: If one has no equals sign.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {pair}: give key=value, e.g. {example}.")
+        found[key] = parse_value(value)
+    return found
+
+
 def flatten(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables as one table with dotted keys; empty tables are left out."""
     return dict(_walk(nested, ""))
@@ -542,7 +577,7 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
     if config.baseline.recipe is None and config.baseline.learning_rate is None:
         # What studies were bound to when this was the field's default.
         fields["baseline.learning_rate"] = 0.1
-    return {k: v for k, v in fields.items() if k not in _UNBOUND and not k.startswith("run.")}
+    return {k: v for k, v in fields.items() if k not in UNBOUND and not k.startswith("run.")}
 
 
 def own_code(config: StudyConfig) -> list[str]:
@@ -698,7 +733,7 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown value {_show(value)}.{did_you_mean(str(value), known)}"
     if kind in _BOUNDS:
         sign, bound = _BOUNDS[kind]
-        unit = f" ({_UNITS[key]})" if key in _UNITS else ""
+        unit = f" ({UNITS[key]})" if key in UNITS else ""
         return f"{key} = {_show(value)} must be {sign} {context[bound]:g}{unit}"
     if kind in _EXPECTED:
         return f"{key}: expected {_EXPECTED[kind]}, got {_show(value)}"

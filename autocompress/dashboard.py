@@ -1,85 +1,59 @@
-"""Optuna's dashboard on the studies of a folder: notes for people, and a server on loopback."""
+"""optuna-dashboard on a study: where the study is, a server, and news while it serves."""
 
 from __future__ import annotations
 
-import warnings
+import logging
+import threading
 import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import optuna
 import optuna_dashboard
-from optuna.artifacts import get_all_artifact_meta
+import optuna_dashboard._app
 from optuna.artifacts._protocol import ArtifactStore
-from optuna.trial import FrozenTrial, TrialState
+from optuna.study import Study
+from optuna.trial import FrozenTrial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from autocompress.database import hide_password, open_storage
+from autocompress.artifacts import open_artifacts
+from autocompress.database import PatientStorage, hide_password, open_storage
 from autocompress.errors import ConfigError
-from autocompress.scale import Scale
-from autocompress.trials import lost, violation, within_delta
-from autocompress.view import OBJECTIVES, pareto_trials
-from autocompress.wording import (
-    latency_label,
-    plan_channels,
-    plan_layers,
-    quantity,
-    transform_text,
-)
+from autocompress.notes import OUTCOME
+from autocompress.pinboard import annotate
+from autocompress.process import SEARCHING
+from autocompress.store import PLACE, STAGES, load_stages
 
-_METRICS = {
-    "score": "",
-    "params": "params",
-    "size_bytes": "size",
-    "macs": "MACs",
-    "latency_ms": "latency",
-    "memory_bytes": "memory",
+logger = logging.getLogger("autocompress")
+
+REFRESH = 5.0
+"""Seconds between two looks for trials that have ended."""
+PATIENCE = 20.0
+"""Seconds for which a page waits for a database that is away."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Addresses that no other machine reaches."""
+
+_STYLE = b"""<style>
+/* A plan is one long line, and would make a trial's page as wide as itself. */
+p.MuiTypography-root { white-space: normal; overflow-wrap: anywhere; }
+/* Or a row of a table as high as a page. */
+.MuiTableBody-root .MuiTableCell-root {
+  max-width: min(36em, 45vw); white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
 }
-
-
-def annotate(study: optuna.Study, artifact_store: Any = None) -> int:
-    """Write the baseline as the study's note and a note on each trial of the Pareto front.
-
-    Where no trial is within delta, the one with the smallest drop gets the note. A note that is
-    there already stays as it is, so that what a user wrote in the dashboard is never lost.
-
-    Args:
-        study: "NAME-exploration" or "NAME-annealing", with the attributes that the conductor sets.
-        artifact_store: Names the store when given: notes then list the artifacts of the trial,
-            which the dashboard offers for download when it is served with the same store.
-
-    Returns:
-        Number of notes written.
-    """
-    attributes = study.user_attrs
-    if "delta" not in attributes:
-        # The baseline is still being made; a note that is there stays as it is.
-        return 0
-    delta = float(attributes["delta"])
-    metric = OBJECTIVES[str(attributes.get("objective", "params"))][0]
-    scale = Scale.from_dict(attributes.get("metric"))
-    names = [scale.drop_name, metric]
-    if study.metric_names is None:
-        with warnings.catch_warnings():
-            # Marked experimental since 3.2; without it the axes of the plots have no names.
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(names)
-    written = _save_once(study, _study_note(study))
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    nearest = sorted(trials, key=violation)[:1]
-    for trial in pareto_trials(trials) or nearest:
-        files = []
-        if artifact_store is not None:
-            # FrozenTrial has no storage of its own, so it is passed along.
-            metas = get_all_artifact_meta(trial, storage=study._storage)
-            files = [meta.filename for meta in metas]
-        note = _trial_note(trial, attributes.get("baseline") or {}, delta, scale, files)
-        written += _save_once(_TrialHandle(study, trial), note)
-    return written
+/* Tables of notes. */
+.MuiCardContent-root > table { border-collapse: collapse; }
+.MuiCardContent-root > table :is(td, th) {
+  padding: 3px 18px 3px 0; border-bottom: 1px solid #8884; text-align: start;
+}
+.MuiCardContent-root > table [style*="right"] { text-align: end !important; }
+/* Plots of a study's own come first, and in line with the other cards. */
+.MuiGrid-root:has(> .MuiPaper-root [id^="user-defined-plot:"]) {
+  order: -1; padding: 16px 0 0 16px;
+}
+</style></head>"""
 
 
 def build_server(
@@ -96,10 +70,11 @@ def build_server(
     Raises:
         ConfigError: Database or port is missing.
     """
-    _check_database(storage)
-    app = optuna_dashboard.wsgi(open_storage(storage), artifact_store=store)
+    check_database(storage)
+    _mend_pages()
+    app = optuna_dashboard.wsgi(open_storage(storage, PATIENCE), artifact_store=store)
     try:
-        return make_server(host, port or 0, app, _ThreadedServer, _QuietHandler)
+        return make_server(host, port or 0, _styled(app), _ThreadedServer, _QuietHandler)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
@@ -115,6 +90,7 @@ def serve(
     port: int | None = None,
     open_browser: bool = False,
     on_ready: Callable[[str], None] | None = None,
+    study: str | None = None,
 ) -> None:
     """Serve the dashboard until Ctrl-C.
 
@@ -125,6 +101,7 @@ def serve(
         port: None takes a free one.
         open_browser: Open the address in the user's browser.
         on_ready: Called once with the address, when connections are accepted.
+        study: Name of the study whose notes and plots are kept up to date meanwhile.
     """
     with build_server(storage, store, host, port) as server:
         url = f"http://{_in_url(host)}:{server.server_port}/"
@@ -132,10 +109,178 @@ def serve(
             on_ready(url)
         if open_browser:
             webbrowser.open(url)
+        reporter = None if study is None else Reporter(storage, study)
+        if reporter is not None:
+            reporter.start()
         try:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             pass
+        finally:
+            if reporter is not None:
+                reporter.stop()
+
+
+class Reporter:
+    """Keeps notes and plots of a study up to date in the background, so that no worker has to.
+
+    Args:
+        storage: SQLAlchemy URL.
+        study: The study's name, without a stage.
+        every: Seconds between two looks.
+    """
+
+    def __init__(self, storage: str, study: str, every: float = REFRESH) -> None:
+        self._url, self._study, self._every = storage, study, every
+        self._stages: dict[str, Study] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; what is being written is written, unless the database is away."""
+        self._over.set()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        storage: PatientStorage | None = None
+        seen: object = None
+        while not self._over.is_set():
+            try:
+                storage = storage or open_storage(self._url, PATIENCE)
+                seen = self._look(storage, seen)
+            except Exception as error:
+                # Pages are served without fresh notes too; the next look may find the cause gone.
+                logger.warning("Notes and plots are not up to date: %s", error)
+            self._over.wait(self._every)
+        if storage is not None:
+            storage.remove_session()
+            storage.engine.dispose()
+
+    def _look(self, storage: PatientStorage, seen: object) -> object:
+        """Write what is new, if trials have ended since the last look; returns what was seen."""
+        if len(self._stages) < len(STAGES):
+            # Kept, for they remember the trials that have ended.
+            self._stages = {**load_stages(storage, self._study), **self._stages}
+        if not self._stages:
+            return seen
+        facts = next(iter(self._stages.values())).user_attrs
+        found = (
+            [[t.state for t in s.get_trials(deepcopy=False)] for s in self._stages.values()],
+            [facts.get(key) for key in ("delta", SEARCHING, OUTCOME)],
+        )
+        if found != seen:
+            annotate(self._stages)
+        return found
+
+
+def find_artifacts(
+    place: str | None, here: Path | None = None, given: str | None = None
+) -> ArtifactStore | None:
+    """A study's artifacts as far as they can be seen from this machine; nothing is written.
+
+    Args:
+        place: Where the study keeps them.
+        here: The folder of artifacts in the study's own folder, which may have been moved.
+        given: Where they are seen from here, as the user says.
+
+    Returns:
+        The store; None where they are out of reach.
+
+    Raises:
+        ConfigError: If they are not where the user says.
+    """
+    if given is not None and "://" not in given and not Path(given).expanduser().is_dir():
+        raise ConfigError(
+            f"--artifacts {given} is no folder. Give where the study's artifacts are seen from "
+            "here: a folder, or s3://BUCKET."
+        )
+    if given is not None:
+        return open_artifacts(given, writes=False)
+    if place is not None and "://" in place:
+        return open_artifacts(place, writes=False)
+    for folder in (here, None if place is None else Path(place)):
+        if folder is not None and folder.is_dir():
+            return open_artifacts(str(folder), writes=False)
+    return None
+
+
+def artifact_place(storage: str, study: str) -> str | None:
+    """Where a study that has begun keeps its artifacts, as its database says.
+
+    Raises:
+        ConfigError: If there is no such study, or no database.
+    """
+    check_database(storage)
+    found = load_stages(open_storage(storage), study)
+    if not found:
+        raise ConfigError(f"There is no study '{study}' in {hide_password(storage)}.")
+    place: str | None = next(iter(found.values())).user_attrs.get(PLACE)
+    return place
+
+
+def check_database(storage: str) -> None:
+    """Refuse a database that is not there; SQLite would make an empty file in its place.
+
+    Raises:
+        ConfigError: If so.
+    """
+    try:
+        url = make_url(storage)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"Storage '{hide_password(storage)}' is no database URL. Use one such as "
+            "sqlite:///runs/x/study.db."
+        ) from error
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        raise ConfigError(
+            f"There is no study database at '{url.database}'. Run the study first, or give the "
+            "folder in which it lies."
+        )
+
+
+def _mend_pages() -> None:
+    """Mend two things that pages show wrongly; where a newer dashboard has them, nothing is done.
+
+    Trials that are not feasible are called the best, though plots and Optuna's own
+    `Study.best_trials` know better; and the plots of a study come in any order.
+    """
+    app: Any = optuna_dashboard._app
+    front = getattr(app, "get_pareto_front_trials", None)
+    plots = getattr(app, "get_plotly_graph_objects", None)
+    if front is None or plots is None or hasattr(front, "mended"):
+        return
+
+    def feasible_front(trials: Sequence[FrozenTrial], directions: Any) -> Any:
+        kept = [t for t in trials if all(c <= 0 for c in t.constraints.values())]
+        return front(trials=kept, directions=directions)
+
+    feasible_front.mended = True  # type: ignore[attr-defined]
+    app.get_pareto_front_trials = feasible_front
+    app.get_plotly_graph_objects = lambda attrs: dict(sorted(plots(attrs).items()))
+
+
+def _styled(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """The same pages with a few lines of style."""
+
+    def styled(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if not environ.get("PATH_INFO", "").startswith("/dashboard"):
+            return app(environ, start_response)
+        # Whether the page was changed since the browser's last visit, this server can't say.
+        environ.pop("HTTP_IF_MODIFIED_SINCE", None)
+        begun: list[Any] = []
+        body = app(environ, lambda *arguments: begun.extend(arguments))
+        page = b"".join(body).replace(b"</head>", _STYLE, 1)
+        getattr(body, "close", lambda: None)()
+        kept = [(k, v) for k, v in begun[1] if k.lower() not in ("content-length", "last-modified")]
+        length = ("Content-Length", str(len(page)))
+        start_response(begun[0], [*kept, length], *begun[2:])
+        return [page]
+
+    return styled
 
 
 class _ThreadedServer(ThreadingMixIn, WSGIServer):
@@ -157,150 +302,6 @@ class _QuietHandler(WSGIRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
-
-
-class _TrialHandle:
-    """A finished trial as `optuna_dashboard.save_note` wants it: with its study and storage."""
-
-    def __init__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self.study = study
-        self.storage = study._storage
-        self._trial_id = trial._trial_id
-
-
-def _save_once(target: Any, body: str) -> int:
-    if optuna_dashboard.get_note(target):
-        return 0
-    optuna_dashboard.save_note(target, body)
-    return 1
-
-
-def _study_note(study: optuna.Study) -> str:
-    attributes = study.user_attrs
-    baseline = attributes.get("baseline") or {}
-    objective = str(attributes.get("objective", "params"))
-    scale = Scale.from_dict(attributes.get("metric"))
-    left_alone: Mapping[str, str] = attributes.get("left_alone") or {}
-    lines = [
-        f"## {_cell(study.study_name)}",
-        "",
-        f"Goal: the lowest {objective} with a drop in {_cell(scale.name)} of at most "
-        f"{scale.difference(attributes.get('delta', 0.0))} on validation data"
-        f"{', of the int8 file' if _in_int8(attributes) else ''}.",
-        "",
-        "### Baseline",
-        "",
-        *_table(("metric", "value"), _metric_rows(_baseline_metrics(baseline), {}, scale)),
-    ]
-    if left_alone:
-        rows = [(f"`{_cell(name)}`", _cell(reason)) for name, reason in left_alone.items()]
-        lines += ["", "### Layers left alone", "", *_table(("layer", "reason"), rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _in_int8(attributes: Mapping[str, Any]) -> bool:
-    """Whether the study's trials are judged by their int8 files."""
-    return bool((attributes.get("config") or {}).get("search.int8"))
-
-
-def _trial_note(
-    trial: FrozenTrial,
-    baseline: Mapping[str, Any],
-    delta: float,
-    scale: Scale,
-    files: Sequence[str],
-) -> str:
-    attributes = trial.user_attrs
-    errors = attributes.get("layer_errors") or {}
-    drop = trial.values[0]
-    verdict = "within" if within_delta(trial) else "above"
-    lines = [
-        f"## Trial {trial.number}",
-        "",
-        f"Drop {scale.difference(drop)}, at most {scale.number(lost(trial, delta))} at the "
-        f"study's confidence: {verdict} the allowed {scale.number(delta)}.",
-    ]
-    if attributes.get("parent"):
-        lines += ["", f"Parent: {_cell(attributes['parent'])}"]
-    metrics = attributes.get("metrics") or {}
-    rows = _metric_rows(_baseline_metrics(baseline), metrics, scale)
-    lines += ["", *_table(("metric", "baseline", "trial", "ratio"), rows)]
-    layers = plan_layers(attributes.get("plan"))
-    plan_rows = [
-        (
-            f"`{_cell(name)}`",
-            _cell(transform_text(transform)),
-            f"{errors[name]:.3f}" if name in errors else "–",
-        )
-        for name, transform in layers.items()
-    ]
-    lines += ["", "### Plan", ""]
-    lines += _table(("layer", "transform", "error"), plan_rows) if plan_rows else ["No layer."]
-    groups = plan_channels(attributes.get("plan"))
-    if groups:
-        kept = [(f"`{_cell(name)}`", str(left), str(of)) for name, (left, of) in groups.items()]
-        lines += ["", "### Channels", "", *_table(("group", "left", "of"), kept)]
-    if files:
-        lines += ["", "Artifacts: " + ", ".join(f"`{_cell(name)}`" for name in files)]
-    return "\n".join(lines) + "\n"
-
-
-def _baseline_metrics(baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """The baseline under the names of a trial's metrics; a profile may lie flat or nested."""
-    found = {**baseline, **(baseline.get("profile") or {})}
-    if baseline.get("score") is not None:
-        found["score"] = baseline["score"]
-    latency = found.get("latency")
-    if isinstance(latency, Mapping):
-        found["latency_ms"] = latency.get("median_ms")
-    return found
-
-
-def _metric_rows(
-    before: Mapping[str, Any], after: Mapping[str, Any], scale: Scale
-) -> list[tuple[str, ...]]:
-    """Rows (metric, baseline), with (trial, ratio) too if `after` holds anything."""
-    rows: list[tuple[str, ...]] = []
-    for key, label in _METRICS.items():
-        was, now = before.get(key), after.get(key)
-        if was is None and now is None:
-            continue
-        if key == "latency_ms" and isinstance(before.get("latency"), Mapping):
-            label = latency_label(before["latency"]).replace("Latency", "latency")
-        if key == "score":
-            label = _cell(scale.name)
-        row: tuple[str, ...] = (label, quantity(was, key, scale))
-        if after:
-            ratio = f"{was / now:.2f}x" if was and now and key != "score" else ""
-            row += (quantity(now, key, scale), ratio)
-        rows.append(row)
-    return rows
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _cell(text: object) -> str:
-    """Text that can't end its cell, open a tag or become a link."""
-    plain = " ".join(str(text).split())
-    return plain.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
-
-
-def _check_database(storage: str) -> None:
-    """SQLite would make an empty file where the path is wrong; that is no dashboard to look at."""
-    try:
-        url = make_url(storage)
-    except ArgumentError as error:
-        raise ConfigError(
-            f"Storage '{hide_password(storage)}' is no database URL. Use one such as sqlite:///runs/x/study.db."
-        ) from error
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        raise ConfigError(
-            f"There is no study database at '{url.database}'. Run the study first, or give the "
-            "folder in which it lies."
-        )
 
 
 def _in_url(host: str) -> str:

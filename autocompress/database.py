@@ -24,6 +24,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     StudyModel,
+    StudySystemAttributeModel,
     TrialHeartbeatModel,
     TrialModel,
     TrialParamModel,
@@ -579,6 +580,61 @@ def heartbeats(study: Study) -> dict[int, datetime]:
             return {trial_id: beat for trial_id, beat in rows}
 
     return _patiently(backend, read)
+
+
+def write_study_attrs(study: Study, attrs: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Write system attributes of a study, all of them in one transaction or none.
+
+    A reader never sees half of them; Optuna commits each by itself.
+
+    Args:
+        study: The study.
+        attrs: What to write.
+        known: The study's system attributes as they were when it was decided what to write.
+
+    Returns:
+        Whether they were written; False where somebody else has changed one of them since.
+    """
+    backend = getattr(study._storage, "_backend", study._storage)
+    if not isinstance(backend, RDBStorage):
+        for key, value in attrs.items():
+            backend.set_study_system_attr(study._study_id, key, value)
+        return True
+
+    def write() -> bool:
+        with _create_scoped_session(backend.scoped_session) as session:
+            return _write_unchanged(session, study._study_id, attrs, known)
+
+    try:
+        return _patiently(backend, write)
+    except IntegrityError:
+        # Another process wrote one of them for the first time in the same moment.
+        return False
+
+
+def _write_unchanged(
+    session: Session, study_id: int, attrs: Mapping[str, Any], known: Mapping[str, Any]
+) -> bool:
+    if session.get_bind().dialect.name == "sqlite":
+        # It locks no rows. A write, even of nothing new, keeps all others out until the end.
+        owner = session.query(StudyModel).filter(StudyModel.study_id == study_id)
+        owner.update({"study_name": StudyModel.study_name}, synchronize_session=False)
+    rows = session.query(StudySystemAttributeModel).filter(
+        StudySystemAttributeModel.study_id == study_id,
+        StudySystemAttributeModel.key.in_(list(attrs)),
+    )
+    kept = {str(row.key): row for row in rows.with_for_update()}
+    values = {key: json.loads(str(row.value_json)) for key, row in kept.items()}
+    if any(values.get(key) != known.get(key) for key in attrs):
+        return False
+    for key, value in attrs.items():
+        text = json.dumps(value)
+        if key in kept:
+            kept[key].value_json = text
+        else:
+            new = StudySystemAttributeModel(study_id=study_id, key=key, value_json=text)
+            session.add(new)
+    return True
 
 
 def _set_state(

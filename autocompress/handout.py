@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from optuna.study import Study
 from safetensors.torch import load_file
+from torch import Tensor
 
+from autocompress.card import Facts
 from autocompress.config import StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
-from autocompress.export import INT8_FILE, ExportReport, save_model
+from autocompress.export import ExportReport, save_model
+from autocompress.formats import DEFAULT_FORMATS, INT8_FILE
+from autocompress.layermap import layer_rows
 from autocompress.models import build_model, load_state
 from autocompress.objective import LATENCY, find_trial
 from autocompress.plan import Plan
-from autocompress.profiler import Latency, profile_model
+from autocompress.profiler import Example, Latency, Profile, profile_model
 from autocompress.quantization import Quantizer
+from autocompress.sources import task_from_config
 from autocompress.store import StudyFolder
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 from autocompress.trials import WEIGHTS
+from autocompress.usage import usage_of
 from autocompress.weights import fetch_weights
+
+CHECKED_IMAGES = 64
+"""Validation images on which exported files are compared with the network."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read from a study's data.
+
+    Attributes:
+        images: The network's inputs for some validation images, on which files are compared.
+        usage: As from `usage.usage_of`.
+    """
+
+    images: Example
+    usage: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A network of a study that is handed out.
+
+    Attributes:
+        plan: How it was compressed.
+        state: Its weights.
+        score: On the validation data.
+        latency: As it was measured in the study; None where it wasn't.
+        facts: What its model card tells.
+    """
+
+    plan: Plan
+    state: Mapping[str, Tensor]
+    score: float
+    latency: Mapping[str, Any] | None
+    facts: Facts
 
 
 def export_trial(
@@ -36,6 +78,8 @@ def export_trial(
     study_folder: Path | None,
     quantizer: Quantizer | None = None,
     say: Callable[[str], None] = print,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    reading: Reading | None = None,
 ) -> ExportReport:
     """Write the network of a trial to a folder.
 
@@ -48,6 +92,9 @@ def export_trial(
         quantizer: Adds an int8 file, whatever it loses; None for none. It is rounded only: a study
             with `int8 = true` fine-tunes its winner where it must.
         say: Told about the int8 file.
+        formats: Any of `formats.FORMATS`.
+        reading: What the study's data tell, see `read_task`; if None, the files are compared on
+            made-up inputs.
 
     Raises:
         ConfigError: If there is no such trial, it has no weights, or its network can only be built
@@ -60,34 +107,16 @@ def export_trial(
             "The study's network came from Python and can't be built here; use "
             "autocompress.load(folder, model=YourNetwork()) on its best/ folder."
         )
-    weights_file = folder.best / "model.safetensors"
-    if label == "best":
-        if not weights_file.exists():
-            raise ConfigError(f"There is no {folder.best}: the study has no winner (yet).")
-        plan = Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8"))
-        state = load_file(weights_file)
-        stored = json.loads((folder.best / "profile.json").read_text(encoding="utf-8"))
-        score, latency = stored["score"], stored["latency"]
-    else:
-        try:
-            trial = find_trial(studies, label)
-        except (KeyError, ValueError, IndexError) as error:
-            known = ", ".join(f"{stage}/0 to {len(s.trials) - 1}" for stage, s in studies.items())
-            raise ConfigError(f"There is no trial {label!r}. Known: best, {known}.") from error
-        if WEIGHTS not in trial.user_attrs:
-            raise ConfigError(
-                f"Trial {label} has no weights: {trial.user_attrs.get('reason', trial.state.name)}."
-            )
-        plan = Plan.from_json(trial.user_attrs["plan"])
-        state = fetch_weights(
-            trial.user_attrs[WEIGHTS], folder.artifact_store(studies["exploration"])
-        )
-        score = trial.user_attrs["metrics"]["score"]
-        latency = trial.user_attrs.get(LATENCY)
+    chosen = _best(folder) if label == "best" else _trial(folder, studies, label)
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
-    model = build_plan(base, plan)
-    load_state(model, state)
+    model = build_plan(base, chosen.plan)
+    load_state(model, chosen.state)
     example = tuple(torch.randn(shape) for shape in attrs["input_shapes"])
+    latency = None if chosen.latency is None else Latency(**chosen.latency)
+    profile = profile_model(model, example, latency=False)
+    # Studies of earlier versions tell only the first two.
+    names = ("classes", "normalization", "image", "task")
+    usage = {name: attrs.get(name) for name in names} if reading is None else reading.usage
     with TemporaryDirectory() as place:
         int8 = None
         if quantizer is not None:
@@ -95,19 +124,114 @@ def export_trial(
         return save_model(
             target,
             model.eval(),
-            plan,
+            chosen.plan,
             origin,
             example,
-            replace(
-                profile_model(model, example, latency=False),
-                score=score,
-                latency=None if latency is None else Latency(**latency),
-            ),
-            images=example,
-            classes=tuple(attrs["classes"]),
-            normalization=attrs["normalization"],
+            replace(profile, score=chosen.score, latency=latency),
+            formats=formats,
+            images=None if reading is None else reading.images,
             int8=int8,
+            facts=chosen.facts,
+            **usage,
         )
+
+
+def read_task(
+    config: StudyConfig,
+    studies: Mapping[str, Study],
+    study_folder: Path | None,
+    say: Callable[[str], None],
+) -> Reading | None:
+    """What a study's data and task tell of its networks; None if the data can't be read here.
+
+    Args:
+        config: The study file.
+        studies: The Optuna studies by stage.
+        study_folder: Where the study file's Python modules are looked for.
+        say: Told why, where they can't.
+    """
+    normalization = studies["exploration"].user_attrs.get("normalization") or {}
+    # The network's own weights don't matter here, and pretrained ones might have to be downloaded;
+    # the normalization that comes with them is known.
+    untrained = config.model.model_copy(update={"weights": None})
+    data = config.data.model_copy(update=dict(normalization))
+    run = config.run.model_copy(update={"device": "cpu"})
+    own = config.model_copy(update={"model": untrained, "data": data, "run": run})
+    try:
+        task = task_from_config(own, study_folder)
+        return Reading(task.images(CHECKED_IMAGES), usage_of(task))
+    except Exception as error:
+        # Functions of the user's are called, on a machine that may not be the study's.
+        say(
+            f"The files are compared on made-up inputs, for the study's data can't be read: {error}"
+        )
+        return None
+
+
+def _best(folder: StudyFolder) -> Chosen:
+    """The study's winner.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    weights = folder.best / "model.safetensors"
+    if not weights.exists():
+        raise ConfigError(f"There is no {folder.best}: the study has no winner (yet).")
+    stored = json.loads((folder.best / "profile.json").read_text(encoding="utf-8"))
+    facts = Facts()
+    if folder.result.exists():
+        result = json.loads(folder.result.read_text(encoding="utf-8"))
+        facts = Facts(result, result.get("best"))
+    return Chosen(
+        plan=Plan.from_json((folder.best / "plan.json").read_text(encoding="utf-8")),
+        state=load_file(weights),
+        score=stored["score"],
+        latency=stored["latency"],
+        facts=facts,
+    )
+
+
+def _trial(folder: StudyFolder, studies: Mapping[str, Study], label: str) -> Chosen:
+    """A trial's network.
+
+    Raises:
+        ConfigError: If there is no such trial, or it has no weights.
+    """
+    try:
+        trial = find_trial(studies, label)
+    except (KeyError, ValueError, IndexError) as error:
+        known = ", ".join(f"{stage}/0 to {len(s.trials) - 1}" for stage, s in studies.items())
+        raise ConfigError(f"There is no trial {label!r}. Known: best, {known}.") from error
+    attrs = trial.user_attrs
+    if WEIGHTS not in attrs:
+        raise ConfigError(f"Trial {label} has no weights: {attrs.get('reason', trial.state.name)}.")
+    study = studies["exploration"].user_attrs
+    stage, _, number = label.partition("/")
+    found: dict[str, Any] = {
+        "stage": stage,
+        "trial": int(number),
+        "plan": json.loads(attrs["plan"]),
+        "val_score": attrs["metrics"]["score"],
+        "val_drop": trial.values[0],
+    }
+    found["layers"] = layer_rows(study, study["baseline"], found, attrs.get("layer_errors") or {})
+    told: dict[str, Any] = {
+        "study": studies["exploration"].study_name.removesuffix("-exploration"),
+        "metric": study.get("metric"),
+        "delta": study["delta"],
+        "baseline": {
+            "val_score": study["baseline"]["score"],
+            "profile": Profile.from_dict(study["baseline"]).to_dict(),
+        },
+        "config": {"data": {"source": (study.get("config") or {}).get("data.source")}},
+    }
+    return Chosen(
+        plan=Plan.from_json(attrs["plan"]),
+        state=fetch_weights(attrs[WEIGHTS], folder.artifact_store(studies["exploration"])),
+        score=attrs["metrics"]["score"],
+        latency=attrs.get(LATENCY),
+        facts=Facts(told, found),
+    )
 
 
 def quantizer_of(config: StudyConfig, folder: StudyFolder, task: Task) -> Quantizer:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from autocompress.database import heartbeats
+from autocompress.news import DOING, Phase
 from autocompress.slots import cut_off, running
 
 logger = logging.getLogger("autocompress")
@@ -39,10 +42,19 @@ class Heartbeat:
         study: Its study.
         trial_id: The trial.
         every: Seconds between two.
+        doing: Says what the worker does at the moment, which is written with them.
     """
 
-    def __init__(self, study: Study, trial_id: int, every: float = BEAT) -> None:
+    def __init__(
+        self,
+        study: Study,
+        trial_id: int,
+        every: float = BEAT,
+        doing: Callable[[], Phase | None] = lambda: None,
+    ) -> None:
         self._study, self._trial_id, self._every = study, trial_id, every
+        self._doing = doing
+        self._told: Phase | None = None
         self._end = Event()
         self._taken = Event()
         self._thread = Thread(target=self._run, name="heartbeat", daemon=True)
@@ -74,11 +86,21 @@ class Heartbeat:
                 if storage.get_trial(self._trial_id).state.is_finished() and not self._end.is_set():
                     self._taken.set()
                     return
+                self._tell()
             except Exception as error:
                 # Whatever it is, the next one may succeed, and the trial goes on meanwhile.
                 logger.warning("A heartbeat was missed: %s", type(error).__name__)
             if self._end.wait(self._every):
                 return
+
+    def _tell(self) -> None:
+        """Write what the worker does, if that is new and the trial still runs."""
+        doing = self._doing()
+        if doing is None or doing == self._told or self._end.is_set():
+            return
+        with suppress(UpdateFinishedTrialError):  # it ended a moment ago
+            self._study._storage.set_trial_system_attr(self._trial_id, DOING, list(doing))
+        self._told = doing
 
 
 class StaleWatch:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
-from autocompress.export import INT8_FILE, export_onnx
 from autocompress.finals import Finalist
+from autocompress.formats import INT8_FILE, export_onnx
 from autocompress.models import load_state
 from autocompress.objective import Bench
 from autocompress.progress import Display

@@ -7,6 +7,7 @@ store; only the data must be here.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,18 +23,18 @@ from optuna.study import Study
 
 from autocompress.artifacts import fetch_text, open_artifacts
 from autocompress.baseline import Baseline
-from autocompress.config import StudyConfig, flatten, own_code, parse_config
-from autocompress.database import open_storage
+from autocompress.config import StudyConfig, cache_folder, flatten, own_code, parse_config
+from autocompress.database import hide_password, open_storage
 from autocompress.distributed import join_group, leave_group, rank
 from autocompress.errors import ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import evaluate
 from autocompress.launchers import RayWorkers, SlurmWorkers, Workers
+from autocompress.logs import attached, study_log, warnings_in_log
 from autocompress.models import PRETRAINED, load_state
 from autocompress.observation import observe_layers
 from autocompress.preparation import (
     BASELINE,
     DATA,
-    SETTINGS,
     TABLE,
     Prepared,
     equip,
@@ -42,12 +43,13 @@ from autocompress.preparation import (
     time_baseline,
 )
 from autocompress.probe import settle
-from autocompress.process import STORAGE_VARIABLE, EventDisplay, follow
+from autocompress.process import STORAGE_VARIABLE, EventDisplay, EventHandler, follow
 from autocompress.profiler import Profile
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sensitivity import LayerTable
+from autocompress.slots import host_name
 from autocompress.sources import pick_device, task_from_config
-from autocompress.store import PLACE, load_stages, load_study
+from autocompress.store import PLACE, SETTINGS, StudyFolder, load_stages, load_study
 from autocompress.task import Task
 from autocompress.watch import Orders, Watch
 from autocompress.weights import fetch_weights
@@ -117,12 +119,13 @@ class Place:
         return argv
 
 
-def serve(place: Place, child: bool) -> int:
+def serve(place: Place, child: bool, display: Display | None = None) -> int:
     """Carry out trials of a study until none is left, or this process is told to end.
 
     Args:
         place: Which study, and what is different here.
         child: Whether this process was started by another one, which listens to its output.
+        display: Told what happens, where nobody listens; by default as the terminal has it.
 
     Returns:
         How many trials ended.
@@ -137,14 +140,25 @@ def serve(place: Place, child: bool) -> int:
         lines, sys.stdout = sys.stdout, sys.stderr
         watch = Watch()
         follow(watch.orders, sys.stdin)
-        return _work(place, config, study, watch, EventDisplay(lines))
-    with make_display() as display:
+        events = EventDisplay(lines)
+        logger = logging.getLogger("autocompress")
+        with attached(EventHandler(events), logger, logging.DEBUG), warnings_in_log(False):
+            return _work(place, config, study, watch, events)
+    with display or make_display() as display:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             # torchrun has started the processes already.
             place = replace(place, workers=0)
         config, study = read_settings(place)
         watch = Watch()
-        with watch.orders.listening(display.say), watch.orders.patient():
+        path = _log_of(config, study)
+        display.say(f"Log: {path}")
+        secrets = {place.url: hide_password(place.url)}
+        command = f"worker --study {place.study}"
+        with (
+            study_log(path, command, secrets=secrets),
+            watch.orders.listening(display.say),
+            watch.orders.patient(),
+        ):
             folder = Path(config.run.out) / config.name / "cluster"
             workers = start_workers(
                 place,
@@ -158,6 +172,19 @@ def serve(place: Place, child: bool) -> int:
             if workers is None:
                 return _work(place, config, study, watch, display)
             return _supervise(workers, watch.orders)
+
+
+def _log_of(config: StudyConfig, study: Study) -> Path:
+    """Where the workers of this machine log: in the study's folder, if it is seen from here."""
+    folder = StudyFolder(Path(study.user_attrs.get("folder", "")))
+    name = f"{host_name()}-{os.getpid()}.log"
+    kept = folder.identity
+    if kept.is_file() and kept.read_text(encoding="utf-8") == study.user_attrs["identity"]:
+        path = folder.path / "workers" / name
+    else:
+        path = cache_folder() / "logs" / f"{config.name}-{name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def serve_here(place: Place) -> int:

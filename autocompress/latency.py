@@ -29,7 +29,7 @@ from torch import nn
 
 from autocompress.config import LatencyConfig
 from autocompress.errors import ConfigError
-from autocompress.export import quick_onnx
+from autocompress.formats import quick_onnx
 from autocompress.profiler import Example, Latency, batch_of, time_in_turns
 from autocompress.runtime import open_onnx, open_openvino
 

@@ -193,7 +193,8 @@ class LazyImages(Dataset[tuple[Tensor, int]]):
 
         self.read, self.targets, self.size = read, labels, size
         self.augment, self.normalization = augment, normalization
-        steps: list[Any] = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        self.shorter_side = round(size * 256 / 224)
+        steps: list[Any] = [v2.Resize(self.shorter_side, antialias=True), v2.CenterCrop(size)]
         if "crop" in augment:
             steps = [v2.RandomResizedCrop(size, antialias=True)]
         if "flip" in augment:

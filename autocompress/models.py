@@ -64,6 +64,22 @@ def build_model(
     return model.eval()
 
 
+def rebuilding_arguments(
+    source: str, arguments: Mapping[str, Any], weights: str | None
+) -> dict[str, Any]:
+    """The arguments with which a network is built again without the library's weights.
+
+    torchvision's GoogLeNet and Inception change with their pretrained weights: they scale their
+    inputs, and GoogLeNet drops its auxiliary classifiers.
+    """
+    found = dict(arguments)
+    kind, _, name = source.partition(":")
+    if kind == "torchvision" and weights == PRETRAINED and name in ("googlenet", "inception_v3"):
+        found.setdefault("transform_input", True)
+        found.setdefault("aux_logits", name == "inception_v3")
+    return found
+
+
 def pretrained_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel that a library's pretrained network expects.
 

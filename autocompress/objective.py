@@ -8,9 +8,10 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from traceback import format_exception
 from typing import Any
 
 import torch
@@ -33,10 +34,13 @@ from autocompress.evaluation import (
     metric_drop,
     recalibrate,
 )
+from autocompress.exhibits import trial_files, trial_name
+from autocompress.facts import costs_of, facts_of
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import inherit
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
+from autocompress.news import Phase
 from autocompress.observation import Observations
 from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsal_of
 from autocompress.plan import Plan
@@ -52,9 +56,13 @@ from autocompress.task import Task
 from autocompress.training import Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
+    COST_METRICS,
     EARLY,
+    NAME,
     PARENT,
+    RATIO,
     SEED,
+    TRACEBACK,
     WEIGHTS,
     has_weights,
     lost,
@@ -73,14 +81,8 @@ WORK = ("recalibrate", "gate", "finetune", "evaluate")
 UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
 """Seconds after which an upload of weights that failed is tried again."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-COST_METRICS = {
-    "params": "params",
-    "size": "size_bytes",
-    "macs": "macs",
-    "latency": "latency_ms",
-    "params+macs": "share",
-}
-"""Objective to its place in the metrics of a trial."""
+MOST_OF_TRACEBACK = 8000
+"""Characters of a failed trial's traceback that the database keeps: its end says the most."""
 LATENCY = "latency"
 """User attribute of a trial: its latency, beside the baseline's, as `LatencyMeter.measure` says."""
 
@@ -111,6 +113,7 @@ class Bench:
         int8: Whether networks are judged by their int8 files.
         watch: Asked at each step whether the trial should go on.
         checkpoint_every: Seconds between two checkpoints of a trial.
+        doing: What it does at the moment.
     """
 
     task: Task
@@ -133,6 +136,12 @@ class Bench:
     int8: bool = False
     watch: Watch = field(default_factory=Watch)
     checkpoint_every: float = 180.0
+    doing: Phase | None = None
+
+    def show(self, phase: str, done: float = 0.0, total: float = 0.0, note: str = "") -> None:
+        """Tell the display, and those who look from elsewhere, what is done at the moment."""
+        self.doing = (phase, done, total, note)
+        self.display.step(phase, done, total, note)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -244,6 +253,8 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> Fro
 def _failed(stage: str, trial: Trial, error: Exception) -> str:
     """Why a trial failed; the study's log has the whole story."""
     logger.warning("%s %d failed", stage, trial.number, exc_info=error)
+    text = "".join(format_exception(error))[-MOST_OF_TRACEBACK:]
+    trial.study._storage.set_trial_system_attr(trial._trial_id, TRACEBACK, text)
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()
     return f"{type(error).__name__}: {error}"
@@ -260,6 +271,7 @@ def announce(bench: Bench, trial: FrozenTrial) -> None:
         within_delta(trial),
         trial.state.name,
         trial.user_attrs.get("reason"),
+        facts_of(trial, costs_of(bench.baseline.profile.to_dict())),
     )
 
 
@@ -281,6 +293,7 @@ def _carry_out(
     trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
 
+    bench.show("build")
     model = _build(bench, plan, trial).to(task.device)
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
@@ -294,6 +307,7 @@ def _carry_out(
     gate = _gate(bench, stage, trial)
     closed = False
     if not gate.drops:
+        bench.show("recalibrate")
         recalibrate(model, task, RECALIBRATION_BATCHES)
         watch.lap("recalibrate")
         closed = gate.closes(model, 0)
@@ -301,7 +315,8 @@ def _carry_out(
         watch.lap("gate")
 
     def on_step(done: float, total: float, loss: float) -> None:
-        bench.display.step("fine-tune", done, total, f"loss {loss:.3f}")
+        looked = f", drop {task.scale.number(gate.drops[-1])} so far" if gate.drops else ""
+        bench.show("fine-tune", done, total, f"loss {loss:.3f}{looked}")
         bench.watch.step()
 
     def hopeless(rung: int) -> bool:
@@ -337,18 +352,21 @@ def _carry_out(
         # Of the gate's images, but as near to that of all as is known.
         score = bench.baseline.val.score + task.scale.drop(0.0, drop)
         _record(trial, watch, score, drop, gate.lost, profile, latency, full)
+        _name(bench, stage, trial, drop, cost, " when it was stopped")
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
     trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
+    bench.show("evaluate")
     after = evaluate(model, task, task.val)
     drop, bound = bench.judge(model, after)
     watch.lap("evaluate")
     set_constraint(trial, bound - bench.delta)
     trial.set_user_attr(WEIGHTS, _keep_weights(model, trial, bench.store))
-    save_text(plan.to_json(), "plan.json", trial, bench.store)
+    _exhibit(bench, stage, trial, plan, replace(profile, score=after.score))
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
     _record(trial, watch, after.score, drop, bound, profile, latency, full)
+    _name(bench, stage, trial, drop, cost)
     return (drop, cost), None
 
 
@@ -397,6 +415,28 @@ def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
             logger.warning("The weights could not be kept; again in %g s: %s", pause, error)
             time.sleep(pause)
     return save_weights(model, trial, store)
+
+
+def _exhibit(bench: Bench, stage: str, trial: Trial, plan: Plan, profile: Profile) -> None:
+    """Upload what people look at in the dashboard; a trial is not lost for the lack of it."""
+    facts = bench.studies[stage].user_attrs
+    errors = trial.user_attrs.get("layer_errors") or {}
+    described = profile.to_dict() | {LATENCY: trial.user_attrs.get(LATENCY)}
+    files = trial_files(plan.to_json(), described, facts, errors, bench.objective)
+    try:
+        for name, text in files.items():
+            save_text(text, name, trial, bench.store)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        logger.warning("The files for the dashboard could not be kept: %s", error)
+
+
+def _name(bench: Bench, stage: str, trial: Trial, drop: float, cost: float, when: str = "") -> None:
+    ratio, label = _ratio(bench, cost), f"{stage}/{trial.number}"
+    name = trial_name(label, bench.objective, ratio, drop, bench.task.scale)
+    trial.set_user_attr(NAME, name + when)
+    trial.set_user_attr(RATIO, round(ratio, 4))
 
 
 def _checkpoint(bench: Bench, trial: Trial) -> Checkpoint:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any
 
 from autocompress.channels import ChannelGroup, KeptChannels, Member
 from autocompress.errors import ConfigError, did_you_mean
+from autocompress.spans import from_spans, to_spans
 from autocompress.transforms import TRANSFORMS
 from autocompress.transforms.base import Transform
 
@@ -82,7 +83,7 @@ class Plan:
         """12 hex digits, equal for equal plans whatever the order of their layers."""
         rows: dict[str, Any] = {n: transform_to_dict(self.layers[n]) for n in sorted(self.layers)}
         if self.channels:
-            rows = {"layers": rows, "kept": {n: _spans(c.kept) for n, c in self.channels.items()}}
+            rows = {"layers": rows, "kept": {n: to_spans(c.kept) for n, c in self.channels.items()}}
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
 
     def __hash__(self) -> int:
@@ -105,7 +106,7 @@ def group_from_dict(name: str, row: Mapping[str, Any]) -> ChannelGroup:
 
 
 def _kept_to_dict(part: KeptChannels) -> dict[str, Any]:
-    return {"kept": _spans(part.kept), **group_to_dict(part.group)}
+    return {"kept": to_spans(part.kept), **group_to_dict(part.group)}
 
 
 def _kept_from_dict(name: str, row: Mapping[str, Any]) -> KeptChannels:
@@ -120,24 +121,6 @@ def _kept_from_dict(name: str, row: Mapping[str, Any]) -> KeptChannels:
         raise ConfigError(
             f"Channel group {name!r} of the plan can't be read: {error!r}."
         ) from error
-
-
-def _spans(numbers: Iterable[int]) -> str:
-    """Ascending numbers as "0-3,7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in spans)
-
-
-def from_spans(text: str) -> Iterator[int]:
-    """The numbers of "0-3,7", as a plan's JSON has them."""
-    for span in text.split(","):
-        first, _, last = span.partition("-")
-        yield from range(int(first), int(last or first) + 1)
 
 
 def transform_to_dict(transform: Transform) -> dict[str, Any]:

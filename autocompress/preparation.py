@@ -47,6 +47,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
 from autocompress.task import Task
 from autocompress.training import Recipe, fastest_precision
+from autocompress.usage import usage_of
 from autocompress.weights import portable_state, save_weights, state_digest, write_weights
 
 COST_NAMES = {
@@ -58,8 +59,6 @@ COST_NAMES = {
 }
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
-SETTINGS = "settings"
-"""User attribute of the exploration: the study file as JSON, without the database's password."""
 BASELINE = "baseline_weights"
 """User attribute of the exploration: the artifact of the baseline's weights."""
 TABLE = "layer_table"
@@ -341,6 +340,7 @@ def _analyse(
     groups: tuple[ChannelGroup, ...] = ()
     unfit: dict[str, str] = {}
     if table is None:
+        display.stage("layer table", 0)
         groups, readers, unfit = channel_groups(
             baseline.model, example, layers, left_alone, config.search
         )
@@ -407,8 +407,7 @@ def _facts(
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,
         "input_shapes": [list(value.shape) for value in bench.example],
-        "classes": list(task.classes),
-        "normalization": dict(task.normalization) if task.normalization is not None else None,
+        **usage_of(task),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from threading import Lock, Thread
 from typing import Any, TextIO, TypeVar
 
 from autocompress.progress import NullDisplay
+from autocompress.tally import NO_FACTS, Facts
 from autocompress.watch import Orders
 
 STORAGE_VARIABLE = "AUTOCOMPRESS_STORAGE"
@@ -78,6 +80,23 @@ def follow(orders: Orders, lines: TextIO) -> None:
     Thread(target=read, name="orders", daemon=True).start()
 
 
+class EventHandler(logging.Handler):
+    """Passes log records on, to the process that started this one and keeps the study's log.
+
+    Args:
+        display: Whose lines they become.
+    """
+
+    def __init__(self, display: EventDisplay) -> None:
+        super().__init__()
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on, with its traceback."""
+        if not getattr(record, "shown", False):
+            self._display.log(record.levelno, self.format(record))
+
+
 class EventDisplay(NullDisplay):
     """Tells what happens as lines of JSON, to the process that started this one.
 
@@ -93,10 +112,15 @@ class EventDisplay(NullDisplay):
         self._clock = clock
         self._lock = Lock()
         self._last_step = -1.0
+        self._last_phase = ""
 
     def say(self, message: str) -> None:
         """Show a message that stays."""
         self._send("say", message=message)
+
+    def log(self, level: int, message: str) -> None:
+        """Pass a log record on."""
+        self._send("log", level=level, message=message)
 
     def trial_started(self, number: int, worker: str = "") -> None:
         """A trial has begun."""
@@ -104,10 +128,10 @@ class EventDisplay(NullDisplay):
         self._send("started", number=number)
 
     def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
-        """A phase has come further; at most one line a second."""
+        """A phase has come further; at most one line a second, and one where another begins."""
         now = self._clock()
-        if now - self._last_step >= 1.0:
-            self._last_step = now
+        if now - self._last_step >= 1.0 or phase != self._last_phase:
+            self._last_step, self._last_phase = now, phase
             self._send("step", phase=phase, done=done, total=total, note=note)
 
     def trial_finished(
@@ -118,6 +142,7 @@ class EventDisplay(NullDisplay):
         feasible: bool,
         state: str,
         reason: str | None,
+        facts: Facts = NO_FACTS,
     ) -> None:
         """A trial has ended."""
         drops = "" if drop is None else f", drop {drop:.3g}"

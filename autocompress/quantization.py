@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.evaluation import Evaluation, drop_bound, evaluate, metric_drop
-from autocompress.export import INT8_FILE, export_onnx
+from autocompress.formats import INT8_FILE, export_onnx
 from autocompress.latency import Deployment
 from autocompress.profiler import Example, Latency, batch_of, time_in_turns
 from autocompress.runtime import open_onnx

@@ -1,4 +1,4 @@
-"""How exported networks run on other runtimes than PyTorch: ONNX Runtime and OpenVINO."""
+"""How exported networks run on other runtimes than PyTorch: ONNX Runtime, OpenVINO, ExecuTorch."""
 
 from __future__ import annotations
 
@@ -63,5 +63,19 @@ def open_openvino(
     def run(*inputs: Tensor) -> list[Tensor]:
         request.infer([value.numpy() for value in inputs], share_inputs=True)
         return [torch.from_numpy(output.data.copy()) for output in request.output_tensors]
+
+    return run
+
+
+def open_executorch(network: str | Path) -> Callable[..., list[Tensor]]:
+    """The same of an ExecuTorch file, on the backends that it was written for."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(str(network))
+    method = program.load_method("forward")
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        # Outputs lie in memory that the next run uses again.
+        return [value.clone() for value in method.execute(inputs)]
 
     return run

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial
 from torch import nn
 
 from autocompress.artifacts import write_text
+from autocompress.card import Facts, write_card
 from autocompress.compatible import compatible_profile
 from autocompress.config import StudyConfig
 from autocompress.evaluation import evaluate, metric_drop, paired_drop
@@ -31,6 +32,7 @@ from autocompress.progress import Display
 from autocompress.review import Predictions, class_changes, write_lost_images
 from autocompress.store import StudyFolder, trials_spent
 from autocompress.trials import lost, violation, within_delta
+from autocompress.usage import usage_of
 from autocompress.view import View, search_facts
 
 TIMING_SECONDS = 2.0
@@ -94,6 +96,7 @@ def conclude(
             if int8 is not None:
                 home = folder.best if int8.label == winners[0].label else folder.second
                 summary["int8"] = int8.record | measure_int8(bench, int8, home, display)
+            _cards(summary, folder, display)
     elif labelled:
         summary["nearest"] = nearest = _nearest(labelled, config.delta)
         trial = labelled[f"{nearest['stage']}/{nearest['trial']}"]
@@ -311,14 +314,22 @@ def _export(
         bench.example,
         Profile.from_dict(found["profile"]),
         images=task.images(64),
-        classes=task.classes,
-        normalization=task.normalization,
+        **usage_of(task),
         int8=int8.path if int8 is not None and int8.label == finalist.label else None,
     )
     for name, reason in export.skipped.items():
         display.say(f"{place.name}/{name} was not written: {reason}")
     found["files"] = dict(export.files)
     found["export_differences"] = dict(export.checks)
+
+
+def _cards(summary: Mapping[str, Any], folder: StudyFolder, display: Display) -> None:
+    """The model cards of what was handed out, with all that the study measured."""
+    for place, name in ((folder.best, "best"), (folder.second, "second")):
+        if summary[name] is not None:
+            reason = write_card(place, Facts(summary, summary[name]))
+            if reason is not None:
+                display.say(f"{name}/README.md was not written: {reason}")
 
 
 def versions() -> dict[str, str]:

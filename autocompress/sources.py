@@ -18,7 +18,13 @@ from autocompress.config import DataConfig, StudyConfig, own_transform
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader, check_batches
-from autocompress.models import PRETRAINED, build_model, load_function, pretrained_normalization
+from autocompress.models import (
+    PRETRAINED,
+    build_model,
+    load_function,
+    pretrained_normalization,
+    rebuilding_arguments,
+)
 from autocompress.scale import Scale
 from autocompress.task import Task, with_functions
 from autocompress.transforms import Transform, register
@@ -70,7 +76,12 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         test=data.test,
         calibration=calibration_loader(data.train),
         classes=data.classes,
-        origin={"source": config.model.source, "arguments": dict(config.model.arguments)},
+        origin={
+            "source": config.model.source,
+            "arguments": rebuilding_arguments(
+                config.model.source, config.model.arguments, config.model.weights
+            ),
+        },
         fingerprint=_fingerprint(data.fingerprint, functions),
         normalization=data.normalization,
         val_seen=data.val_from == "train" and config.model.weights is not None,

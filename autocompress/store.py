@@ -25,6 +25,8 @@ from autocompress.trials import EXCUSED, counted
 
 PLACE = "artifacts"
 """User attribute of the exploration: where its artifacts are."""
+SETTINGS = "settings"
+"""User attribute of the exploration: the settings that it was last run with, as JSON."""
 STAGES = ("exploration", "annealing")
 
 
@@ -46,6 +48,7 @@ class StudyFolder:
         self.finals = path / "finals"
         self.baseline = path / "baseline.safetensors"
         self.identity = path / "study.id"
+        self.code = path / "study.code"
 
     def create(self) -> None:
         """Make the folder.
@@ -98,6 +101,19 @@ class StudyFolder:
                 "run.out, or use a new name."
             )
         return str(kept)
+
+    def remember(self, modules: Path | None) -> None:
+        """Note where the modules are that the study file names, for those who name this folder."""
+        if modules is not None:
+            write_text(self.code, str(modules.resolve()))
+
+    @property
+    def modules(self) -> Path | None:
+        """The folder of those modules; None where it isn't known or is gone."""
+        if not self.code.exists():
+            return None
+        kept = Path(self.code.read_text(encoding="utf-8").strip())
+        return kept if kept.is_dir() else None
 
     def storage_url(self, url: str | None) -> str:
         """The database's URL: the one given, or SQLite in the folder."""
@@ -185,6 +201,13 @@ def load_stages(storage: BaseStorage, name: str) -> dict[str, Study]:
     """The Optuna studies of both stages by stage, as far as there are any."""
     found = {stage: load_study(storage, name, stage) for stage in STAGES}
     return {stage: one for stage, one in found.items() if one is not None}
+
+
+def settings_in(storage: BaseStorage, name: str) -> dict[str, Any] | None:
+    """The settings that a study of a database was last run with; None if there is none."""
+    study = load_study(storage, name, "exploration")
+    kept = None if study is None else study.user_attrs.get(SETTINGS)
+    return None if kept is None else dict(json.loads(kept))
 
 
 def trials_spent(study: Study) -> list[FrozenTrial]:

@@ -8,24 +8,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from autocompress.errors import AutocompressError, ConfigError
-from autocompress.scale import Scale
+from autocompress.voice import (
+    EXIT_BUG,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_MET,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    Voice,
+    complain,
+    end_in_error,
+    wants_json,
+)
 
 if TYPE_CHECKING:
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
+    from rich.table import Table
     from torch import Tensor, nn
 
     from autocompress.config import SearchConfig, StudyConfig
+    from autocompress.profiler import Profile
     from autocompress.store import StudyFolder
 
-EXIT_ERROR = 2
-EXIT_NOT_MET = 3
-EXIT_INTERRUPTED = 130
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+"""The errors of a command line that can't be understood."""
 
 
 class RunByDefault(TyperGroup):
@@ -50,21 +60,23 @@ class ListByDefault(RunByDefault):
 app = typer.Typer(
     cls=RunByDefault,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
+    # Plain text: Rich and its Markdown would take longer to import than all the rest.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=False,
     help="""
 Make a trained convolutional network small and fast, within an accuracy tolerance.
 
-**Examples**
-
-- `python -m autocompress.study` runs the quickstart: digits, a small residual network, minutes.
-- `python -m autocompress.study my.toml --delta 0.5` runs a study file; again: goes on with it.
-- `python -m autocompress.study run --help` shows what else can be set.
-- `python -m autocompress.study status my.toml` says how far a study is.
-- `python -m autocompress.study dashboard my.toml` opens its Pareto fronts in optuna-dashboard.
-- `python -m autocompress.study export my.toml --trial annealing/7 --to small/` hands out a trial.
-- `python -m autocompress.study models train resnet20 --data torchvision:CIFAR10` trains a baseline.
+\b
+Examples:
+  python -m autocompress.study                      # the quickstart, minutes
+  python -m autocompress.study my.toml --delta 0.5  # again: go on with it
+  python -m autocompress.study run --help           # what else can be set
+  python -m autocompress.study status my.toml       # how far it is
+  python -m autocompress.study dashboard my.toml    # in optuna-dashboard
+  python -m autocompress.study export my.toml --trial annealing/7 --to small/
+  python -m autocompress.study models train resnet20 --data torchvision:CIFAR10
+  python -m autocompress.study fields finetune      # what a study file holds
 
 Exit codes: 0 within delta; 2 wrong input; 3 finished, but nothing met delta; 130 interrupted.
 """,
@@ -73,12 +85,14 @@ Exit codes: 0 within delta; 2 wrong input; 3 finished, but nothing met delta; 13
 models = typer.Typer(
     cls=ListByDefault,
     no_args_is_help=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     help="""
 List the networks that a study file can name, or train one.
 
-- `python -m autocompress.study models resnet` lists those with resnet in their names.
-- `python -m autocompress.study models train resnet18 --data torchvision:CIFAR10` trains one.
+\b
+Examples:
+  python -m autocompress.study models resnet
+  python -m autocompress.study models train resnet18 --data torchvision:CIFAR10
 """,
 )
 app.add_typer(models, name="models")
@@ -86,7 +100,7 @@ app.add_typer(models, name="models")
 StudyArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[STUDY]",
+        metavar="STUDY",
         help="A study file (.toml), a study's folder, or the name of a ready study; "
         "without one: the quickstart.",
         show_default=False,
@@ -105,18 +119,27 @@ LauncherOption = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from autocompress import __version__
+
+        typer.echo(f"autocompress {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            is_eager=True,
+            callback=_show_version,
+        ),
     ] = False,
 ) -> None:
     """Options of the whole command line; its help is that of `app`."""
-    if version:
-        from autocompress import __version__
-
-        _print(f"autocompress {__version__}")
-        raise typer.Exit()
 
 
 @app.command()
@@ -149,27 +172,30 @@ def run(
     launcher: LauncherOption = None,
     storage: StorageOption = None,
     out: OutOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Run a study, or go on with it where it was interrupted. (The default command.)
 
-    **Examples**
+    On a terminal a few lines at the bottom show what is done; in a pipe and in CI there is a line
+    for each event. The study's folder has all of it in study.log. Ctrl-C once: finish the running
+    trials; twice: stop now. The same command goes on from there.
 
-    - `python -m autocompress.study run` runs the quickstart.
-
-    - `python -m autocompress.study run my.toml --delta 0.5 --trials 60`
-
-    - `python -m autocompress.study my.toml --stage exploration --device cuda:0`
+    \b
+    Examples:
+      python -m autocompress.study run
+      python -m autocompress.study run my.toml --delta 0.5 --trials 60
+      python -m autocompress.study my.toml --stage exploration --device cuda:0
+      python -m autocompress.study my.toml --json > outcome.json
     """
-    import warnings
-
-    from autocompress.conductor import check_places, run_study
+    from autocompress.conductor import check_places, log_of, run_study
     from autocompress.config import own_code
-    from autocompress.progress import comparison_table, make_display
+    from autocompress.endings import outcome_document, say_outcome
     from autocompress.sources import task_from_config
     from autocompress.watch import Watch
 
-    # The storages' and samplers' notes to programmers mean nothing to the person who watches.
-    warnings.filterwarnings("ignore", module="optuna")
+    voice = Voice(quiet, verbose, json)
     overrides = {
         "delta": delta,
         "search.trials": trials,
@@ -186,43 +212,25 @@ def run(
     command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
     check_places(config)
     watch = Watch()
-    with watch.orders.listening(_complain):
+    with voice.hearing(), watch.orders.listening(_tell):
         try:
-            with make_display() as display:
+            with log_of(config, folder, command), voice.display() as display:
                 modules = _modules(study)
                 for line in own_code(config):
                     display.say(f"The study runs code of its own: {line}.")
                 task = task_from_config(config, modules)
                 outcome = run_study(config, task, display, command, watch, modules)
         except KeyboardInterrupt:
-            _say_kept(config, folder)
+            _say_kept(config, folder, voice)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-    scale = Scale.from_dict(outcome.summary["metric"])
-    if outcome.met:
-        _print(comparison_table(_rows(outcome.summary)))
-        best = outcome.summary["best"]
-        _print(
-            f"Drop on validation data {scale.difference(best['val_drop'])}, at most "
-            f"{scale.number(best['val_drop_bound'])} at confidence {config.confidence:g}; "
-            f"{scale.number(best['tolerance_unused'])} of {config.delta:g} unused."
-        )
-        if config.int8 and not (outcome.summary.get("int8") or {}).get("met"):
-            reason = (outcome.summary.get("int8") or {}).get("reason")
-            _complain(f"There is no int8 file: {reason} The winner stays float32.")
-    _print(f"Everything is in {outcome.folder}")
-    if not outcome.met:
-        nearest = outcome.summary["nearest"]
-        near = ""
-        if nearest:
-            near = (
-                f" The nearest lost {scale.difference(nearest['val_drop'])}, at most "
-                f"{scale.number(nearest['val_drop_bound'])} at confidence {config.confidence:g}."
-            )
-        _complain(f"No network within {scale.difference(config.delta)} was found.{near}")
-        raise typer.Exit(EXIT_NOT_MET)
+    code = 0 if outcome.met else EXIT_NOT_MET
+    voice.document(outcome_document(outcome, code))
+    say_outcome(config, outcome, voice)
+    if code:
+        raise typer.Exit(code)
 
 
-@app.command()
+@app.command(short_help="Join a study that runs, and do trials.")
 def worker(
     study: Annotated[str, typer.Option(help="The study's name.", show_default=False)],
     storage: Annotated[
@@ -262,6 +270,8 @@ def worker(
         typer.Option(help="For Ray's task or submitit's job, e.g. num_gpus=1.", show_default=False),
     ] = None,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Join a study that runs, from this machine or another one, and carry out its trials.
 
@@ -270,11 +280,14 @@ def worker(
     them. The database's URL is best given as AUTOCOMPRESS_STORAGE, which no list of processes
     shows.
 
-    **Example:** `AUTOCOMPRESS_STORAGE=postgresql://me@host/db python -m autocompress.study worker
-    --study mine`
+    \b
+    Example:
+      export AUTOCOMPRESS_STORAGE=postgresql://me@host/db
+      python -m autocompress.study worker --study mine
     """
     import os
 
+    from autocompress.config import parse_pairs
     from autocompress.joining import Place, serve
     from autocompress.process import STORAGE_VARIABLE
 
@@ -295,83 +308,82 @@ def worker(
         code=None if code is None else Path(code).resolve(),
         patience=60 * patience,
         launcher=launcher,
-        options=_options(launcher_option),
+        options=parse_pairs(launcher_option or (), "--launcher-option", "num_gpus=1"),
     )
-    done = serve(place, child)
+    voice = Voice(quiet, verbose)
+    if child:
+        done = serve(place, child)
+    else:
+        with voice.hearing(), voice.display() as display:
+            done = serve(place, child, display)
     if not child:
-        _print(f"{done} trials ended here.")
+        voice.say(f"{done} trials ended here.")
 
 
-@app.command()
+@app.command(short_help="Bring an older database up to date.")
 def upgrade(study: StudyArgument = None, storage: StorageOption = None) -> None:
     """Bring a database that an older Optuna made to the schema of the one installed here.
 
-    **Example:** `python -m autocompress.study upgrade my.toml`
+    \b
+    Example:
+      python -m autocompress.study upgrade my.toml
     """
     from autocompress.database import upgrade as upgrade_database
 
     config = _config(study, {"run.storage": storage})
-    _print(upgrade_database(_folder(config).storage_url(config.run.storage)))
+    Voice().say(upgrade_database(_folder(config).storage_url(config.run.storage)))
 
 
-@app.command()
+@app.command(short_help="Say how far a study is, and who does what.")
 def status(
-    study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None
+    study: StudyArgument = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on showing it until it is over.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Add the tracebacks of failed trials.")
+    ] = False,
+    json: JsonOption = False,
 ) -> None:
-    """Say how far a study is and what it has found.
+    """Say how far a study is, what each worker does, and what it has found.
 
-    **Example:** `python -m autocompress.study status my.toml`
+    It reads the database alone, from any terminal or machine, while the study runs. With only a
+    database at hand give --storage and the study's name.
+
+    \b
+    Examples:
+      python -m autocompress.study status my.toml --watch
+      python -m autocompress.study status mine --storage postgresql://me@host/db
+      python -m autocompress.study status runs/mine --json
     """
-    from optuna.trial import TrialState
+    from rich.console import Console
 
-    from autocompress.store import STAGES, trials_spent
+    from autocompress.situation import Situation, place_of, read_situation, watch_study
 
-    config = _config(study, {"run.storage": storage, "run.out": out})
+    voice = Voice(verbose=verbose, json=json)
+    config = _begun_config(study, storage, out)
     folder = _folder(config)
+    place = place_of(folder.path, config.run.storage)
     studies = _studies(config)
-    if folder.config.exists():
-        # The command line may have overridden the file when the study was run.
-        config = _stored(folder.config, {})
-    totals = {
-        "exploration": config.search.trials,
-        "annealing": config.search.annealing_trials,
-    }
-    wanted = STAGES if config.search.stage == "both" else (config.search.stage,)
-    table = Table("stage", "trials", "stopped", "failed", "running", "within delta", box=None)
-    finished = folder.result.exists()
-    for stage in STAGES:
-        if stage not in studies:
-            if stage in wanted:
-                finished = finished and not totals[stage]
-                table.add_row(stage, f"0/{totals[stage]}", *"0000")
-            continue
-        one = studies[stage]
-        spent = trials_spent(one)
-        running = one.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if stage in wanted:
-            finished = finished and len(spent) >= totals[stage]
-        table.add_row(
-            stage,
-            f"{len(spent)}/{totals[stage]}",
-            str(sum(t.state == TrialState.PRUNED for t in spent)),
-            str(sum(t.state == TrialState.FAIL for t in spent)),
-            str(len(running)),
-            str(len(_within(one))),
-        )
-    _print(table)
-    for stage, one in studies.items():
-        best = min(_within(one), key=lambda t: t.values[1], default=None)
-        if best is not None:
-            ratio = _baseline_cost(one, config.objective) / best.values[1]
-            drop = Scale.from_dict(one.user_attrs.get("metric")).difference(best.values[0])
-            _print(
-                f"best of {stage}: {ratio:.2f}x {config.objective}, drop {drop} "
-                f"(trial {best.number}){_speed(one, best)}"
-            )
-    _print(f"{'Finished' if finished else 'Not finished'}: {folder.path}")
+
+    def read() -> Situation:
+        known = studies if len(studies) > 1 else _studies(config)
+        return read_situation(config, known, place, folder.result.exists())
+
+    try:
+        now = watch_study(read, Console(stderr=json)) if watch else read()
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    voice.document(now.to_dict())
+    voice.say(now.render())
+    if verbose:
+        for label, trace in now.tracebacks():
+            voice.complain(f"{label} failed:\n{trace}")
 
 
-@app.command()
+@app.command(short_help="Print what a network costs, by layer.")
 def profile(
     study: StudyArgument = None,
     device: Annotated[
@@ -381,11 +393,19 @@ def profile(
         bool,
         typer.Option("--compatible", help="Also by deeplite-profiler's formulas."),
     ] = False,
+    json: JsonOption = False,
 ) -> None:
     """Print what a study's network costs, and what may become of each layer; nothing is trained.
 
-    **Example:** `python -m autocompress.study profile my.toml`
+    \b
+    Examples:
+      python -m autocompress.study profile my.toml
+      python -m autocompress.study profile my.toml --json > profile.json
     """
+    from dataclasses import asdict, replace
+
+    from rich.table import Table
+
     from autocompress.compatible import compatible_profile
     from autocompress.latency import Deployment, LatencyMeter, describe
     from autocompress.profiler import profile_model
@@ -393,6 +413,7 @@ def profile(
     from autocompress.sources import task_from_config
     from autocompress.task import check_outputs
 
+    voice = Voice(json=json)
     config = _config(study, {"run.device": device})
     deployment = Deployment.from_config(config.latency)
     task = task_from_config(config, _modules(study))
@@ -400,6 +421,55 @@ def profile(
     check_outputs(task)
     example = task.example()
     found = profile_model(task.model, example, latency=False)
+    possible, left_alone = prospects(task.model, example, config.search)
+    theirs = compatible_profile(task.model, example) if compatible else None
+    try:
+        found = replace(found, latency=LatencyMeter(task.model, example, deployment).reference)
+    except ConfigError as error:
+        voice.complain(str(error))
+    if json:
+        document = found.to_dict()
+        for layer in document["layers"]:
+            layer["may_become"] = list(possible.get(layer["name"], ()))
+            layer["left_alone"] = left_alone.get(layer["name"])
+        document["compatible"] = None if theirs is None else asdict(theirs)
+        voice.document(document)
+        return
+    voice.say(_layers_table(found))
+    voice.say(
+        f"params {found.params / 1e6:.4f} M · size {found.size_bytes / 1e6:.3f} MB · "
+        f"MACs {found.macs / 1e6:.2f} M · memory {found.memory_bytes / 1e6:.2f} MB"
+    )
+    if theirs is not None:
+        voice.say(
+            f"by deeplite-profiler's formulas: params {theirs.params_m:.4f} M · size "
+            f"{theirs.size_mb:.4f} MB · MACs {theirs.macs_g:.4f} G · memory "
+            f"{theirs.memory_mb:.4f} MB"
+        )
+    if (own := found.latency) is not None:
+        voice.say(
+            f"latency {own.median_ms:.3f} ms (interquartile range {own.iqr_ms:.3f} ms; "
+            f"{describe(own)}, {own.runs} runs on {own.device})"
+        )
+    if found.uncounted:
+        ops = ", ".join(f"{name} x{count}" for name, count in found.uncounted.items())
+        voice.say(f"Not counted in the MACs: {ops}")
+    table = Table("layer", "may become, or why it is left alone")
+    for layer in found.layers:
+        words = [*possible.get(layer.name, ()), left_alone.get(layer.name)]
+        if layer.name in possible:
+            words.append(bound_text(layer.name, config.search.bounds or ()))
+        if any(words):
+            table.add_row(layer.name, ", ".join(filter(None, words)))
+    voice.say(table)
+    if config.search.channels:
+        voice.say(_channels_table(task.model, example, config.search))
+
+
+def _layers_table(found: Profile) -> Table:
+    """What each layer costs."""
+    from rich.table import Table
+
     table = Table("layer", "kind", "params", "MACs", "activations (kB)")
     for layer in found.layers:
         table.add_row(
@@ -409,44 +479,13 @@ def profile(
             f"{layer.macs:,}",
             f"{layer.activation_bytes / 1e3:,.1f}",
         )
-    _print(table)
-    _print(
-        f"params {found.params / 1e6:.4f} M · size {found.size_bytes / 1e6:.3f} MB · "
-        f"MACs {found.macs / 1e6:.2f} M · memory {found.memory_bytes / 1e6:.2f} MB"
-    )
-    if compatible:
-        theirs = compatible_profile(task.model, example)
-        _print(
-            f"by deeplite-profiler's formulas: params {theirs.params_m:.4f} M · size "
-            f"{theirs.size_mb:.4f} MB · MACs {theirs.macs_g:.4f} G · memory "
-            f"{theirs.memory_mb:.4f} MB"
-        )
-    try:
-        own = LatencyMeter(task.model, example, deployment).reference
-        _print(
-            f"latency {own.median_ms:.3f} ms (interquartile range {own.iqr_ms:.3f} ms; "
-            f"{describe(own)}, {own.runs} runs on {own.device})"
-        )
-    except ConfigError as error:
-        _complain(str(error))
-    if found.uncounted:
-        ops = ", ".join(f"{name} x{count}" for name, count in found.uncounted.items())
-        _print(f"Not counted in the MACs: {ops}")
-    possible, left_alone = prospects(task.model, task.example(), config.search)
-    table = Table("layer", "may become, or why it is left alone")
-    for layer in found.layers:
-        words = [*possible.get(layer.name, ()), left_alone.get(layer.name)]
-        if layer.name in possible:
-            words.append(bound_text(layer.name, config.search.bounds or ()))
-        if any(words):
-            table.add_row(layer.name, ", ".join(filter(None, words)))
-    _print(table)
-    if config.search.channels:
-        _print(_channels_table(task.model, example, config.search))
+    return table
 
 
 def _channels_table(model: nn.Module, example: tuple[Tensor, ...], search: SearchConfig) -> Table:
     """The channel groups: through which layers they run, what may remain, or why they stay."""
+    from rich.table import Table
+
     from autocompress.importance import keep_counts
     from autocompress.layers import inspect_layers
     from autocompress.scope import channel_groups
@@ -467,13 +506,18 @@ def _channels_table(model: nn.Module, example: tuple[Tensor, ...], search: Searc
 
 @app.command()
 def report(
-    study: StudyArgument = None, storage: StorageOption = None, out: OutOption = None
+    study: StudyArgument = None,
+    storage: StorageOption = None,
+    out: OutOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """Write a finished study's report.html again.
+    """Write a finished study's report again.
 
-    **Example:** `python -m autocompress.study report runs/quickstart`
+    \b
+    Example:
+      python -m autocompress.study report runs/quickstart
     """
-    import json
+    from json import loads
 
     from autocompress.report import write_report
 
@@ -482,97 +526,219 @@ def report(
     if not folder.result.exists():
         raise ConfigError(f"There is no result in {folder.path} yet; run the study to its end.")
     studies = _studies(config)
-    summary = json.loads(folder.result.read_text(encoding="utf-8"))
+    summary = loads(folder.result.read_text(encoding="utf-8"))
     write_report(summary, studies.get("exploration"), studies.get("annealing"), folder.report)
-    _print(f"{folder.report}")
+    voice = Voice(json=json)
+    voice.document({"report": str(folder.report.resolve())})
+    voice.say(f"{folder.report}")
 
 
-@app.command()
+@app.command(short_help="Write any trial's network.")
 def export(
     study: StudyArgument = None,
     trial: Annotated[
         str, typer.Option(help="Which trial, e.g. annealing/7; best: the study's winner.")
     ] = "best",
     to: Annotated[str | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="onnx, onnx-fp16, pt2, torchscript, openvino, openvino-fp16, executorch, or all "
+            "that can be written here; again, or with commas, for several. By default onnx, pt2.",
+            show_default=False,
+        ),
+    ] = None,
     int8: Annotated[
         bool, typer.Option("--int8", help="Add an int8 ONNX file; reads the study's data.")
     ] = False,
     storage: StorageOption = None,
     out: OutOption = None,
+    json: JsonOption = False,
 ) -> None:
-    """Write any trial's network as safetensors, plan, ONNX and pt2, and with --int8 as int8 ONNX.
+    """Write any trial's network as files that run elsewhere, each with a program that runs it.
 
-    **Example:** `python -m autocompress.study export my.toml --trial annealing/7 --to small/`
+    Every file is compared with the network on validation images.
+
+    \b
+    Examples:
+      python -m autocompress.study export my.toml --trial annealing/7 --to small/
+      python -m autocompress.study export runs/my --format onnx-fp16,openvino --int8
     """
-    from autocompress.handout import export_trial, quantizer_of
+    from dataclasses import asdict
+
+    from autocompress.formats import DEFAULT_FORMATS, choose_formats
+    from autocompress.handout import export_trial, quantizer_of, read_task
     from autocompress.sources import load_transforms, task_from_config
 
+    names = choose_formats(formats or DEFAULT_FORMATS)
     config = _config(study, {"run.storage": storage, "run.out": out})
     load_transforms(config, _modules(study))
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
     studies = _studies(config)
+    modules = _modules(study)
     quantizer = None
     if int8:
-        quantizer = quantizer_of(config, folder, task_from_config(config, _modules(study)))
+        quantizer = quantizer_of(config, folder, task_from_config(config, modules))
+    reading = read_task(config, studies, modules, say=complain)
     written = export_trial(
-        folder, studies, trial, target, _modules(study), quantizer, say=_complain
+        folder, studies, trial, target, modules, quantizer, complain, names, reading
     )
+    voice = Voice(json=json)
+    voice.document({"folder": str(target.resolve()), **asdict(written)})
     for name, size in written.files.items():
-        _print(f"{target / name}  {size / 1e6:.3f} MB")
+        voice.say(f"{target / name}  {size / 1e6:.3f} MB")
+    for name in (*written.scripts, "README.md"):
+        voice.say(f"{target / name}")
+    if written.checks:
+        voice.say(f"Compared with PyTorch on {written.checked_with}.")
     for name, reason in written.skipped.items():
-        _complain(f"{name} was not written: {reason}")
+        complain(f"{name} was not written: {reason}")
 
 
-@app.command()
+@app.command(short_help="Show a study in optuna-dashboard.")
 def dashboard(
     study: StudyArgument = None,
     port: Annotated[
-        int | None,
-        typer.Option(help="Port on 127.0.0.1; a free one by default.", show_default=False),
+        int | None, typer.Option(help="Port; a free one by default.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default only this machine reaches it.")
+    ] = "127.0.0.1",
+    open_browser: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open it in the browser.")
+    ] = False,
+    artifacts: Annotated[
+        str | None,
+        typer.Option(help="Where the study's artifacts are seen from here.", show_default=False),
     ] = None,
     storage: StorageOption = None,
     out: OutOption = None,
 ) -> None:
-    """Show a study in optuna-dashboard, on this machine only; also while it runs.
+    """Show a study in optuna-dashboard; also while it runs, and from any machine. Ctrl-C ends it.
 
-    **Example:** `python -m autocompress.study dashboard my.toml --port 8080`
+    With the database's URL alone, STUDY is the study's name; nothing else need be here. The URL is
+    best given as AUTOCOMPRESS_STORAGE then, which no list of processes shows.
+
+    \b
+    Examples:
+      python -m autocompress.study dashboard my.toml --open
+      python -m autocompress.study dashboard mine --storage postgresql://me@host/studies
     """
-    from autocompress.dashboard import annotate, serve
+    import warnings
 
-    config = _config(study, {"run.storage": storage, "run.out": out})
+    from autocompress.dashboard import LOOPBACK, artifact_place, find_artifacts, serve
+
+    _hide_url(storage)
+    warnings.filterwarnings("ignore", module="optuna")
+    voice = Voice()
+    config = _begun_config(study, storage, out)
+    _studies(config)
     folder = _folder(config)
-    studies = _studies(config)
-    for one in studies.values():
-        annotate(one)
     url = folder.storage_url(config.run.storage)
-    store = folder.artifact_store(studies["exploration"])
-    serve(url, store, port=port, on_ready=lambda at: _print(f"{at}  (Ctrl-C ends it)"))
+    place = artifact_place(url, config.name)
+    store = find_artifacts(place, folder.artifacts, artifacts)
+    if store is None:
+        voice.complain(
+            f"The artifacts are in {place}, which is not on this machine; pages are without them. "
+            "--artifacts says where they are seen from here."
+        )
+    if host not in LOOPBACK:
+        voice.complain(
+            f"Whoever reaches {host} can read and change the studies in this database, and delete "
+            "them: there is no password."
+        )
+    serve(
+        url,
+        store,
+        host,
+        port,
+        open_browser,
+        lambda at: voice.say(f"{at}  (Ctrl-C ends it)"),
+        config.name,
+    )
+
+
+@app.command(short_help="Explain the fields of a study file.")
+def fields(
+    pattern: Annotated[
+        str, typer.Argument(help="Only fields with this in their name or description.")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """Explain the fields of a study file: type, default, what is allowed, and what it means.
+
+    \b
+    Examples:
+      python -m autocompress.study fields finetune
+      python -m autocompress.study fields "learning rate"
+    """
+    from dataclasses import asdict
+    from textwrap import fill, indent
+
+    from autocompress.fields import find_fields
+
+    voice = Voice(json=json)
+    found = find_fields(pattern)
+    if not found:
+        raise ConfigError(f"No field of a study file has '{pattern}' in its name or description.")
+    voice.document({"fields": [asdict(field) for field in found]})
+    for field in found:
+        words = [field.type, field.allowed, field.default and f"default {field.default}"]
+        voice.say(f"{field.name}  ({'; '.join(filter(None, words))})")
+        voice.say(indent(fill(field.description, 76), "    "))
 
 
 @models.command("list")
 def list_networks(
     pattern: Annotated[str, typer.Argument(help="Only names with this in them.")] = "",
+    json: JsonOption = False,
 ) -> None:
     """List the networks that a study file can name, and how far training takes some. (The default.)
 
-    **Example:** `python -m autocompress.study models resnet`
+    \b
+    Examples:
+      python -m autocompress.study models resnet
+      python -m autocompress.study models list resnet --json
     """
+    from rich.table import Table
+
     from autocompress.models import list_models
     from autocompress.recipes import recipe_table
 
-    known = list_models()
+    voice = Voice(json=json)
+    known = {
+        source: [name for name in names if pattern in name]
+        for source, names in list_models().items()
+    }
+    recipes = list(recipe_table(known["zoo"]))
+    voice.document(
+        {
+            "networks": known,
+            "recipes": [
+                {
+                    "network": network,
+                    "data": data,
+                    "accuracy": recipe.accuracy,
+                    "source": recipe.source,
+                    "epochs": recipe.epochs,
+                    "short_epochs": recipe.short_epochs,
+                }
+                for network, data, recipe in recipes
+            ],
+        }
+    )
     for source, names in known.items():
-        found = [name for name in names if pattern in name]
-        if found:
-            _print(f"{source}:  " + ", ".join(found))
+        if names:
+            voice.say(f"{source}:  " + ", ".join(names))
     table = Table("network", "data", "accuracy", "of", "epochs, short", box=None)
-    for network, data, recipe in recipe_table([n for n in known["zoo"] if pattern in n]):
+    for network, data, recipe in recipes:
         length = f"{recipe.epochs:g}, {recipe.short_epochs:g}"
         table.add_row(network, data, f"{recipe.accuracy:.2f} %", recipe.source, length)
     if table.row_count:
-        _print("\nRecipes, and the accuracies in the literature that they are after:")
-        _print(table)
+        voice.say("\nRecipes, and the accuracies in the literature that they are after:")
+        voice.say(table)
 
 
 @models.command()
@@ -623,21 +789,26 @@ def train(
     to: Annotated[
         str | None, typer.Option(help="A .safetensors file to write, too.", show_default=False)
     ] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a network by its recipe, and keep it where studies look for their baseline.
 
     Ctrl-C ends it; the same command goes on from the last checkpoint. A study with the lines that
     are printed at the end doesn't train again; elsewhere give it the file: model.weights = FILE.
 
-    **Example:** `python -m autocompress.study models train resnet18 --data torchvision:CIFAR10
-    --to resnet18.safetensors`
+    \b
+    Example:
+      python -m autocompress.study models train resnet18 --data torchvision:CIFAR10 \\
+          --to resnet18.safetensors
     """
+    from autocompress.config import parse_pairs
     from autocompress.pretrain import pretrain, settings_of
-    from autocompress.progress import make_display
 
+    voice = Voice(quiet, verbose)
     if to is not None and not to.endswith(".safetensors"):
         raise ConfigError(f"--to {to}: give a file that ends in .safetensors.")
-    own = _options(argument, "--argument", "width=16")
+    own = parse_pairs(argument or (), "--argument", "width=16")
     if width is not None:
         own["width"] = int(width) if width.is_integer() else width
     config = settings_of(
@@ -656,44 +827,26 @@ def train(
         run__device=device,
     )
     try:
-        with make_display() as display:
+        with voice.hearing(), voice.display() as display:
             made = pretrain(config, display, Path.cwd())
     except KeyboardInterrupt:
-        _complain("Interrupted. The same command goes on from the last checkpoint.")
+        voice.complain("Interrupted. The same command goes on from the last checkpoint.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     expected = made.recipe.accuracy
     compare = "" if expected is None else f"; in the literature {expected:.2f} %, at full length"
-    _print(
+    voice.say(
         f"{made.test_accuracy:.2f} % on test data, {made.val_accuracy:.2f} % on validation data"
         f"{compare}."
     )
     if to is not None:
         made.write(Path(to))
-        _print(f"Written: {to}")
-    _print(f"A study that begins so finds these weights:\n\n{made.study_lines()}")
+        voice.say(f"Written: {to}")
+    voice.say(f"A study that begins so finds these weights:\n\n{made.study_lines()}")
 
 
 def _number(workers: str | None) -> int | str | None:
     """What the study file would have: a number, or "auto"."""
     return int(workers) if workers is not None and workers.isdecimal() else workers
-
-
-def _options(
-    pairs: list[str] | None, option: str = "--launcher-option", example: str = "num_gpus=1"
-) -> dict[str, Any]:
-    """What "key=value" pairs say; numbers become numbers."""
-    import json
-
-    found: dict[str, Any] = {}
-    for pair in pairs or ():
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"{option} {pair}: give key=value, e.g. {example}.")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
-    return found
 
 
 def _hide_url(storage: str | None) -> None:
@@ -717,11 +870,15 @@ def _hide_url(storage: str | None) -> None:
 
 
 def _modules(study: str | None) -> Path | None:
-    """Where modules of the user are looked for: beside the study file, a ready one's too."""
+    """Where modules of the user are looked for: beside the study file, a ready one's too; for a
+    study's folder beside the file that it was run from."""
     from autocompress.config import ready_folder
+    from autocompress.store import StudyFolder
 
     if study is None:
         return None
+    if Path(study).is_dir():
+        return StudyFolder(Path(study)).modules or ready_folder()
     return Path(study).absolute().parent if Path(study).is_file() else ready_folder()
 
 
@@ -744,6 +901,35 @@ def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
             )
         return config
     return load_config(study, overrides)
+
+
+def _begun_config(study: str | None, storage: str | None, out: str | None) -> StudyConfig:
+    """The settings that a study was last run with, which the command line may have changed.
+
+    They are in the study's folder, or where that is not here in the database.
+    """
+    import os
+
+    from autocompress.config import flatten, parse_config
+    from autocompress.database import open_storage
+    from autocompress.process import STORAGE_VARIABLE
+    from autocompress.store import settings_in
+
+    url = storage or os.environ.get(STORAGE_VARIABLE)
+    try:
+        config = _config(study, {"run.storage": storage, "run.out": out})
+    except ConfigError:
+        if study is None or url is None or Path(study).exists():
+            raise
+        kept = settings_in(open_storage(url), study)
+        if kept is None:
+            raise
+        return parse_config(
+            flatten(kept) | {"run.storage": url} | ({"run.out": out} if out else {})
+        )
+    places = {"run.storage": config.run.storage, "run.out": config.run.out}
+    stored = _folder(config).config
+    return _stored(stored, places) if stored.exists() else config
 
 
 def _stored(path: Path, changes: dict[str, Any]) -> StudyConfig:
@@ -779,72 +965,52 @@ def _studies(config: StudyConfig) -> dict[str, Study]:
     return present
 
 
-def _within(study: Study) -> list[FrozenTrial]:
-    from autocompress.trials import within_delta
-
-    return [trial for trial in study.get_trials(deepcopy=False) if within_delta(trial)]
-
-
-def _speed(study: Study, trial: FrozenTrial) -> str:
-    """How many MACs a trial saves and what comes of it; empty where no latency was measured."""
-    from autocompress.latency import describe
-    from autocompress.objective import LATENCY
-    from autocompress.profiler import Latency, Profile
-
-    baseline = Profile.from_dict(study.user_attrs["baseline"])
-    measured = trial.user_attrs.get(LATENCY)
-    if measured is None or baseline.latency is None:
-        return ""
-    latency = Latency(**measured)
-    macs = baseline.macs / trial.user_attrs["metrics"]["macs"]
-    speedup = baseline.latency.median_ms / latency.median_ms
-    return f"; {macs:.2f}x fewer MACs, {speedup:.2f}x as fast ({describe(latency)})"
-
-
-def _baseline_cost(study: Study, objective: str) -> float:
-    from autocompress.objective import cost_of
-    from autocompress.profiler import Profile
-
-    baseline = Profile.from_dict(study.user_attrs["baseline"])
-    return cost_of(objective, baseline, baseline.latency_ms, baseline)
-
-
-def _rows(summary: Any) -> Any:
-    """Before and after, from the result of a study that met delta."""
-    from autocompress.profiler import Profile, comparison
-
-    best = summary["best"]
-    before = Profile.from_dict(summary["baseline"]["profile"])
-    scale = Scale.from_dict(summary["metric"])
-    return comparison(before, Profile.from_dict(best["profile"]), scale)
-
-
-def _say_kept(config: StudyConfig, folder: StudyFolder) -> None:
+def _say_kept(config: StudyConfig, folder: StudyFolder, voice: Voice) -> None:
     from autocompress.store import trials_spent
 
     try:
-        counts = ", ".join(f"{len(trials_spent(s))} of {n}" for n, s in _studies(config).items())
+        ended = {name: len(trials_spent(study)) for name, study in _studies(config).items()}
     except ConfigError:
-        counts = "no trial yet"
-    _complain(f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there.")
+        ended = {}
+    counts = ", ".join(f"{count} of {name}" for name, count in ended.items()) or "no trial yet"
+    text = f"Interrupted. Kept in {folder.path}: {counts}. The same command goes on from there."
+    voice.complain(text)
+    voice.document(
+        {
+            "error": text,
+            "exit_code": EXIT_INTERRUPTED,
+            "study": config.name,
+            "folder": str(folder.path.resolve()),
+            "trials": ended,
+        }
+    )
 
 
-def _print(what: Any) -> None:
-    # Brackets in names and paths are no markup.
-    Console().print(what, markup=False, soft_wrap=True)
+def _tell(text: str) -> None:
+    """Say that an order was understood; the log has it too."""
+    import logging
 
+    from autocompress.logs import SHOWN
 
-def _complain(text: str) -> None:
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+    logging.getLogger("autocompress").info(text, extra=SHOWN)
+    complain(text)
 
 
 def main() -> None:
     """Run the command line; errors of ours become one line and exit code 2."""
+    as_json = wants_json(sys.argv[1:])
     try:
-        app()
+        # By itself it would print wrong usage as text alone, and exit.
+        code = app(standalone_mode=not as_json)
     except AutocompressError as error:
-        _complain(f"Error: {error}")
-        raise SystemExit(EXIT_ERROR) from None
+        raise end_in_error(str(error), EXIT_ERROR, as_json) from None
+    except USAGE_ERROR as error:
+        raise end_in_error(error.format_message(), EXIT_ERROR, as_json) from None
+    except Exception as error:
+        if as_json:
+            end_in_error(f"{type(error).__name__}: {error}", EXIT_BUG, as_json)
+        raise
+    raise SystemExit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,24 @@ EARLY = "early_drops"
 """User attribute of a trial: its accuracy drop before fine-tuning and at each rung it reached."""
 CHECKPOINT = "checkpoint"
 """User attribute of a trial: the artifact of its latest checkpoint."""
+NAME = "name"
+"""User attribute of a trial: what it is called, for people who read a table of trials."""
+RATIO = "compression_ratio"
+"""User attribute of a trial: by how much it is cheaper than the baseline, for sorting and plots."""
+TRACEBACK = "autocompress:traceback"
+"""System attribute of a trial that failed: where, and how that was reached."""
 EXCUSED = "excused"
 """User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
 not count either."""
+
+COST_METRICS = {
+    "params": "params",
+    "size": "size_bytes",
+    "macs": "macs",
+    "latency": "latency_ms",
+    "params+macs": "share",
+}
+"""Objective to its place in the metrics of a trial."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 

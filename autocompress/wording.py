@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from autocompress.plan import from_spans
 from autocompress.scale import ACCURACY, Scale
+from autocompress.spans import from_spans
 
 
 def plan_layers(plan: Mapping[str, Any] | str | None) -> Mapping[str, Mapping[str, Any]]:

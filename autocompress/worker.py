@@ -42,13 +42,14 @@ def perform(
         The ended trial; None if others have ended it.
     """
     stage.refresh(bench)
+    bench.doing = None
 
     def end(reason: str) -> None:
         assert hung is not None
         hung(stage, trial, reason)
 
     with (
-        Heartbeat(stage.study, trial._trial_id) as beat,
+        Heartbeat(stage.study, trial._trial_id, doing=lambda: bench.doing) as beat,
         bench.watch.over(lambda: beat.taken, None if hung is None else end),
     ):
         return run_trial(bench, stage.name, stage.space, trial)

@@ -171,12 +171,12 @@ class _Process:
             if isinstance(event, dict) and "event" in event:
                 self.events.put(event)
             elif line.strip():  # the user's own functions may print
-                logger.info("worker %d: %s", self.pid, line.rstrip())
+                logger.debug("worker %d: %s", self.pid, line.rstrip())
 
     def _read_errors(self, stream: IO[str]) -> None:
         for line in stream:
             self.errors.append(line.rstrip())
-            logger.info("worker %d: %s", self.pid, line.rstrip())
+            logger.debug("worker %d: %s", self.pid, line.rstrip())
 
 
 @dataclass
@@ -301,6 +301,8 @@ class Pool:
         kind = event["event"]
         if kind == "say":
             self._display.say(f"{place.name}: {event['message']}")
+        elif kind == "log":
+            logger.log(event["level"], "%s: %s", place.name, event["message"])
         elif kind == "started":
             self._display.trial_started(event["number"], place.name)
         elif kind == "step":

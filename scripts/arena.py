@@ -44,6 +44,7 @@ from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.recipes import recipe_of
 from autocompress.sources import task_from_config
 from autocompress.space import spend
+from autocompress.tally import NO_FACTS, Facts
 from autocompress.task import Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
 from autocompress.weights import state_digest
@@ -392,6 +393,7 @@ class TrialLog(NullDisplay):
         feasible: bool,
         state: str,
         reason: str | None,
+        facts: Facts = NO_FACTS,
     ) -> None:
         """Write the trial's line."""
         line = {

@@ -31,7 +31,8 @@ from autocompress import quantization
 from autocompress.config import StudyConfig, flatten, parse_config
 from autocompress.errors import ConfigError
 from autocompress.evaluation import evaluate, metric_drop
-from autocompress.export import export_onnx, load
+from autocompress.export import load
+from autocompress.formats import export_onnx
 from autocompress.handout import quantizer_of
 from autocompress.profiler import Example
 from autocompress.quantization import Quantizer, calibration_batches, quantize_onnx, time_files

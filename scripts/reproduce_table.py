@@ -25,7 +25,6 @@ import shlex
 import signal
 import sys
 import threading
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,7 +36,7 @@ import torch
 from autocompress.artifacts import write_text
 from autocompress.compatible import compatible_profile
 from autocompress.conductor import Outcome, run_study
-from autocompress.config import StudyConfig, parse_config
+from autocompress.config import StudyConfig, parse_config, parse_pairs
 from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.models import build_model
@@ -169,15 +168,7 @@ def study_of(options: argparse.Namespace) -> StudyConfig:
     Raises:
         ConfigError: If what `--set` gives is no field, or no value for it.
     """
-    given: dict[str, Any] = {}
-    for text in options.set:
-        key, sign, value = text.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {text!r} must be FIELD=VALUE, e.g. search.trials=20.")
-        try:
-            given[key] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            given[key] = value
+    given = parse_pairs(options.set, "--set", "search.trials=20")
     data = options.data.partition(":")[2] or options.data
     name = "-".join([options.network, Path(data).stem.lower().replace("_", "-")])
     if options.width is not None:

@@ -39,7 +39,8 @@ from autocompress.artifacts import write_text
 from autocompress.batch import tensors_in
 from autocompress.config import SearchConfig
 from autocompress.errors import AutocompressError
-from autocompress.export import check_onnx, export_onnx, load, save_model
+from autocompress.export import load, save_model
+from autocompress.formats import check_onnx, export_onnx
 from autocompress.importance import build_ladders
 from autocompress.layers import Cost, LayerSpec, inspect_layers
 from autocompress.models import build_model, list_models

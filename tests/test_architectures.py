@@ -9,7 +9,7 @@ import torch
 
 from autocompress.allocator import ALONE, Knobs, decode
 from autocompress.channels import find_groups, removable
-from autocompress.export import check_onnx, export_onnx
+from autocompress.formats import check_onnx, export_onnx
 from autocompress.importance import build_ladders
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model

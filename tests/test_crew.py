@@ -57,7 +57,7 @@ def test_work_beside_the_trials_is_done_once_while_they_are_tended() -> None:
     go.set()
     team.close()
     assert calls == [1] and workers.calls[-1] == "stop"
-    assert display.rows == [("rehearsal", 3.0, "rehearsal"), ("", 0, "rehearsal")]
+    assert display.rows == [("fine-tune", 3.0, "rehearsal"), ("", 0, "rehearsal")]
 
 
 def test_an_error_beside_the_trials_ends_them_too() -> None:

@@ -35,6 +35,7 @@ from autocompress.database import (
     take_waiting,
     upgrade,
     write_proposal,
+    write_study_attrs,
 )
 from autocompress.errors import ConfigError, DatabaseLost
 from autocompress.store import open_study
@@ -429,3 +430,34 @@ def test_a_newer_schema_is_refused(url: str) -> None:
     for call in (open_storage, upgrade):
         with pytest.raises(ConfigError, match="newer Optuna than the one here: pip install"):
             call(url)
+
+
+def test_attributes_of_a_study_are_written_together_or_not_at_all(url: str) -> None:
+    study = opened(url)
+    storage, number = study._storage, study._study_id
+
+    def known() -> dict[str, Any]:
+        return dict(storage.get_study_system_attrs(number))
+
+    assert write_study_attrs(study, {"a": 1, "b": [2]}, known())
+    before = known()
+    assert (before["a"], before["b"]) == (1, [2])
+    storage.set_study_system_attr(number, "b", "changed")
+    assert not write_study_attrs(study, {"a": 3, "b": [3], "c": 3}, before)
+    assert known() == before | {"b": "changed"}
+    assert write_study_attrs(study, {"a": 3, "c": 3}, before)
+
+
+def test_of_many_that_write_a_studys_attributes_at_once_one_wins(url: str) -> None:
+    study = opened(url)
+    known = study._storage.get_study_system_attrs(study._study_id)
+    for names in (["a", "b"], ["c"]):
+
+        def write(number: int, names: list[str] = names) -> bool:
+            return write_study_attrs(study, dict.fromkeys(names, number), known)
+
+        with ThreadPoolExecutor(4) as pool:
+            won = list(pool.map(write, range(4)))
+        assert sum(won) == 1
+        found = study._storage.get_study_system_attrs(study._study_id)
+        assert {found[name] for name in names} == {won.index(True)}

@@ -25,9 +25,9 @@ from autocompress import MeanScore, TorchMetric
 from autocompress.batch import tensors_in
 from autocompress.conductor import Outcome, run_study
 from autocompress.config import StudyConfig, load_config, ready_folder
-from autocompress.dashboard import annotate
 from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
+from autocompress.pinboard import annotate
 from autocompress.progress import NullDisplay, PlainDisplay
 from autocompress.scale import Scale
 from autocompress.sources import functions_text, task_from_config
@@ -228,8 +228,10 @@ def test_report_and_terminal_speak_of_the_metric(done: Done) -> None:
 def test_the_dashboards_notes_speak_of_the_metric(done: Done) -> None:
     scale = done.example.scale
     storage = open_storage(f"sqlite:///{done.folder / 'study.db'}")
-    for study in load_stages(storage, done.config.name).values():
-        annotate(study)
+    studies = load_stages(storage, done.config.name)
+    # The study itself has written them.
+    assert annotate(studies) == 0
+    for study in studies.values():
         note = optuna_dashboard.get_note(study)
         assert f"with a drop in {scale.name} of at most {scale.difference(60.0)}" in note
         assert f"| {scale.name} |" in note

@@ -13,19 +13,11 @@ import torch
 from conftest import TinyNet, make_images
 from torch import Tensor, nn
 
-from autocompress import export
+from autocompress import export, formats
 from autocompress.errors import AutocompressError, ConfigError
-from autocompress.export import (
-    ExportReport,
-    check_onnx,
-    check_pt2,
-    export_onnx,
-    export_pt2,
-    load,
-    quick_onnx,
-    read_manifest,
-    save_model,
-)
+from autocompress.export import ExportReport, load, save_model
+from autocompress.formats import check_onnx, check_pt2, export_onnx, export_pt2, quick_onnx
+from autocompress.manifest import read_manifest
 from autocompress.models import build_model
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
@@ -110,11 +102,19 @@ def test_folder_is_complete(saved: tuple[Path, ExportReport], model: nn.Module) 
     folder, report = saved
     names = {"model.safetensors", "plan.json", "model.json", "profile.json", "model.onnx"}
     assert set(report.files) == names | {"model.pt2"}
-    assert {path.name for path in folder.iterdir()} == {*report.files, "export.json"}
+    assert report.scripts == ("predict_onnx.py", "predict_pt2.py")
+    others = {"export.json", "README.md", *report.scripts}
+    assert {path.name for path in folder.iterdir()} == {*report.files, *others}
     assert all(path.name[0] != "." for path in folder.parent.iterdir())
     assert all((folder / name).stat().st_size == size for name, size in report.files.items())
     written = json.loads((folder / "export.json").read_text())
-    assert written == {"files": report.files, "checks": report.checks, "skipped": {}}
+    assert written == {
+        "files": report.files,
+        "checks": report.checks,
+        "skipped": {},
+        "checked_with": "16 real inputs",
+        "scripts": list(report.scripts),
+    }
     profile = Profile.from_dict(json.loads((folder / "profile.json").read_text()))
     assert profile == profile_model(model, EXAMPLE, latency=False)
 
@@ -266,8 +266,8 @@ def test_differing_file_is_refused_and_left_out(
     with pytest.raises(AutocompressError, match="own.pt2 differs from the network: by"):
         check_pt2(tmp_path / "own.pt2", other, example)
 
-    wrong = export._trace(export._portable(other), example)
-    monkeypatch.setattr(export, "_trace", lambda model, example: wrong)
+    wrong = formats._trace(formats._portable(other), example)
+    monkeypatch.setattr(formats, "_trace", lambda model, example: wrong)
     report = save(tmp_path / "best", network, example=example, formats=("pt2", "onnx"))
     assert report.checks == {}
     assert "model.pt2 differs" in report.skipped["model.pt2"]
@@ -372,7 +372,7 @@ def test_a_quick_export_is_quick_even_where_warnings_are_errors(
     def slow(*_: Any) -> None:
         raise AssertionError("the slow exporter was asked")
 
-    monkeypatch.setattr(export, "export_onnx", slow)
+    monkeypatch.setattr(formats, "export_onnx", slow)
     assert quick_onnx(torch.nn.Conv2d(1, 2, 3).eval(), (torch.rand(1, 1, 5, 5),))
 
 
@@ -398,11 +398,11 @@ def test_a_network_that_copies_its_sizes_is_traced_without_a_word(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Warnings are errors here, and after an error the slow exporter would be called.
-    monkeypatch.setattr(export, "export_onnx", lambda *_: pytest.fail("not traced"))
+    monkeypatch.setattr(formats, "export_onnx", lambda *_: pytest.fail("not traced"))
 
     class Copying(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             height = torch.tensor(x.shape[2], dtype=torch.float32)
             return x / height
 
-    assert export.quick_onnx(Copying(), (torch.zeros(1, 3, 8, 8),))
+    assert quick_onnx(Copying(), (torch.zeros(1, 3, 8, 8),))

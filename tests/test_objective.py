@@ -48,7 +48,7 @@ from autocompress.store import open_study, trials_spent
 from autocompress.surgery import apply_plan
 from autocompress.task import Task, cross_entropy
 from autocompress.training import Recipe
-from autocompress.trials import CHECKPOINT, INTERRUPTED, PARENT
+from autocompress.trials import CHECKPOINT, INTERRUPTED, PARENT, TRACEBACK
 from autocompress.watch import Watch
 from autocompress.weights import save_weights
 
@@ -209,7 +209,8 @@ def test_a_trial_that_fails_says_why(bench: Bench, error: Exception, reason: str
     frozen = run(bench)
     assert frozen.state == TrialState.FAIL
     assert frozen.user_attrs["reason"] == reason
-    assert bench.display.ends[0][-2:] == ("FAIL", reason)  # type: ignore[attr-defined]
+    assert "in loss" in frozen.system_attrs[TRACEBACK]
+    assert bench.display.ends[0][-3:-1] == ("FAIL", reason)  # type: ignore[attr-defined]
     bench.task.loss = cross_entropy
     assert run(bench).state == TrialState.COMPLETE
 
@@ -333,7 +334,11 @@ def test_a_trial_goes_on_from_its_checkpoint_with_another_worker(bench: Bench) -
     second = take(study)
     assert second is not None
     steps: list[float] = []
-    bench.display.step = lambda phase, done, *_: steps.append(done)  # type: ignore[method-assign]
+
+    def step(phase: str, done: float, *_: Any) -> None:
+        steps.extend([done] if phase == "fine-tune" else [])
+
+    bench.display.step = step  # type: ignore[method-assign]
     ended = run_trial(bench, "exploration", space_of(bench), second)
     assert ended is not None and ended.state == TrialState.COMPLETE
     assert min(steps) > 0.5, "it didn't begin anew"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import time
-from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
 
+from autocompress.amounts import clean
 from autocompress.progress import (
     STEP_INTERVAL,
     Beside,
@@ -17,13 +18,11 @@ from autocompress.progress import (
     LiveDisplay,
     NullDisplay,
     PlainDisplay,
-    clean,
-    comparison_table,
-    format_number,
-    format_seconds,
     make_display,
 )
 from autocompress.scale import ACCURACY
+from autocompress.screen import Panel
+from autocompress.tally import Facts
 
 
 class HandClock:
@@ -34,15 +33,6 @@ class HandClock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@dataclass
-class Row:
-    metric: str
-    unit: str
-    before: float | None
-    after: float | None
-    ratio: float | None
 
 
 def pipe() -> Console:
@@ -74,9 +64,9 @@ def test_plain_lines() -> None:
         play(display, clock)
     assert written(console).splitlines() == [
         "[exploration 0/4] start  allowed drop 1.00 points",
-        "[exploration 1/4] drop 0.62 <= 1.00  params 4.31x  best 4.31x  eta 30s",
-        "[exploration 2/4] drop 0.90 <= 1.00  params 5.02x  best 5.02x  eta 20s",
-        "[exploration 3/4] drop 2.50 > 1.00  params 9.00x  best 5.02x  eta 10s",
+        "[exploration 1/4] trial 0  drop 0.62 <= 1.00  params 4.31x  best 4.31x  eta 30s",
+        "[exploration 2/4] trial 1  drop 0.90 <= 1.00  params 5.02x  best 5.02x  eta 20s",
+        "[exploration 3/4] trial 2  drop 2.50 > 1.00  params 9.00x  best 5.02x  eta 10s",
     ]
 
 
@@ -88,7 +78,9 @@ def test_plain_keeps_long_and_odd_text_on_one_clean_line() -> None:
     display.trial_finished(1, None, None, False, "FAIL", reason)
     lines = written(console).splitlines()
     assert lines[0] == "[annealing 1/2] resume  allowed drop 0.50 points"
-    assert lines[1].startswith("[annealing 2/2] failed: out of memory: [bold]tried[/bold] 3 GiB x")
+    assert lines[1].startswith(
+        "[annealing 2/2] trial 1  failed: out of memory: [bold]tried[/bold] 3 GiB x"
+    )
     assert lines[1].endswith("best 6.00x")
     assert len(lines) == 2
     assert "\x1b" not in written(console) and "\r" not in written(console)
@@ -106,7 +98,7 @@ def test_each_worker_has_a_line_of_its_own() -> None:
     lines = shown(display)
     rows = [line for line in lines if "of 1," in line or "rehearsal" in line]
     assert [row.split()[:2] for row in rows[1:]] == [["trial", "0"], ["trial", "2"]]
-    assert "rehearsal 3 of 10" in rows[0]
+    assert rows[0].startswith("rehearsal ") and "fine-tune 3 of 10" in rows[0]
     Beside(display, "rehearsal").close()
     display.step("", 0, 0, worker="worker 2")
     assert sum("trial" in line and "fine-tune" in line for line in shown(display)) == 1
@@ -119,7 +111,7 @@ def test_each_worker_has_a_line_of_its_own() -> None:
 def shown(display: LiveDisplay) -> list[str]:
     """The lines at the bottom, on 80 columns."""
     console = Console(file=io.StringIO(), width=80)
-    console.print(display.render())
+    console.print(Panel(display._tally))
     return written(console).splitlines()
 
 
@@ -135,6 +127,25 @@ def test_a_plain_log_names_the_worker() -> None:
     lines = written(console).splitlines()[1:]
     assert lines[0].startswith("[exploration 0/4] worker 0  trial 0  fine-tune 0.5/1")
     assert lines[1].startswith("[exploration 0/4] worker 1  trial 1  fine-tune 0.5/1")
+
+
+def test_a_phase_of_unknown_length_has_no_figures() -> None:
+    console, clock = pipe(), HandClock()
+    display = PlainDisplay(console, clock)
+    display.stage("exploration", 4)
+    clock.now += STEP_INTERVAL
+    display.step("evaluate", 0.0, 0.0)
+    assert written(console).splitlines()[-1] == "[exploration 0/4] evaluate"
+
+
+def test_the_log_has_more_than_the_screen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="autocompress")
+    facts = Facts(91.5, {"params": 2.0, "macs": 1.5}, 61.0, "1 layer: 1 svd", "host/7")
+    for display in (PlainDisplay(pipe()), LiveDisplay(terminal()), NullDisplay()):
+        caplog.clear()
+        display.trial_finished(3, 0.5, 2.0, True, "COMPLETE", None, facts)
+        for word in ("trial 3", "MACs 1.50x", "91.50 %", "1m01s", "1 layer: 1 svd", "by host/7"):
+            assert word in caplog.text, type(display)
 
 
 def test_plain_steps_are_throttled() -> None:
@@ -169,7 +180,7 @@ def test_live_shows_stage_phase_best_and_time_left_on_80_columns() -> None:
         clock.now += 4
         display.step("fine-tune", 0.4, 1.0, note="loss 0.31")
         view = Console(file=io.StringIO(), width=80)
-        view.print(display.render())
+        view.print(Panel(display._tally))
     lines = written(view).splitlines()
     assert len(lines) == 3 and max(map(len, lines)) <= 80
     assert "exploration" in lines[0]
@@ -196,9 +207,9 @@ def test_best_survives_the_next_stage_and_not_another_delta() -> None:
 def test_live_before_anything_is_known() -> None:
     display = LiveDisplay(terminal(), HandClock())
     view = Console(file=io.StringIO(), width=80)
-    view.print(display.render())
+    view.print(Panel(display._tally))
     display._tally.stage("exploration", 5, 0, 1.0, "macs", None, 0.0, ACCURACY)
-    view.print(display.render())
+    view.print(Panel(display._tally))
     assert "none yet within the allowed drop of 1.00 points" in written(view)
 
 
@@ -209,15 +220,42 @@ def test_live_keeps_a_finished_trial_on_one_line() -> None:
     display.close()
     display.trial_finished(0, 31.0, 9.0, False, "PRUNED", "over the gate " * 10)
     last = clean(written(console), lines=True).splitlines()[-1].strip()
-    assert last.startswith("exploration 0   drop 31.00 > 1.00  params 9.00x  stopped: over the")
+    assert last.startswith("exploration 0   drop 31.00 > 1.00 ")
+    assert "params 9.00x  stopped: over the gate" in last
     assert len(last) == 80 and last.endswith("…")
 
 
 def test_display_follows_the_console() -> None:
-    assert isinstance(make_display(pipe()), PlainDisplay)
-    assert isinstance(make_display(terminal()), LiveDisplay)
+    assert isinstance(make_display(pipe(), {}), PlainDisplay)
+    assert isinstance(make_display(terminal(), {}), LiveDisplay)
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    assert isinstance(make_display(dumb), PlainDisplay)
+    assert isinstance(make_display(dumb, {}), PlainDisplay)
+
+
+@pytest.mark.parametrize("environ", [{"CI": "true"}, {"GITHUB_ACTIONS": "true"}, {"CI": "1"}])
+def test_ci_keeps_lines_so_none_is_redrawn(environ: dict[str, str]) -> None:
+    assert isinstance(make_display(terminal(), environ), PlainDisplay)
+    assert isinstance(make_display(terminal(), {"CI": "false"}), LiveDisplay)
+
+
+def test_colours_that_are_forced_make_no_terminal_of_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console(file=io.StringIO(), width=80)
+    assert console.is_terminal
+    assert isinstance(make_display(console), PlainDisplay)
+
+
+def test_no_colour_is_respected() -> None:
+    environ = {"TERM": "xterm-256color", "NO_COLOR": "1"}
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, _environ=environ)
+    console.print(Panel(LiveDisplay(console)._tally))
+    display = LiveDisplay(console, HandClock())
+    display._tally.stage("exploration", 4, 2, 1.0, "params", (4.0, 0.5), 0.0, ACCURACY)
+    console.print(Panel(display._tally))
+    assert "exploration" in written(console)
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", written(console))
 
 
 @pytest.mark.parametrize("make", [LiveDisplay, PlainDisplay, NullDisplay])
@@ -233,42 +271,6 @@ def test_messages_reach_the_logger(
         display.trial_finished(0, 0.5, 2.0, True, "COMPLETE", None)
     assert "kept 3 trials in [runs/x]" in caplog.text
     assert "exploration" in caplog.text and "2.00x" in caplog.text
-
-
-def test_comparison_table() -> None:
-    rows = [
-        Row("params", "M", 0.272474, 0.0541, 5.0365),
-        Row("latency", "ms", None, None, None),
-        Row("accuracy", "%", 92.31, 91.6, None),
-    ]
-    console = pipe()
-    console.print(comparison_table(rows))
-    lines = written(console).splitlines()
-    assert lines[0].split() == ["metric", "unit", "before", "after", "ratio"]
-    assert lines[1].split() == ["params", "M", "0.272", "0.054", "5.04x"]
-    assert lines[2].split() == ["latency", "ms", "-", "-", "-"]
-    assert lines[3].split() == ["accuracy", "%", "92.31", "91.60", "-"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(-3, "0s"), (42.4, "42s"), (190, "3m10s"), (7500, "2h05m"), (273600, "3d04h")],
-)
-def test_format_seconds(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "-"), (0, "0"), (0.00012, "0.00012"), (4.5, "4.500"), (40551424, "40,551,424")],
-)
-def test_format_number(value: float | None, text: str) -> None:
-    assert format_number(value) == text
-
-
-def test_clean() -> None:
-    assert clean("a\x1b]0;title\x07\x1b[2Jb\n c\x00") == "ab c"
-    assert clean("a\nb", lines=True) == "a\nb"
 
 
 def test_time_left_counts_what_comes_after_the_stage() -> None:

@@ -20,7 +20,7 @@ from autocompress import quantization
 from autocompress.channels import KeptChannels, find_groups
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
-from autocompress.export import export_onnx
+from autocompress.formats import export_onnx
 from autocompress.layers import LayerSpec, inspect_layers, without_channels
 from autocompress.plan import Plan
 from autocompress.quantization import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autocompress.export import export_onnx, quick_onnx
+from autocompress.formats import export_onnx, quick_onnx
 from autocompress.runtime import open_onnx, open_openvino
 
 IMAGES = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
+from sqlite3 import connect
 from typing import Any
 
 import pytest
@@ -142,6 +144,54 @@ def test_any_trial_is_handed_out(small: Path, tmp_path: Path, trial: str) -> Non
     assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_formats_are_asked_for_by_name(small: Path, tmp_path: Path) -> None:
+    there = tmp_path / "it"
+    done = call("export", *at(small), "--format", "onnx,onnx-fp16", "--to", str(there))
+    assert done.exit_code == 0 and "Compared with PyTorch on 64 real inputs." in done.output
+    names = {path.name for path in there.iterdir()}
+    assert {"model.onnx", "model.fp16.onnx", "predict_onnx.py", "README.md"} <= names
+    assert "model.pt2" not in names
+    about = json.loads((there / "model.json").read_text())
+    assert about["image"] == {"mode": "L", "resize": 8, "crop": [8, 8]}
+    assert about["task"]["kind"] == "classification"
+    # The study's own winner says the same of itself.
+    own = json.loads((small.parent / "small" / "best" / "model.json").read_text())
+    assert own == about
+
+
+def test_formats_that_cannot_be_written_cost_nothing(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "it"
+    said = fail(capsys, "export", *at(small), "--format", "onx", "--to", str(there))
+    assert "Did you mean 'onnx'?" in said and not there.exists()
+
+
+def test_files_are_compared_without_the_data_too(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("autocompress.handout.task_from_config", gone)
+    done = call("export", *at(small), "--format", "onnx", "--to", str(tmp_path / "it"))
+    assert done.exit_code == 0
+    assert "the study's data can't be read" in done.stderr and "the disk is gone" in done.stderr
+    assert "Compared with PyTorch on made-up inputs." in done.stdout
+    # What the study knew is in its database.
+    about = json.loads((tmp_path / "it" / "model.json").read_text())
+    assert about["image"] == {"mode": "L", "resize": 8, "crop": [8, 8]}
+
+
+def test_the_winner_has_a_model_card(small: Path) -> None:
+    folder = small.parent / "small"
+    result = json.loads((folder / "result.json").read_text())
+    text = (folder / "best" / "README.md").read_text()
+    assert f"{result['best']['test_score']:.2f} %" in text
+    assert "Test data was read once by the study" in text
+    assert "pipeline_tag: image-classification" in text
+
+
 def test_a_trial_is_handed_out_in_int8(small: Path, tmp_path: Path) -> None:
     there = str(tmp_path / "it")
     done = call("export", *at(small), "--trial", "exploration/0", "--to", there, "--int8")
@@ -150,6 +200,8 @@ def test_a_trial_is_handed_out_in_int8(small: Path, tmp_path: Path) -> None:
     assert re.search(r"int8 \(minmax\): [\d.]+ % on validation data", done.stderr)
     sizes = json.loads((tmp_path / "it" / "export.json").read_text())["files"]
     assert sizes["model.int8.onnx"] < sizes["model.onnx"]
+    text = (tmp_path / "it" / "README.md").read_text()
+    assert "`model.int8.onnx`" in text and "Test data was not read for this network" in text
     (output,) = autocompress.open_onnx(tmp_path / "it" / "model.int8.onnx")(torch.zeros(2, 1, 8, 8))
     assert output.shape == (2, 10)
 
@@ -310,6 +362,199 @@ def test_an_interrupted_run_says_what_it_kept(small: Path, monkeypatch: pytest.M
     assert "3 of exploration, 1 of annealing" in ended.output
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, autocompress.study; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+HEAVY = ("torch", "optuna", "sqlalchemy", "numpy", "pydantic", "rich")
+"""What takes longer to import than help may take to appear."""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_help_waits_for_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('LOADED', [m for m in {HEAVY} if m in sys.modules]))\n"
+        f"sys.argv = ['autocompress', *{arguments}]\n"
+        "from autocompress.study import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert len(done.stdout.splitlines()) > 1
+
+
+def test_status_does_not_wait_for_torch(small: Path) -> None:
+    code = (
+        "import sys\n"
+        "from autocompress.study import app\n"
+        f"app(['status', *{at(small)}], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def document(result: Result) -> dict[str, Any]:
+    """What is on standard output: one JSON document and nothing else."""
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def documented(command: str) -> str:
+    """What the page on commands says of a command's JSON."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "reference-commands.md"
+    text = page.read_text(encoding="utf-8")
+    found = re.search(rf"\*\*{command}\*\*: (.*?)\n\n", text, flags=re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_a_run_ends_in_one_document(small: Path) -> None:
+    ended = call("run", *at(small), "--json")
+    found = document(ended)
+    assert ended.exit_code == found["exit_code"] == 0 and found["met"]
+    assert "Nothing to do" in ended.stderr
+    assert found["best"]["val_drop"] <= 40 and found["trials"]["exploration"] == 3
+    rows = {row["metric"]: row for row in found["comparison"]}
+    assert rows["params"]["ratio"] == pytest.approx(
+        rows["params"]["before"] / rows["params"]["after"]
+    )
+    for key in ("result", "report", "network"):
+        assert Path(found[key]).exists()
+    for key in (*found, *found["best"]):
+        assert f"`{key}`" in documented("run"), key
+
+
+def test_a_status_ends_in_one_document(small: Path) -> None:
+    found = document(call("status", *at(small), "--json"))
+    assert found["state"] == "finished" and found["stages"]["annealing"]["ended"] == 1
+    assert found["best"]["ratios"]["params"] > 1
+    inner = (*found["stages"]["exploration"], *found["best"])
+    for key in (*found, *inner):
+        assert f"`{key}`" in documented("status"), key
+
+
+def test_other_commands_end_in_one_document_too(small: Path) -> None:
+    profile = document(call("profile", str(small), "--json", "--compatible"))
+    assert profile["macs"] == sum(layer["macs"] for layer in profile["layers"])
+    layers = {layer["name"]: layer for layer in profile["layers"]}
+    assert layers["conv1"]["left_alone"] and layers["layer1.0.conv1"]["may_become"]
+    assert profile["compatible"]["params_m"] > 0 and profile["latency"]["median_ms"] > 0
+    assert Path(document(call("report", *at(small), "--json"))["report"]).exists()
+    listed = document(call("models", "list", "resnet20", "--json"))
+    assert listed["networks"]["zoo"] == ["resnet20"] and listed["recipes"]
+    fields = document(call("fields", "search.trials", "--json"))["fields"]
+    assert fields[0]["default"] == "30"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nowhere.toml", "--json"], 2),
+        (["run", "--json", "--no-such-option"], 2),
+        (["run", "--trials", "many", "--json"], 2),
+        (["status", "quickstart", "--json"], 2),
+    ],
+)
+def test_an_error_is_a_document_and_a_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["autocompress", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert ended.value.code == found["exit_code"] == code
+    assert found["error"] and found["error"] in " ".join(said.err.split())
+
+
+def test_a_fault_of_ours_is_a_document_and_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise LookupError("a fault")
+
+    monkeypatch.setattr("autocompress.fields.find_fields", broken)
+    monkeypatch.setattr(sys, "argv", ["autocompress", "fields", "--json"])
+    with pytest.raises(LookupError):
+        main()
+    assert json.loads(capsys.readouterr().out) == {"error": "LookupError: a fault", "exit_code": 1}
+
+
+def test_quiet_leaves_the_result(small: Path) -> None:
+    ended = call("run", *at(small), "--quiet")
+    assert "Nothing to do" not in ended.output
+    assert "accuracy" in ended.stdout and "Everything is in" in ended.stdout
+    assert "Nothing to do" in (small.parent / "small" / "study.log").read_text()
+
+
+def test_verbose_shows_what_only_the_log_has(small: Path) -> None:
+    import logging
+    import warnings
+
+    from autocompress.voice import Voice
+
+    with pytest.MonkeyPatch.context() as patch:
+        heard: list[str] = []
+        patch.setattr("autocompress.voice.complain", heard.append)
+        for verbose in (False, True):
+            with warnings.catch_warnings(record=True) as shown, Voice(verbose=verbose).hearing():
+                warnings.simplefilter("always")
+                warnings.warn("of a library", UserWarning, stacklevel=1)
+                logging.getLogger("autocompress").debug("a worker's line")
+                logging.getLogger("autocompress").info("on the screen", extra={"shown": True})
+            assert len(shown) == verbose
+    assert heard == ["a worker's line"]
+
+
+def test_the_log_begins_with_command_versions_and_settings(small: Path) -> None:
+    text = (small.parent / "small" / "study.log").read_text()
+    for word in ("Command: python -m autocompress.study", "torch 2.", "finetune.gate = 100.0"):
+        assert word in text
+
+
+def test_fields_are_explained() -> None:
+    said = call("fields", "finetune.epochs").output
+    assert 'number, or "auto"' in said and "probe" in said
+    with pytest.raises(autocompress.AutocompressError, match="No field"):
+        call("fields", "nonsense")
+
+
+def test_the_version_is_printed() -> None:
+    assert call("--version").output.strip() == f"autocompress {autocompress.__version__}"
+
+
+def test_a_database_alone_tells_how_far_a_study_is(small: Path, tmp_path: Path) -> None:
+    database = tmp_path / "only.db"
+    with closing(connect(small.parent / "small" / "study.db")) as old:
+        with closing(connect(database)) as new:  # what is in its write-ahead log, too
+            old.backup(new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        arguments = ["--storage", f"sqlite:///{database}", "--out", str(tmp_path)]
+        said = call("status", "small", *arguments).output
+    assert re.search(r"exploration.*3/3", said) and "Finished: sqlite:///" in said
+
+
+def test_a_folder_finds_the_modules_beside_its_study_file(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
+    place = tmp_path / "mine"
+    place.mkdir()
+    (place / "mynets_for_a_folder.py").write_text(
+        "from autocompress.zoo import ZOO\n"
+        "def net(**arguments):\n"
+        "    return ZOO['resnet_small'](**arguments)\n"
+    )
+    file = place / "own.toml"
+    text = STUDY.replace("zoo:resnet_small", "mynets_for_a_folder:net").replace("small", "own", 1)
+    file.write_text(text.replace("annealing_trials = 1", "annealing_trials = 0"))
+    assert call("run", str(file), "--out", str(tmp_path), "--trials", "1").exit_code == 0
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(place)])
+    monkeypatch.delitem(sys.modules, "mynets_for_a_folder", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert "Nothing to do" in call("run", str(tmp_path / "own")).output

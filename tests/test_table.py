@@ -80,7 +80,7 @@ def test_bad_rows_are_refused(
     assert run(monkeypatch, "run", "vgg19", "--data", "folder:mine") == 2
     assert "give --classes" in capsys.readouterr().err
     assert run(monkeypatch, "run", "vgg19", "--set", "search.trials") == 2
-    assert "must be FIELD=VALUE" in capsys.readouterr().err
+    assert "give key=value, e.g. search.trials=20" in capsys.readouterr().err
     assert run(monkeypatch, "run", "vgg19", "--set", "search.trial=3") == 2
     assert "Did you mean 'trials'" in capsys.readouterr().err
 
