@@ -22,6 +22,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,15 +44,29 @@ NOT_RUN = {
     "worker": "it joins a study that runs; tests/test_workers.py does",
     "train": "it trains a network for long; tests/test_pretrain.py does",
 }
-"""Commands of ours whose lines are only parsed; so are those with --watch, which go on, and with
---storage, which want a server."""
+"""Commands of ours whose lines are only parsed."""
+
+NOT_RUN_WITH = {
+    "watch": "it goes on until the study ends",
+    "storage": "there is no such server",
+    "formats": "it wants other packages, and minutes; tests/test_formats.py writes them all",
+}
+"""Options with which a line is only parsed."""
 
 NOT_RUN_PROGRAMS = {
     r"export [A-Z_]+=\S+": "sets a variable for the lines below, which are only parsed",
     r"python -c '.*": "loads studies that take minutes; tests/test_export.py does the same",
     r"docker .*": "there is no Docker in the tests",
+    r"ssh .*": "there is no other machine",
+    r"python \S+/predict_\w+\.py .*": "tests/test_predict.py runs these programs",
 }
 """Other programs' lines that aren't run, as patterns."""
+
+NEEDS = {
+    "a compiler": "it takes a minute; tests/test_deployment_docs.py runs it",
+    "openvino": "it is an extra; run where it is installed",
+}
+"""What the first line of a Python block, `# needs ...`, may name; else the block is only compiled."""
 
 FOREIGN = {"torchao", "nncf"}
 """Packages of others that a page tells to install."""
@@ -79,7 +94,12 @@ def blocks(text: str) -> list[Block]:
 
 
 def commands(text: str) -> list[str]:
-    """The commands of a bash block: comments cut off, continued lines joined, `&&` split."""
+    """The commands of a bash block: comments cut off, continued lines joined, `&&` split.
+
+    Of a block with prompts (`$ `) only what follows them; the rest is what was printed.
+    """
+    prompted = re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE)
+    text = "\n".join(prompted) if prompted else text
     text = re.sub(r"\s*\\\n\s*", " ", text)
     found: list[str] = []
     rest = ""
@@ -128,6 +148,11 @@ class Page:
             # So that a traceback shows the page's own lines.
             text = "\n" * block.line + block.text
             code = compile(text, str(self.path), "exec", dont_inherit=True)
+            needs = re.match(r"# needs (.+)\n", block.text)
+            if needs:
+                assert needs[1] in NEEDS, f"no rule for what needs {needs[1]!r}"
+                if " " in needs[1] or find_spec(needs[1]) is None:
+                    return
             with contextlib.redirect_stdout(io.StringIO()):
                 exec(code, self.names)
         elif block.language == "toml":
@@ -164,7 +189,9 @@ class Page:
         study = given.get("study")
         if name == "run":
             self.run(args, given)
-        elif name not in NOT_RUN and not given.get("watch") and not given.get("storage"):
+        elif name in NOT_RUN or any(given.get(option) for option in NOT_RUN_WITH):
+            pass
+        else:
             if study is not None and re.search(r"\.toml$|/", study) and not Path(study).exists():
                 args = ["runs/quickstart" if arg == study else arg for arg in args]
             # The study of the tests is short; any of its trials will do.
