@@ -66,7 +66,7 @@ NEEDS = {
     "a compiler": "it takes a minute; tests/test_deployment_docs.py runs it",
     "openvino": "it is an extra; run where it is installed",
 }
-"""What the first line of a Python block, `# needs ...`, may name; else the block is only compiled."""
+"""What the first line of a Python block, `# needs ...`, may name; without it none is run."""
 
 FOREIGN = {"torchao", "nncf"}
 """Packages of others that a page tells to install."""
