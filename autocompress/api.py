@@ -18,7 +18,7 @@ from autocompress.config import parse_config
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader, check_batches, given_loaders, labels_of
 from autocompress.progress import Display, NullDisplay, make_display
-from autocompress.sources import functions_text, pick_device
+from autocompress.sources import functions_text, load_transforms, pick_device
 from autocompress.task import Loader, Task, with_functions
 
 
@@ -72,7 +72,7 @@ def compress(
         ConfigError: If an argument is wrong; before any work is spent.
         StudyMismatch: If the folder holds a study that was made with other settings.
 
-    Example:
+    Examples:
         >>> outcome = autocompress.compress(model, train, test, delta=1.0)  # doctest: +SKIP
         >>> outcome.model, outcome.summary["best"]["test_drop"]  # doctest: +SKIP
     """
@@ -92,6 +92,7 @@ def compress(
     }
     config = parse_config(fields)
     device = pick_device(config.run.device)
+    load_transforms(config)
     val_seen = val is None and config.data.val_from == "train"
     train, val, test = given_loaders(
         train,

@@ -15,14 +15,38 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from autocompress.errors import ConfigError, did_you_mean
 
 PACKAGE, READY = "autocompress", "studies"
 """Where the ready studies are."""
 
-TransformName = Literal["svd", "spatial_svd", "tucker2", "cp", "tt"]
+
+def own_transform(name: str) -> bool:
+    """Whether a name in `search.transforms` is that of a class of the user's, `module:Class`."""
+    module, colon, kind = name.partition(":")
+    return bool(module and colon and kind)
+
+
+def _own_or_known(value: Any, known: ValidatorFunctionWrapHandler) -> Any:
+    return value if isinstance(value, str) and own_transform(value) else known(value)
+
+
+TransformName = Annotated[
+    Literal["svd", "spatial_svd", "tucker2", "cp", "tt"],
+    WrapValidator(_own_or_known),
+    PlainSerializer(str),
+]
 ALL_TRANSFORMS: tuple[TransformName, ...] = ("svd", "spatial_svd", "tucker2", "cp", "tt")
 
 # TOML has arrays only; strict checking would refuse them for a tuple.
@@ -180,7 +204,8 @@ class SearchConfig(_Section):
 
     transforms: Annotated[tuple[TransformName, ...], _AsTuple] = Field(
         default=ALL_TRANSFORMS,
-        description="Transforms that layers may get; none where only channels are to be removed.",
+        description="Transforms that layers may get, one of your own as package.module:Class; none "
+        "where only channels are to be removed.",
     )
     include: Names | None = Field(
         default=None,
@@ -556,17 +581,19 @@ def bound_settings(config: StudyConfig) -> dict[str, Any]:
 
 
 def own_code(config: StudyConfig) -> list[str]:
-    """The settings of a study that name functions of the user's own, which it will run."""
+    """The settings of a study that name code of the user's own, which it will run."""
     named = {
         "model.source": config.model.source,
         "data.source": config.data.source,
         "task.source": config.task.source,
     }
-    return [
+    found = [
         f"{key} = '{source}'"
         for key, source in named.items()
         if source is not None and source.partition(":")[0] not in _LIBRARIES
     ]
+    transforms = filter(own_transform, config.search.transforms)
+    return found + [f"search.transforms: '{name}'" for name in transforms]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -141,7 +141,10 @@ def transform_from_dict(row: Mapping[str, Any]) -> Transform:
     name = values.pop("transform", None)
     kind = TRANSFORMS.get(str(name))
     if kind is None:
-        raise ConfigError(f"Unknown transform {name!r}.{did_you_mean(str(name), TRANSFORMS)}")
+        raise ConfigError(
+            f"Unknown transform {name!r}.{did_you_mean(str(name), TRANSFORMS)} One of your own is "
+            "made known by autocompress.transforms.register(YourClass)."
+        )
     assert is_dataclass(kind)
     known = [f.name for f in fields(kind)]
     if sorted(known) != sorted(values):

@@ -6,14 +6,15 @@ import hashlib
 import inspect
 import re
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from autocompress.config import DataConfig, StudyConfig
+from autocompress.config import DataConfig, StudyConfig, own_transform
 from autocompress.data import load_data
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader, check_batches
@@ -26,9 +27,11 @@ from autocompress.models import (
 )
 from autocompress.scale import Scale
 from autocompress.task import Task, with_functions
+from autocompress.transforms import Transform, register
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _PLAIN = (bool, int, float, str, Scale)
+_PARTS = ("name", "refusal", "ladder", "full", "factorize", "cost", "build", "kernels")
 
 
 def pick_device(name: str) -> torch.device:
@@ -61,6 +64,7 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
         ConfigError: If there is no such network, data or device, or they don't fit each other.
     """
     device = pick_device(config.run.device)
+    load_transforms(config, folder)
     functions = _functions(config, folder)
     torch.manual_seed(config.seed)
     model = build_model(config.model.source, config.model.arguments, config.model.weights, folder)
@@ -86,6 +90,28 @@ def task_from_config(config: StudyConfig, folder: Path | None = None) -> Task:
     task = with_functions(task, functions, f"task.source = '{config.task.source}'")
     check_batches(task)
     return task
+
+
+def load_transforms(config: StudyConfig, folder: Path | None = None) -> None:
+    """Register the transforms of the user's own that a study names.
+
+    Args:
+        config: The study.
+        folder: Where modules are looked for, too.
+
+    Raises:
+        ConfigError: If there is no such class, or it is no transform.
+    """
+    for name in filter(own_transform, config.search.transforms):
+        kind = load_function(name, "search.transforms", folder)
+        missing = [part for part in _PARTS if not hasattr(kind, part)]
+        if not isinstance(kind, type) or not is_dataclass(kind) or missing:
+            lacks = f"; it lacks {', '.join(missing)}" if missing else ""
+            raise ConfigError(
+                f"search.transforms: '{name}' must be a frozen dataclass with the methods of "
+                f"autocompress.transforms.Transform{lacks}."
+            )
+        register(cast(type[Transform], kind), alias=name)
 
 
 def _functions(config: StudyConfig, folder: Path | None) -> dict[str, Any]:

@@ -569,10 +569,11 @@ def export(
 
     from autocompress.formats import DEFAULT_FORMATS, choose_formats
     from autocompress.handout import export_trial, quantizer_of, read_task
-    from autocompress.sources import task_from_config
+    from autocompress.sources import load_transforms, task_from_config
 
     names = choose_formats(formats or DEFAULT_FORMATS)
     config = _config(study, {"run.storage": storage, "run.out": out})
+    load_transforms(config, _modules(study))
     folder = _folder(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
     studies = _studies(config)

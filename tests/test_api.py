@@ -247,3 +247,24 @@ def test_labels_that_no_output_stands_for_are_refused_before_any_work(tmp_path: 
     with pytest.raises(ConfigError, match="image 3 of val is 4, but the network has 4 outputs"):
         autocompress.compress(TinyNet(), wrong, wrong, val=wrong, out=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        (
+            "nowhere_at_all:Halves",
+            "search.transforms = 'nowhere_at_all:Halves': there is no module",
+        ),
+        (
+            "conftest:TinyNet",
+            "'conftest:TinyNet' must be a frozen dataclass .*it lacks name, refusal",
+        ),
+    ],
+)
+def test_what_is_no_transform_is_refused(name: str, complaint: str, tmp_path: Path) -> None:
+    settings = {"search.transforms": [name]}
+    with pytest.raises(ConfigError, match=complaint):
+        autocompress.compress(
+            TinyNet(), make_loader(64, 0), make_loader(64, 1), out=tmp_path, settings=settings
+        )

@@ -57,6 +57,16 @@ def test_the_names_of_the_transforms_are_those_that_exist() -> None:
     assert set(ALL_TRANSFORMS) == set(TRANSFORMS)
 
 
+def test_a_transform_may_be_ones_own() -> None:
+    config = parse_config({**MINIMAL, "search.transforms": ["svd", "mine:Halves"]})
+    assert config.search.transforms == ("svd", "mine:Halves")
+    assert config.model_dump(mode="json")["search"]["transforms"] == ["svd", "mine:Halves"]
+    assert own_code(config) == ["search.transforms: 'mine:Halves'"]
+    for wrong in ("mine:", ":Halves"):
+        with pytest.raises(ConfigError, match="unknown value"):
+            parse_config({**MINIMAL, "search.transforms": [wrong]})
+
+
 def test_no_path_means_the_quickstart() -> None:
     assert load_config(None).name == "quickstart"
     assert load_config("quickstart") == load_config(None)

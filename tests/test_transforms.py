@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transform_cases import LAYERS, METHODS, accepted, filled, make, refused
 
-from autocompress.errors import UnsupportedLayer
+from autocompress import plan as plan_module
+from autocompress import transforms
+from autocompress.errors import ConfigError, UnsupportedLayer
 from autocompress.layers import LayerSpec
 from autocompress.plan import Plan
 from autocompress.surgery import ErrorMeter, dense_weight
@@ -378,3 +381,25 @@ def test_tall_matrices_are_factored_alike(monkeypatch: pytest.MonkeyPatch) -> No
             first, second = SVD(rank).kernels(tall)
             wanted, beside = SVD(rank).kernels(full)
             torch.testing.assert_close(second @ first, beside @ wanted)
+
+
+def test_a_transform_of_ones_own_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "TRANSFORMS", dict(transforms.TRANSFORMS))
+    monkeypatch.setattr(plan_module, "TRANSFORMS", transforms.TRANSFORMS)
+
+    @dataclass(frozen=True)
+    class Mine(SVD):
+        name = "mine"
+
+    class Other(Mine):
+        pass
+
+    row = '{"version": 2, "layers": {"a": {"transform": "mine", "rank": 3}}}'
+    with pytest.raises(ConfigError, match=r"Unknown transform 'mine'.*register\(YourClass\)"):
+        Plan.from_json(row)
+    assert transforms.register(Mine, alias="module:Mine") is Mine
+    assert Plan.from_json(row).layers == {"a": Mine(3)}
+    assert transforms.TRANSFORMS["module:Mine"] is Mine
+    transforms.register(Mine)
+    with pytest.raises(ConfigError, match="a transform 'mine' already.*give .*Other another name"):
+        transforms.register(Other)
