@@ -1,47 +1,65 @@
-# autocompress in a container.
+# An image that runs studies, on a CPU or on NVIDIA GPUs.
 #
-#   docker build --target cpu --build-arg VERSION=0.1.0 -t autocompress .
-#   docker build --target cuda --build-arg VERSION=0.1.0 -t autocompress:cuda .
-#   docker run --rm -v "$PWD:/work" autocompress mine.toml
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" autocompress:cuda mine.toml
+#     docker build --target cpu  --tag autocompress:cpu  .
+#     docker build --target cuda --tag autocompress:cuda --build-arg VERSION=1.2.3 .
 #
-# Studies are read from and written to /work; it must be writable by the user of the container
-# (add `--user "$(id -u):$(id -g)"` for your own). /cache keeps decoded images and layer times.
+#     docker run --rm --volume "$PWD:/work" autocompress:cpu                    # the quickstart
+#     docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" \
+#         --gpus all --shm-size 2g autocompress:cuda mine.toml --delta 0.5
+#
+# Study files, data, results and caches are all in the one folder that is mounted. The CUDA image
+# needs a driver and the NVIDIA container toolkit on the host; PyTorch brings the rest of CUDA.
 
-ARG PYTHON=3.12
+ARG PYTHON=3.13
 
-FROM python:${PYTHON}-slim AS wheel
-WORKDIR /src
-COPY . .
-# There is no git here, so the version is told.
-ARG VERSION=0.1.0.dev0
-RUN pip install --no-cache-dir "build>=1.2,<2" \
-    && SETUPTOOLS_SCM_PRETEND_VERSION_FOR_AUTOCOMPRESS="${VERSION}" python -m build --wheel --outdir /dist
+# The wheel. VERSION is what git would tell, which a build context without .git can't.
+FROM python:${PYTHON}-slim-trixie AS wheel
+ARG VERSION=0.0.0
+ENV SETUPTOOLS_SCM_PRETEND_VERSION=${VERSION}
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY autocompress autocompress
+RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-FROM python:${PYTHON}-slim AS base
+# What both images have: a user without rights, one folder for everything.
+FROM python:${PYTHON}-slim-trixie AS base
+ARG VERSION=0.0.0
 LABEL org.opencontainers.image.title="autocompress" \
-      org.opencontainers.image.description="Makes trained convolutional networks small and fast" \
-      org.opencontainers.image.licenses="Apache-2.0"
+      org.opencontainers.image.description="Makes trained convolutional networks small and fast, within an accuracy tolerance." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}"
+# The folder is open to any user, for --user; its caches outlive the container.
 ENV PYTHONUNBUFFERED=1 \
-    AUTOCOMPRESS_HOME=/cache \
-    HOME=/cache
-RUN useradd --uid 1000 --no-create-home autocompress \
-    && mkdir /cache /work \
-    && chmod 1777 /cache /work
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    HOME=/work \
+    USER=autocompress \
+    AUTOCOMPRESS_HOME=/work/.cache/autocompress \
+    TORCH_HOME=/work/.cache/torch \
+    HF_HOME=/work/.cache/huggingface
+RUN useradd --uid 1000 --no-create-home --home-dir /work autocompress \
+    && install --directory --owner=autocompress --mode=1777 /work
 WORKDIR /work
 
+# CPU: PyTorch without the libraries of CUDA.
 FROM base AS cpu
-# PyTorch's own index has wheels without CUDA, a tenth of the size.
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<3" "torchvision>=0.26,<1"
-COPY --from=wheel /dist /dist
-RUN pip install --no-cache-dir /dist/*.whl "psycopg[binary]>=3.2,<4" "boto3>=1.34,<2"
+ARG EXTRAS=zoo,tasks,postgres,s3
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN python -m pip install --index-url "${TORCH_INDEX}" 'torch>=2.11,<3' 'torchvision>=0.26,<1'
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    python -m pip install "$(echo /wheels/*.whl)[${EXTRAS}]"
 USER 1000
+VOLUME /work
 ENTRYPOINT ["python", "-m", "autocompress.study"]
 
+# CUDA: PyPI's PyTorch, with the libraries of CUDA as packages.
 FROM base AS cuda
-# These wheels bring CUDA along; the machine needs its driver and the NVIDIA container toolkit.
-RUN pip install --no-cache-dir "torch>=2.11,<3" "torchvision>=0.26,<1"
-COPY --from=wheel /dist /dist
-RUN pip install --no-cache-dir /dist/*.whl "psycopg[binary]>=3.2,<4" "boto3>=1.34,<2"
+ARG EXTRAS=zoo,tasks,postgres,s3
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+RUN python -m pip install 'torch>=2.11,<3' 'torchvision>=0.26,<1'
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    python -m pip install "$(echo /wheels/*.whl)[${EXTRAS}]"
 USER 1000
+VOLUME /work
 ENTRYPOINT ["python", "-m", "autocompress.study"]

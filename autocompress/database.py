@@ -642,6 +642,7 @@ def _set_state(
 ) -> bool:
     backend = _backend(study)
     # The columns, which hold UTC; the attributes of these names convert it.
+    columns = TrialModel.__table__.c
     when = "datetime_complete" if after.is_finished() else "datetime_start"
     now = datetime.now(UTC).replace(tzinfo=None)
     calls = 0
@@ -658,7 +659,7 @@ def _set_state(
                 changed = (
                     session.query(TrialModel)
                     .filter(TrialModel.trial_id == trial_id, TrialModel.state == before)
-                    .update({"state": after, when: now}, synchronize_session=False)
+                    .update({columns.state: after, columns[when]: now}, synchronize_session=False)
                 )
                 if not changed:
                     # Nothing of this is written then.
