@@ -3,8 +3,8 @@
 #     docker build --target cpu  --tag autocompress:cpu  .
 #     docker build --target cuda --tag autocompress:cuda --build-arg VERSION=1.2.3 .
 #
-#     docker run --rm --volume "$PWD:/work" autocompress:cpu                    # the quickstart
-#     docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" \
+#     docker run --rm --volume "$PWD:/studies" autocompress:cpu                    # the quickstart
+#     docker run --rm --volume "$PWD:/studies" --user "$(id -u):$(id -g)" \
 #         --gpus all --shm-size 2g autocompress:cuda mine.toml --delta 0.5
 #
 # Study files, data, results and caches are all in the one folder that is mounted. The CUDA image
@@ -32,14 +32,14 @@ LABEL org.opencontainers.image.title="autocompress" \
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    HOME=/work \
+    HOME=/studies \
     USER=autocompress \
-    AUTOCOMPRESS_HOME=/work/.cache/autocompress \
-    TORCH_HOME=/work/.cache/torch \
-    HF_HOME=/work/.cache/huggingface
-RUN useradd --uid 1000 --no-create-home --home-dir /work autocompress \
-    && install --directory --owner=autocompress --mode=1777 /work
-WORKDIR /work
+    AUTOCOMPRESS_HOME=/studies/.cache/autocompress \
+    TORCH_HOME=/studies/.cache/torch \
+    HF_HOME=/studies/.cache/huggingface
+RUN useradd --uid 1000 --no-create-home --home-dir /studies autocompress \
+    && install --directory --owner=autocompress --mode=1777 /studies
+WORKDIR /studies
 
 # CPU: PyTorch without the libraries of CUDA.
 FROM base AS cpu
@@ -49,7 +49,7 @@ RUN python -m pip install --index-url "${TORCH_INDEX}" 'torch>=2.11,<3' 'torchvi
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python -m pip install "$(echo /wheels/*.whl)[${EXTRAS}]"
 USER 1000
-VOLUME /work
+VOLUME /studies
 ENTRYPOINT ["python", "-m", "autocompress.study"]
 
 # CUDA: PyPI's PyTorch, with the libraries of CUDA as packages.
@@ -61,5 +61,5 @@ RUN python -m pip install 'torch>=2.11,<3' 'torchvision>=0.26,<1'
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python -m pip install "$(echo /wheels/*.whl)[${EXTRAS}]"
 USER 1000
-VOLUME /work
+VOLUME /studies
 ENTRYPOINT ["python", "-m", "autocompress.study"]
