@@ -60,7 +60,7 @@ TOLD_AFTER = 1.0
 """Seconds after which it is told that a database is away."""
 LONGEST_PAUSE = 5.0
 """Seconds between two attempts to reach it, at most."""
-RACE = 10.0
+RACE = 30.0
 """Seconds in which a new database is opened anew, where several processes make its tables."""
 RACES = ("already exists", "duplicate key", "UNIQUE constraint", "database is locked")
 """What that looks like."""
