@@ -124,8 +124,7 @@ def test_ready_studies_are_known_by_name(installed: Installed, tmp_path: Path) -
 def test_by_a_study_file_to_a_served_network(
     installed: Installed, home: Path, tmp_path: Path
 ) -> None:
-    # The worker is a process of its own, which must find the stranger's module as well.
-    options = ("--workers", "1", "--device", "cpu")
+    options = ("--workers", "0", "--device", "cpu")
     installed.run("study.toml", *options, cwd=home, program="autocompress")
     folder = home / "runs" / "by-file"
     result = result_of(folder)
