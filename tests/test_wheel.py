@@ -137,6 +137,7 @@ def test_by_a_study_file_to_a_served_network(
     assert score == pytest.approx(result["best"]["test_score"], abs=0.01)
 
 
+@pytest.mark.slow
 def test_from_python_to_a_served_network(installed: Installed, home: Path, tmp_path: Path) -> None:
     said = installed.run("compress_it.py", cwd=home)
     folder = home / said.strip()
