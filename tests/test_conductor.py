@@ -261,7 +261,10 @@ class Interruption:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("at", [12, 45, 100, 130])
+@pytest.mark.parametrize(
+    "at",
+    [12, pytest.param(45, marks=pytest.mark.slow), 100, pytest.param(130, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_study_goes_on_to_the_same_total(
     task: Task, tmp_path: Path, at: int
 ) -> None:

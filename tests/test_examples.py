@@ -79,6 +79,10 @@ EXAMPLES = {
 }
 
 
+AT_NIGHT = ("detection", "multilabel")
+"""Examples that are run with the slow tests."""
+
+
 @dataclass(frozen=True)
 class Done:
     """A ready study that has been run."""
@@ -127,7 +131,7 @@ def run_example(name: str, out: Path) -> Done:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name == "detection" else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in AT_NIGHT else [])
         for name in EXAMPLES
     ],
 )
