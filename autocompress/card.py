@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from autocompress.formats import FORMATS, INT8_FILE
 from autocompress.manifest import Manifest, read_manifest, read_text
-from autocompress.predict import script_of
+from autocompress.predict import script_of, text_templates
 from autocompress.profiler import Profile, comparison
 from autocompress.scale import Scale
 from autocompress.wording import plan_summary, transform_text
@@ -82,13 +80,7 @@ def card_text(folder: Path, facts: Facts) -> str:
     scale = Scale.from_dict(known)
     baseline = result.get("baseline") or {}
     report = json.loads(read_text(folder / "export.json"))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("autocompress"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = text_templates()
     # What JSON can say, YAML can: no name from a study can break the front matter.
     environment.filters["quoted"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")

@@ -16,6 +16,7 @@ from autocompress.store import STAGES
 from autocompress.trials import PARENT, lost
 from autocompress.view import OBJECTIVES, TrialView, metrics_of_profile, trial_views
 from autocompress.wording import (
+    cell,
     latency_label,
     plan_channels,
     plan_layers,
@@ -436,9 +437,3 @@ def table(
     ]
     lines = [heading, marks, *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def cell(text: object) -> str:
-    """Text that can't end its cell, open a tag or become a link."""
-    plain = " ".join(str(text).split())
-    return plain.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")

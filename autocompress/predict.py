@@ -33,6 +33,17 @@ def script_of(file: str) -> str:
     return next((f"predict_{k.runtime}.py" for k in FORMATS.values() if k.file == file), "")
 
 
+def text_templates() -> jinja2.Environment:
+    """The package's templates of files that are no HTML."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("autocompress"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
 def write_scripts(folder: Path, manifest: Manifest, files: Iterable[str]) -> tuple[str, ...]:
     """Write a program for each runtime that one of the files is for.
 
@@ -44,13 +55,7 @@ def write_scripts(folder: Path, manifest: Manifest, files: Iterable[str]) -> tup
     Returns:
         The programs' names, in the order of the table of formats.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("autocompress"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = text_templates()
     present = set(files)
     needs = {kind.runtime: kind.needs for kind in FORMATS.values()} | {WEIGHTS: "autocompress"}
     # In the order of the table: where a runtime has several files, the first is the default.

@@ -26,6 +26,7 @@ from autocompress.scale import Scale
 from autocompress.view import OBJECTIVES, TrialView, View, divide, history, metrics_of_profile
 from autocompress.wording import (
     arrow_text,
+    cell,
     change,
     duration,
     latency_label,
@@ -619,12 +620,6 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     # Strings, numbers and booleans look the same in JSON.
     return json.dumps(value, ensure_ascii=False)
-
-
-def cell(text: object) -> str:
-    """Text that can't end its cell of a Markdown table, open a tag or become a link."""
-    plain_text = " ".join(str(text).split())
-    return plain_text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 def _metrics(view: View, found: Mapping[str, Any]) -> dict[str, Any]:

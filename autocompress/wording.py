@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from autocompress.amounts import format_ratio
 from autocompress.scale import ACCURACY, Scale
 from autocompress.spans import from_spans
 
@@ -92,21 +93,29 @@ def quantity(value: float | None, metric: str, scale: Scale = ACCURACY) -> str:
     return f"{value:.0f} {unit}".strip()
 
 
+def cell(text: object) -> str:
+    """Text that can't end its cell of a Markdown table, open a tag or become a link."""
+    plain_text = " ".join(str(text).split())
+    return plain_text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+
+
 def arrow_text(before: float | None, after: float | None, metric: str) -> str:
+    """ "308 k → 7.12 k"."""
     return f"{quantity(before, metric)} → {quantity(after, metric)}"
 
 
 def ratio_text(value: float | None, missing: str = "–") -> str:
-    if value is None:
-        return missing
-    return f"{value:.2f}x" if value < 10 else f"{value:.1f}x"
+    """Baseline / compressed: "4.31x", "12.3x"; `missing` for None."""
+    return missing if value is None else format_ratio(value)
 
 
 def change(difference: float, scale: Scale) -> str:
+    """A difference with its unit: "−0.35 points"."""
     return f"{signed(difference, scale)} {scale.difference_unit}".rstrip()
 
 
 def signed(value: float, scale: Scale) -> str:
+    """A difference with a true minus sign: "−0.35"."""
     # A true minus sign lines up with the digits of tabular figures.
     return scale.number(value).replace("-", "−")
 
@@ -122,6 +131,7 @@ def latency_label(latency: object) -> str:
 
 
 def duration(seconds: float) -> str:
+    """ "42.0 s", "3 min 10 s", "2 h 05 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -133,12 +143,14 @@ def duration(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
+    """A value of a plan as text: "8, 16" for a list, "–" for None."""
     if isinstance(value, (list, tuple)):
         return ", ".join(str(item) for item in value)
     return "–" if value is None else str(value)
 
 
 def shorten(text: str, length: int) -> str:
+    """The text, or its beginning and "…" where it is longer than `length` characters."""
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

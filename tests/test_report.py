@@ -20,10 +20,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autocompress.config import flatten, parse_config
 from autocompress.figures import history_figure
 from autocompress.layermap import REST, kind_of, layer_rows, segments
-from autocompress.report import cell, study_file, write_report
+from autocompress.report import study_file, write_report
 from autocompress.scale import Scale
 from autocompress.view import View, history, importances, outcome, pareto_trials, search_facts
-from autocompress.wording import plan_summary, quantity, transform_text
+from autocompress.wording import cell, plan_summary, quantity, transform_text
 
 DELTA = 1.0
 WIDTHS = [(3, 16, 32), (16, 16, 32), (16, 32, 16), (32, 64, 8), (64, 64, 8)]
