@@ -26,6 +26,7 @@ from torch import nn
 
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings, flatten
+from autocompress.costs import OBJECTIVES
 from autocompress.crew import Crew, Solo, Team
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
@@ -43,7 +44,6 @@ from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, re
 from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
-    COST_NAMES,
     DATA,
     FINGERPRINTS,
     WEIGHTS,
@@ -260,7 +260,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
         "exploration",
         bound=bound,
         drop_name=task.scale.drop_name,
-        cost_name=COST_NAMES[config.objective],
+        cost_name=OBJECTIVES[config.objective].label,
     )
     folder.claim(exploration)
     folder.remember(setting.modules)
@@ -523,7 +523,7 @@ def _anneal(
         "annealing",
         bound=bound,
         drop_name=setting.task.scale.drop_name,
-        cost_name=COST_NAMES[config.objective],
+        cost_name=OBJECTIVES[config.objective].label,
     )
     if EPOCHS not in annealing.user_attrs:
         # As final_epochs may change later, and the trials of one study must be alike.

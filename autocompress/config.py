@@ -359,10 +359,12 @@ class StudyConfig(_Section):
         description="How sure the drop on new images must be within delta; 0.5 trusts the "
         "measured drop.",
     )
-    objective: Literal["params", "size", "macs", "latency", "params+macs"] = Field(
+    objective: Literal[
+        "params", "size", "macs", "latency", "params+macs", "params+latency", "params+macs+latency"
+    ] = Field(
         default="params",
-        description="The cost to make small; params+macs is the mean of both, each as a share of "
-        "the baseline's; latency is that of the section [latency].",
+        description="The cost to make small; several are made small by their mean, each as a share "
+        "of the baseline's; latency is that of the section [latency].",
     )
     int8: bool = Field(
         default=False,

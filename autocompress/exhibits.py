@@ -15,9 +15,9 @@ from optuna.artifacts._protocol import ArtifactStore
 from optuna.study import Study
 
 from autocompress.artifacts import remove_artifact
+from autocompress.costs import OBJECTIVES, shown_cost
 from autocompress.layermap import kind_of, layer_rows
 from autocompress.scale import Scale
-from autocompress.view import OBJECTIVES
 from autocompress.wording import quantity, ratio_text, shorten, transform_text
 
 TABLE = "layers.csv"
@@ -53,14 +53,14 @@ def trial_name(
 
     Args:
         label: "annealing/7".
-        objective: Key of `OBJECTIVES`.
+        objective: Key of `costs.OBJECTIVES`.
         ratio: By how much it is cheaper than the baseline; None if not known.
         drop: On the metric's scale; None if not known.
         scale: Of the metric.
     """
     parts = []
     if ratio is not None:
-        parts.append(f"{ratio_text(ratio)} {OBJECTIVES[objective][2]}")
+        parts.append(f"{ratio_text(ratio)} {OBJECTIVES[objective].gain}")
     if drop is not None:
         parts.append(f"{scale.name} drop {scale.difference(drop)}")
     return ": ".join(part for part in (label, ", ".join(parts)) if part)
@@ -84,7 +84,7 @@ def trial_files(
     """
     baseline = facts.get("baseline") or {}
     rows = layer_rows(facts, baseline, {"plan": plan, "profile": profile}, errors)
-    key = "macs" if objective in ("macs", "latency") else "params"
+    key = shown_cost(objective)
     whole = (float(baseline.get(key) or 0), float(profile.get(key) or 0))
     return {
         PLAN: plan,

@@ -7,9 +7,9 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from autocompress.costs import OBJECTIVES
 from autocompress.slots import WORKER
 from autocompress.tally import Facts
-from autocompress.trials import COST_METRICS
 from autocompress.wording import plan_summary
 
 Costs = Mapping[str, float | None]
@@ -29,7 +29,7 @@ def costs_of(profile: Mapping[str, Any]) -> Costs:
 
 def cost_ratio(trial: FrozenTrial, objective: str, baseline: Costs) -> float | None:
     """Baseline / trial of the cost that the study makes small; None if it was not measured."""
-    return _ratio(trial, COST_METRICS[objective], baseline)
+    return _ratio(trial, OBJECTIVES[objective].metric, baseline)
 
 
 def facts_of(trial: FrozenTrial, baseline: Costs) -> Facts:

@@ -10,8 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from autocompress.costs import OBJECTIVES
 from autocompress.scale import ACCURACY, Scale
-from autocompress.view import OBJECTIVES, Moment, TrialView, history
+from autocompress.view import Moment, TrialView, history
 from autocompress.wording import quantity, ratio_text, shorten
 
 _LEGEND = {
@@ -47,11 +48,11 @@ def pareto_figure(
     Args:
         trials: Of all stages; those without a drop or a cost are not drawn.
         delta: Allowed drop.
-        objective: Key of `OBJECTIVES`.
+        objective: Key of `costs.OBJECTIVES`.
         baseline_cost: In the unit of the objective.
         scale: Of the metric that drops are of.
     """
-    metric, title, _ = OBJECTIVES[objective]
+    metric, title = OBJECTIVES[objective].metric, OBJECTIVES[objective].title
     drawn = [t for t in trials if t.drop is not None and t.cost is not None and t.cost > 0]
     figure = go.Figure()
     for (kind, stage), symbol in reversed(_SYMBOLS.items()):
@@ -118,7 +119,7 @@ def history_figure(
 
     Args:
         trials: Of both stages; those that have not ended are not drawn.
-        objective: Key of `OBJECTIVES`.
+        objective: Key of `costs.OBJECTIVES`.
         scale: Of the metric that drops are of.
 
     Returns:
@@ -127,7 +128,7 @@ def history_figure(
     moments = history(trials)
     if not moments:
         return None
-    metric, title, _ = OBJECTIVES[objective]
+    metric, title = OBJECTIVES[objective].metric, OBJECTIVES[objective].title
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     for column, axis in ((1, [float(m.count) for m in moments]), (2, [m.minutes for m in moments])):
         for trace in _history_traces(moments, axis, metric, scale, named=column == 1):

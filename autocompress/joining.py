@@ -24,6 +24,7 @@ from optuna.study import Study
 from autocompress.artifacts import fetch_text, open_artifacts
 from autocompress.baseline import Baseline
 from autocompress.config import StudyConfig, cache_folder, flatten, own_code, parse_config
+from autocompress.costs import is_timed
 from autocompress.database import hide_password, open_storage
 from autocompress.distributed import join_group, leave_group, rank
 from autocompress.errors import ConfigError, DamagedArtifact, StudyMismatch
@@ -229,7 +230,7 @@ def start_workers(
         options = {"num_gpus": int(on_gpus)} | run.launcher_options
         return RayWorkers(work, run.workers, options, *told)
     count = count_workers(run.workers, run.device, gpus, cores())
-    if run.workers is None and config.objective == "latency" and config.latency.runtime != "cuda":
+    if run.workers is None and is_timed(config.objective) and config.latency.runtime != "cuda":
         # Latencies on the CPU are those of a machine that does little else.
         count = 1
     if count == 0:

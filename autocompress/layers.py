@@ -36,10 +36,6 @@ class Cost:
         ms = None if self.ms is None or other.ms is None else self.ms + other.ms
         return Cost(self.params + other.params, self.macs + other.macs, ms)
 
-    def share(self, full: Cost) -> float:
-        """Mean of its parameters' share and its MACs' share of those of `full`."""
-        return (self.params / full.params + self.macs / full.macs) / 2
-
 
 @dataclass(frozen=True)
 class LayerSpec:

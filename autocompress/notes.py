@@ -9,12 +9,13 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.costs import OBJECTIVES
 from autocompress.exhibits import PICTURE, artifact_ids, trial_name
 from autocompress.process import SEARCHING
 from autocompress.scale import Scale
 from autocompress.store import STAGES
 from autocompress.trials import PARENT, lost
-from autocompress.view import OBJECTIVES, TrialView, metrics_of_profile, trial_views
+from autocompress.view import TrialView, metrics_of_profile, trial_views
 from autocompress.wording import (
     cell,
     latency_label,
@@ -63,9 +64,10 @@ def outcome_facts(summary: Mapping[str, Any], artifacts: Mapping[str, str]) -> d
         "artifacts": dict(artifacts),
     }
     if best:
+        objective = str(summary["objective"])
         before = metrics_of_profile(summary["baseline"]["profile"], summary["baseline"]["profile"])
-        after = metrics_of_profile(best["profile"], summary["baseline"]["profile"])
-        key = OBJECTIVES[str(summary["objective"])][0]
+        after = metrics_of_profile(best["profile"], summary["baseline"]["profile"], objective)
+        key = OBJECTIVES[objective].metric
         facts |= {"label": f"{best['stage']}/{best['trial']}"}
         facts |= {"before": before[key], "after": after[key]}
         kept = ("val_drop", "val_drop_bound", "test_drop", "test_drop_interval", "test_images")
@@ -101,7 +103,7 @@ class Board:
         records = {stage: study.get_trials(deepcopy=False) for stage, study in studies.items()}
         objective = str(facts.get("objective", "params"))
         baseline = facts.get("baseline")
-        key = OBJECTIVES[objective][0]
+        key = OBJECTIVES[objective].metric
         cost = _baseline_metrics(baseline).get(key) if baseline else None
         return cls(
             name=first.study_name.removesuffix(f"-{next(iter(studies))}"),
@@ -118,7 +120,7 @@ class Board:
 
     @property
     def objective(self) -> str:
-        """Key of `OBJECTIVES`."""
+        """Key of `costs.OBJECTIVES`."""
         return str(self.facts.get("objective", "params"))
 
     @property
@@ -134,7 +136,7 @@ class Board:
     @property
     def baseline_cost(self) -> float | None:
         """In the objective's unit."""
-        cost: float | None = self.baseline.get(OBJECTIVES[self.objective][0])
+        cost: float | None = self.baseline.get(OBJECTIVES[self.objective].metric)
         return cost
 
     @property
@@ -166,7 +168,7 @@ def study_note(board: Board, stage: str) -> str:
         if name != stage
     ]
     judged = " of the int8 file" if (board.facts.get("config") or {}).get("search.int8") else ""
-    goal = OBJECTIVES[board.objective][2]
+    goal = OBJECTIVES[board.objective].gain
     return "\n".join(
         [
             f"## {cell(board.name)}: {stage}, stage {STAGES.index(stage) + 1} of {len(STAGES)}",
@@ -222,7 +224,7 @@ def _ended(board: Board, outcome: Mapping[str, Any]) -> list[str]:
     lines = [f"**Files:** {', '.join(files)}"] if files else []
     if not outcome["met"]:
         return ["**Result:** no network within delta was found.  ", *lines]
-    metric, _, words = OBJECTIVES[board.objective]
+    goal = OBJECTIVES[board.objective]
     before, after = outcome["before"], outcome["after"]
     drops = [f"validation {scale.difference(outcome['val_drop'])}"]
     if outcome.get("test_drop") is not None:
@@ -232,8 +234,8 @@ def _ended(board: Board, outcome: Mapping[str, Any]) -> list[str]:
         )
     return [
         f"**Winner:** {board.link(outcome['label'])}, fine-tuned at length: "
-        f"**{ratio_text(before / after)} {words}** ({quantity(before, metric)} → "
-        f"{quantity(after, metric)}).  ",
+        f"**{ratio_text(before / after)} {goal.gain}** ({quantity(before, goal.metric)} → "
+        f"{quantity(after, goal.metric)}).  ",
         f"**Drop in {cell(scale.name)}:** {'; '.join(drops)}.  ",
         *lines,
     ]
@@ -256,12 +258,12 @@ def _front(board: Board) -> list[str]:
 
 
 def _heading(board: Board) -> tuple[str, ...]:
-    title = OBJECTIVES[board.objective][1].lower()
+    title = OBJECTIVES[board.objective].title.lower()
     return ("trial", "ratio", title, cell(board.scale.drop_name), "at most")
 
 
 def _row(board: Board, trial: TrialView) -> tuple[str, ...]:
-    scale, metric = board.scale, OBJECTIVES[board.objective][0]
+    scale, metric = board.scale, OBJECTIVES[board.objective].metric
     bound = trial.metrics.get("drop_bound")
     return (
         board.link(trial.label),
@@ -309,7 +311,7 @@ def _legend(board: Board) -> list[str]:
         "- **Pruned**: stopped early, as earlier trials told that it would not come within delta.",
         "- `<layer>.transform`, `<layer>.rank_fraction`: the decomposition of a layer, and how "
         "much of its full rank is left; `<group>.channels`: the share of channels that remain.",
-        f"- `name`, `compression_ratio`: {OBJECTIVES[board.objective][2]} than the baseline by "
+        f"- `name`, `compression_ratio`: {OBJECTIVES[board.objective].gain} than the baseline by "
         "this factor; `parent`: the trial whose weights it began with.",
         "- Notes are kept up to date while the dashboard runs. One that you change is yours, and "
         "stays as you wrote it.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from autocompress.artifacts import fetch_file, put_file, remove_artifact, save_text
 from autocompress.baseline import Baseline
 from autocompress.checkpoint import Checkpoint
+from autocompress.costs import OBJECTIVES, cost_of, is_timed, share_of
 from autocompress.database import write_proposal
 from autocompress.distributed import share
 from autocompress.errors import AutocompressError, DamagedArtifact, DatabaseLost
@@ -56,7 +56,6 @@ from autocompress.task import Task
 from autocompress.training import Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
-    COST_METRICS,
     EARLY,
     NAME,
     PARENT,
@@ -100,7 +99,7 @@ class Bench:
         finetune: Length, learning rate, distillation and gate.
         delta: The tolerance, on the metric's scale.
         confidence: How sure it must be that the drop is within it.
-        objective: "params", "size", "macs", "latency" or "params+macs".
+        objective: Key of `costs.OBJECTIVES`.
         seed: The study's seed.
         store: Optuna's artifact store.
         identity: Ties what is kept in the study's folder to the study.
@@ -263,7 +262,7 @@ def _failed(stage: str, trial: Trial, error: Exception) -> str:
 def announce(bench: Bench, trial: FrozenTrial) -> None:
     """Tell the display how an ended trial went."""
     metrics = trial.user_attrs.get("metrics", {})
-    cost = metrics.get(COST_METRICS[bench.objective])
+    cost = metrics.get(OBJECTIVES[bench.objective].metric)
     bench.display.trial_finished(
         trial.number,
         metrics.get("drop"),
@@ -351,7 +350,7 @@ def _carry_out(
         set_constraint(trial, gate.lost - bench.delta)
         # Of the gate's images, but as near to that of all as is known.
         score = bench.baseline.val.score + task.scale.drop(0.0, drop)
-        _record(trial, watch, score, drop, gate.lost, profile, latency, full)
+        _record(bench, trial, watch, score, drop, gate.lost, profile, latency)
         _name(bench, stage, trial, drop, cost, " when it was stopped")
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
@@ -365,7 +364,7 @@ def _carry_out(
     _exhibit(bench, stage, trial, plan, replace(profile, score=after.score))
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
-    _record(trial, watch, after.score, drop, bound, profile, latency, full)
+    _record(bench, trial, watch, after.score, drop, bound, profile, latency)
     _name(bench, stage, trial, drop, cost)
     return (drop, cost), None
 
@@ -384,7 +383,7 @@ def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
     Raises:
         AutocompressError: If it does not run there, and latency is what the study makes small.
     """
-    matters = bench.objective == "latency"
+    matters = is_timed(bench.objective)
     if bench.meter is None:
         return None
     # Where it is not what the study makes small, a glance at it is enough.
@@ -536,22 +535,6 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     return model.to(bench.task.device).eval(), plan
 
 
-def cost_of(objective: str, profile: Profile, latency_ms: float | None, full: Profile) -> float:
-    """The second objective in its natural unit.
-
-    That is parameters, bytes, MACs, milliseconds, or percent of `full`, the baseline's profile, for
-    the mean share of its parameters and MACs.
-    """
-    costs = {
-        "params": float(profile.params),
-        "size": float(profile.size_bytes),
-        "macs": float(profile.macs),
-        "latency": math.nan if latency_ms is None else latency_ms,
-        "params+macs": 100 * profile.cost.share(full.cost),
-    }
-    return costs[objective]
-
-
 def _ratio(bench: Bench, cost: float) -> float:
     full = bench.baseline.profile
     most = cost_of(bench.objective, full, full.latency_ms, full)
@@ -559,6 +542,7 @@ def _ratio(bench: Bench, cost: float) -> float:
 
 
 def _record(
+    bench: Bench,
     trial: Trial,
     watch: Stopwatch,
     score: float,
@@ -566,8 +550,8 @@ def _record(
     bound: float,
     profile: Profile,
     latency_ms: float | None,
-    full: Profile,
 ) -> None:
+    share = share_of(bench.objective, profile, latency_ms, bench.baseline.profile)
     trial.set_user_attr(
         "metrics",
         {
@@ -579,7 +563,7 @@ def _record(
             "size_bytes": profile.size_bytes,
             "memory_bytes": profile.memory_bytes,
             "latency_ms": latency_ms,
-            "share": 100 * profile.cost.share(full.cost),
+            "share": share,
         },
     )
     watch.lap("other")

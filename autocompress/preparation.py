@@ -24,6 +24,7 @@ from autocompress.artifacts import fetch_text, save_text, write_text
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
 from autocompress.config import StudyConfig, cache_folder
+from autocompress.costs import is_timed
 from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
 from autocompress.gates import usual_gate
@@ -50,13 +51,6 @@ from autocompress.training import Recipe, fastest_precision
 from autocompress.usage import usage_of
 from autocompress.weights import portable_state, save_weights, state_digest, write_weights
 
-COST_NAMES = {
-    "params": "parameters",
-    "size": "size (bytes)",
-    "macs": "MACs",
-    "latency": "latency (ms)",
-    "params+macs": "parameters and MACs (mean share, %)",
-}
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""
 BASELINE = "baseline_weights"
@@ -216,7 +210,7 @@ def time_baseline(
         ConfigError: If it doesn't run there, and latency is what the study makes small.
         StudyMismatch: If the study timed its trials elsewhere, likewise.
     """
-    matters = config.objective == "latency"
+    matters = is_timed(config.objective)
     deployment = Deployment.from_config(config.latency)
     stored = study.user_attrs.get("baseline", {}).get("latency")
     known = None if stored is None else Latency(**stored)
@@ -356,7 +350,7 @@ def _analyse(
             importance = config.search.importance
             ladders = build_ladders(baseline.model, task, groups, observations, importance)
             table = replace(table, ladders=ladders)
-        if config.objective == "latency" and meter is not None:
+        if is_timed(config.objective) and meter is not None:
             display.say(f"Timing the layers on {meter.deployment.name} ...")
             kept = LayerTimes(meter.deployment, cache_folder() / "layer-times")
             table = with_times(table, kept, meter.runner)

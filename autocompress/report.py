@@ -18,12 +18,13 @@ import markupsafe
 import optuna
 
 from autocompress.artifacts import write_text
+from autocompress.costs import OBJECTIVES
 from autocompress.figures import history_figure, outside, pareto_figure
 from autocompress.formats import FORMATS, INT8_FILE
 from autocompress.layermap import kind_of, layer_rows, segments
 from autocompress.predict import script_of
 from autocompress.scale import Scale
-from autocompress.view import OBJECTIVES, TrialView, View, divide, history, metrics_of_profile
+from autocompress.view import TrialView, View, divide, history, metrics_of_profile
 from autocompress.wording import (
     arrow_text,
     cell,
@@ -156,8 +157,8 @@ def _headline(view: View) -> dict[str, Any]:
         }
     chosen = view.chosen
     after = _metrics(view, chosen)
-    key, _, words = OBJECTIVES[view.objective]
-    ratio = divide(before.get(key), after.get(key))
+    goal = OBJECTIVES[view.objective]
+    ratio = divide(before.get(goal.metric), after.get(goal.metric))
     drop = _drop(chosen)
     where = f"{chosen.get('stage', '')} trial {chosen.get('trial', '')}".strip()
     met = bool(view.result.get("met"))
@@ -202,7 +203,7 @@ def _headline(view: View) -> dict[str, Any]:
             f" With a confidence of {100 * confidence:g} % the drop on new images is at most "
             f"{scale.difference(bound)}{', in int8' if _judged_in_int8(view) else ''}."
         )
-    title = f"{ratio_text(ratio)} {words}" if ratio else "Compressed model"
+    title = f"{ratio_text(ratio)} {goal.gain}" if ratio else "Compressed model"
     if view.result.get("val_seen"):
         verdict += (
             " The baseline has probably been trained on the validation images, so that the drop "
@@ -312,12 +313,12 @@ def _second(view: View) -> str:
     second = view.result.get("second")
     if not second:
         return ""
-    key, _, words = OBJECTIVES[view.objective]
+    goal = OBJECTIVES[view.objective]
     base = _baseline_metrics(view)
-    ratio = ratio_text(divide(base.get(key), _metrics(view, second).get(key)))
+    ratio = ratio_text(divide(base.get(goal.metric), _metrics(view, second).get(goal.metric)))
     drop = _drop(second)
     return (
-        f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {words}, "
+        f"Second best: {second.get('stage')} trial {second.get('trial')}, {ratio} {goal.gain}, "
         f"drop {'–' if drop is None else change(drop, view.scale)} on validation data."
     )
 
@@ -624,7 +625,8 @@ def _toml(value: Any) -> str:
 
 def _metrics(view: View, found: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of the winner, the second or the nearest trial, as far as they are known."""
-    known = metrics_of_profile(found.get("profile"), view.baseline.get("profile"))
+    full = view.baseline.get("profile")
+    known = metrics_of_profile(found.get("profile"), full, view.objective)
     return known or dict(found.get("metrics") or {})
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import Trial
 
+from autocompress.costs import spend
 from autocompress.damage import EVEN, Yardstick, weighted
 from autocompress.layers import Cost, LayerSpec
 from autocompress.plan import Plan
@@ -84,7 +85,7 @@ class SearchSpace:
 
         Args:
             table: The layer table.
-            objective: "params", "size", "macs", "latency" or "params+macs", as `spend` counts it.
+            objective: Key of `costs.OBJECTIVES`; `costs.spend` counts it.
             full: The baseline's cost.
 
         A choice that saves nothing is not offered: fewer MACs may well take as much time.
@@ -451,21 +452,3 @@ def _around(own: Sequence[Option], parent: Option, band: float) -> set[int]:
         for centre in centres
         if option.method == centre.method and abs(option.fraction - centre.fraction) <= band
     }
-
-
-def spend(objective: str, cost: Cost, full: Cost) -> int:
-    """What a cost counts for the allocator.
-
-    Args:
-        objective: "params" and "size" are spent in parameters, "macs" in MACs, "params+macs" in
-            billionths of the mean share; "latency" in nanoseconds, where those were measured for
-            the baseline, else in MACs.
-        cost: Of a layer or a network.
-        full: Of the baseline.
-    """
-    if objective == "params+macs":
-        return round(1e9 * cost.share(full))
-    if objective == "latency" and full.ms is not None:
-        assert cost.ms is not None, "the layer table has times for all of its rows or for none"
-        return round(1e6 * cost.ms)
-    return cost.params if objective in ("params", "size") else cost.macs

@@ -33,15 +33,6 @@ EXCUSED = "excused"
 """User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
 not count either."""
 
-COST_METRICS = {
-    "params": "params",
-    "size": "size_bytes",
-    "macs": "macs",
-    "latency": "latency_ms",
-    "params+macs": "share",
-}
-"""Objective to its place in the metrics of a trial."""
-
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

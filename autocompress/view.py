@@ -15,22 +15,13 @@ from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.costs import OBJECTIVES, mean_share
 from autocompress.layers import Cost
 from autocompress.scale import Scale
 from autocompress.trials import within_delta
 from autocompress.wording import plan_summary
 
 Outcome = Literal["feasible", "infeasible", "stopped", "failed", "unfinished"]
-
-
-OBJECTIVES = {
-    "params": ("params", "Parameters", "fewer parameters"),
-    "size": ("size_bytes", "Size", "smaller"),
-    "macs": ("macs", "MACs", "fewer MACs"),
-    "latency": ("latency_ms", "Latency", "faster"),
-    "params+macs": ("share", "Parameters and MACs, mean share", "fewer parameters and MACs"),
-}
-"""Objective -> key in the metrics of a trial, axis title, words of the headline."""
 
 
 def outcome(trial: FrozenTrial) -> Outcome:
@@ -88,7 +79,7 @@ class View:
     Attributes:
         result: The parsed `result.json`.
         delta: Allowed drop, on the metric's scale.
-        objective: Key of `OBJECTIVES`.
+        objective: Key of `costs.OBJECTIVES`.
         baseline: The baseline's part of the result.
         chosen: The winner's part, or that of the nearest trial where nothing met delta.
         baseline_cost: In the objective's unit.
@@ -115,7 +106,7 @@ class View:
     def read(cls, result: Mapping[str, Any], studies: Mapping[str, Study]) -> View:
         delta = float(result["delta"])
         objective = str(result.get("objective", "params"))
-        key = OBJECTIVES[objective][0]
+        key = OBJECTIVES[objective].metric
         baseline = result.get("baseline") or {}
         chosen = (result.get("best") if result.get("met") else None) or result.get("nearest")
         cost = metrics_of_profile(baseline.get("profile"), baseline.get("profile")).get(key)
@@ -304,22 +295,32 @@ def _layer_errors(
 
 
 def metrics_of_profile(
-    profile: Mapping[str, Any] | None, full: Mapping[str, Any] | None
+    profile: Mapping[str, Any] | None, full: Mapping[str, Any] | None, objective: str = "params"
 ) -> dict[str, Any]:
-    """A profile under the names of a trial's metrics; `full` is the baseline's."""
+    """A profile under the names of a trial's metrics.
+
+    Args:
+        profile: As `Profile.to_dict` gives it.
+        full: The baseline's.
+        objective: Key of `costs.OBJECTIVES`; tells what the share is made of.
+    """
     if not profile:
         return {}
     keys = ("score", "params", "macs", "size_bytes", "memory_bytes")
     metrics = {key: profile.get(key) for key in keys}
-    latency = profile.get("latency")
-    metrics["latency_ms"] = latency.get("median_ms") if isinstance(latency, Mapping) else None
+    metrics["latency_ms"] = _milliseconds(profile)
     if full:
-        metrics["share"] = 100 * _cost(profile).share(_cost(full))
+        metrics["share"] = 100 * mean_share(objective, _cost(profile), _cost(full))
     return metrics
 
 
 def _cost(profile: Mapping[str, Any]) -> Cost:
-    return Cost(profile["params"], profile["macs"])
+    return Cost(profile["params"], profile["macs"], _milliseconds(profile))
+
+
+def _milliseconds(profile: Mapping[str, Any]) -> float | None:
+    latency = profile.get("latency")
+    return latency.get("median_ms") if isinstance(latency, Mapping) else None
 
 
 def divide(before: float | None, after: float | None) -> float | None:

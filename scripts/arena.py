@@ -28,6 +28,7 @@ from autocompress.baseline import Baseline, train_baseline
 from autocompress.batch import Batch
 from autocompress.conductor import annealing_length, run_study
 from autocompress.config import StudyConfig, bound_settings, flatten, load_config, parse_config
+from autocompress.costs import spend
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import (
     Evaluation,
@@ -43,7 +44,6 @@ from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.recipes import recipe_of
 from autocompress.sources import task_from_config
-from autocompress.space import spend
 from autocompress.tally import NO_FACTS, Facts
 from autocompress.task import Loader, Task
 from autocompress.training import Recipe, fastest_precision, fit
@@ -121,7 +121,7 @@ class Arena:
         return search.trials * recipe.epochs + annealing + 2 * recipe.final_epochs
 
     def cost(self, profile: Profile) -> int:
-        """What the study makes small; latency is spent in MACs."""
+        """What the study makes small; time that nobody measured is spent in MACs."""
         return spend(self.config.objective, profile.cost, self.baseline.profile.cost)
 
     @cached_property
@@ -551,7 +551,7 @@ def parser_of(text: str) -> argparse.ArgumentParser:
     parser.add_argument("--final-epochs", type=float, help="finetune.final_epochs")
     parser.add_argument("--annealing-trials", type=int, help="search.annealing_trials")
     parser.add_argument("--delta", type=float, help="tolerated accuracy drop, in points")
-    parser.add_argument("--objective", help="the cost to make small: params, macs, params+macs")
+    parser.add_argument("--objective", help="the cost to make small, e.g. params+macs")
     return parser
 
 

@@ -27,11 +27,11 @@ import torch
 
 from autocompress.conductor import run_study
 from autocompress.config import ALL_TRANSFORMS, StudyConfig, load_config
+from autocompress.costs import cost_of
 from autocompress.database import open_storage
 from autocompress.latency import describe
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model
-from autocompress.objective import cost_of
 from autocompress.observation import observe_layers
 from autocompress.profiler import Latency, Profile
 from autocompress.progress import make_display

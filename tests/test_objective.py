@@ -29,7 +29,6 @@ from autocompress.objective import (
     Bench,
     announce,
     best_so_far,
-    cost_of,
     find_trial,
     load_trial_model,
     pace,
@@ -38,7 +37,7 @@ from autocompress.objective import (
 from autocompress.observation import observe_layers
 from autocompress.outlook import REHEARSAL
 from autocompress.plan import Plan
-from autocompress.profiler import Latency, Profile, profile_model
+from autocompress.profiler import Latency, profile_model
 from autocompress.progress import NullDisplay
 from autocompress.samplers import KnobSampler
 from autocompress.sensitivity import build_table
@@ -447,14 +446,6 @@ def test_a_network_that_the_runtime_refuses_fails_where_latency_is_the_objective
         "latency.runtime = 'onnxruntime' can't run it: RuntimeError: no such kernel"
         in (trial.user_attrs["reason"])
     )
-
-
-def test_costs_are_in_their_own_units() -> None:
-    profile = Profile(params=10, size_bytes=48, macs=500, memory_bytes=100)
-    full = Profile(params=40, size_bytes=192, macs=1000, memory_bytes=400)
-    names = ("params", "size", "macs", "latency", "params+macs")
-    costs = [cost_of(name, profile, 2.5, full) for name in names]
-    assert costs == [10.0, 48.0, 500.0, 2.5, (25.0 + 50.0) / 2]
 
 
 def test_the_best_so_far_is_the_cheapest_within_delta(bench: Bench) -> None:

@@ -15,13 +15,14 @@ from torch import nn
 
 from autocompress.allocator import ALONE, RULES, Knobs, allocate, decode
 from autocompress.channels import find_groups
+from autocompress.costs import spend
 from autocompress.importance import build_ladders
 from autocompress.layers import Cost, inspect_layers
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
 from autocompress.sensitivity import LayerTable, build_table
-from autocompress.space import KEEP, SearchSpace, spend
+from autocompress.space import KEEP, SearchSpace
 from autocompress.surgery import apply_plan, build_plan
 from autocompress.width import ChannelSpace
 
