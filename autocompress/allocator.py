@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from optuna.distributions import FloatDistribution
 
 from autocompress.damage import EVEN, weighted
-from autocompress.space import Floats, Option, SearchSpace
+from autocompress.space import Figures, Floats, Option, SearchSpace
 from autocompress.width import ChannelSpace
 
 RULES = ("knapsack", "minmax")
@@ -276,14 +276,14 @@ class _Market:
         while True:
             best: tuple[float, float, str, int] | None = None
             for group, own in self._width.options.items():
-                now = self._chosen[group]
+                now, spared = self._chosen[group], self._width.spared[group]
                 wider = [place for place, o in enumerate(own) if o.keep > own[now].keep]
                 if not wider:
                     continue
                 place = min(wider, key=lambda index: own[index].keep)
                 after = self._after(group, place)
                 saved = self._damages[group][now] - self._damages[group][place]
-                more = float(self._width.spared(group, now) - self._width.spared(group, place))
+                more = float(spared[now] - spared[place])
                 for name, gone in after.items():
                     old, new = (self._offer(name, g, price) for g in (self._gone[name], gone))
                     more += new[1] - old[1]
@@ -301,7 +301,7 @@ class _Market:
         return (
             self._fixed
             + layers
-            - sum(self._width.spared(name, place) for name, place in self._chosen.items())
+            - sum(self._width.spared[name][place] for name, place in self._chosen.items())
         )
 
     def _choose(self, group: str, price: float) -> None:
@@ -310,7 +310,7 @@ class _Market:
         for place, damage in enumerate(self._damages[group]):
             after = self._after(group, place)
             worth = sum(self._offer(name, gone, price)[0] for name, gone in after.items())
-            worth -= self._tilts.worth(0.0, self._width.spared(group, place), price)
+            worth -= self._tilts.worth(0.0, self._width.spared[group][place], price)
             worth += self._tilts.worth(damage, 0.0, price)
             if best is None or worth < best[0]:
                 best = worth, place
@@ -349,9 +349,8 @@ class _Market:
         if layer not in self._space.options or self._knobs.channels <= -ALONE:
             return np.zeros(1), np.array([float(self._width.count(self._width.cost_of(narrowed)))])
         assert self._space.rows is not None
-        own = self._space.rows(narrowed)
-        errors = np.array([self._tilts.error(layer, option) for option in own])
-        return self._tilts.damage(errors), np.array([float(option.cost) for option in own])
+        own = self._space.rows.figures(narrowed)
+        return self._tilts.damage(self._tilts.errors(layer, own)), own.costs
 
 
 class _Tilts:
@@ -372,10 +371,11 @@ class _Tilts:
             for place, name in enumerate(names)
         }
 
-    def error(self, layer: str, option: Option) -> float:
-        """The weighted error of an option of a layer."""
-        tilt = self._layers[layer] + self._methods.get(option.method, 0.0)
-        return weighted(option, self._impact) * math.exp(tilt)
+    def errors(self, layer: str, own: Figures) -> Floats:
+        """The weighted errors of a layer's options."""
+        tilts = np.array([self._methods.get(name, 0.0) for name in own.names])
+        tilt = self._layers[layer] + tilts[own.methods] + (self._impact - EVEN) * own.leans
+        return np.asarray(own.errors * np.exp(tilt))
 
     def damage(self, error: Any) -> Any:
         """What a weighted error counts: itself where the largest decides."""
@@ -405,8 +405,9 @@ def _price(space: SearchSpace, knobs: Knobs) -> tuple[float, dict[str, Option]]:
     shape = len(names), max(len(own) for own in space.options.values())
     cost, damage = np.full(shape, np.inf), np.full(shape, np.inf)
     for row, (name, own) in enumerate(space.options.items()):
-        cost[row, : len(own)] = [option.cost for option in own]
-        damage[row, : len(own)] = tilts.damage(np.array([tilts.error(name, o) for o in own]))
+        figures = Figures.of(own)
+        cost[row, : len(own)] = figures.costs
+        damage[row, : len(own)] = tilts.damage(tilts.errors(name, figures))
     rows = np.arange(len(names))
 
     def decide(strength: float) -> NDArray[np.intp]:

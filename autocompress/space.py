@@ -60,6 +60,38 @@ class Option:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a layer's options cost and break, as arrays of one length.
+
+    Attributes:
+        errors: `Option.error`.
+        leans: `Option.lean`.
+        costs: `Option.cost`.
+        methods: Where each option's method is among `names`.
+        names: The methods.
+    """
+
+    errors: Floats
+    leans: Floats
+    costs: Floats
+    methods: NDArray[np.intp]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, options: Sequence[Option]) -> Figures:
+        """The figures of some options."""
+        names = tuple(dict.fromkeys(option.method for option in options))
+        places = {name: place for place, name in enumerate(names)}
+        return cls(
+            np.array([option.error for option in options]),
+            np.array([option.lean for option in options]),
+            np.array([float(option.cost) for option in options]),
+            np.array([places[option.method] for option in options]),
+            names,
+        )
+
+
+@dataclass(frozen=True)
 class SearchSpace:
     """Which options each layer has, at one choice of channels.
 
@@ -377,6 +409,7 @@ class Rows:
         self._yardstick = yardstick
         self._count = count
         self._known: dict[LayerSpec, tuple[Option, ...]] = {}
+        self._figures: dict[LayerSpec, Figures] = {}
 
     def __call__(self, layer: LayerSpec) -> tuple[Option, ...]:
         """The options of a layer; the first is to keep it."""
@@ -389,6 +422,12 @@ class Rows:
             saving = [option for option in options if option.cost < whole.cost]
             self._known[layer] = (whole, *saving)
         return self._known[layer]
+
+    def figures(self, layer: LayerSpec) -> Figures:
+        """The figures of a layer's options, in the same order."""
+        if layer not in self._figures:
+            self._figures[layer] = Figures.of(self(layer))
+        return self._figures[layer]
 
     def _option(self, choice: Choice) -> Option:
         cost, method = self._count(choice.cost), choice.transform.name

@@ -89,11 +89,17 @@ class ChannelSpace:
         own = self.options[group]
         return own[0].keep - own[place].keep
 
-    def spared(self, group: str, place: int) -> int:
-        """What an option of a group saves in layers that only pass its channels."""
-        count = self.removed(group, place) * self.ladders[group].params_each
-        less = Cost(self.full.params - count, self.full.macs, self.full.ms)
-        return self.count(self.full) - self.count(less)
+    @cached_property
+    def spared(self) -> Mapping[str, tuple[int, ...]]:
+        """What each option of a group saves in layers that only pass its channels."""
+        found = {}
+        for group, own in self.options.items():
+            counts = [
+                (own[0].keep - option.keep) * self.ladders[group].params_each for option in own
+            ]
+            less = [Cost(self.full.params - n, self.full.macs, self.full.ms) for n in counts]
+            found[group] = tuple(self.count(self.full) - self.count(cost) for cost in less)
+        return found
 
     def narrowed(self, layer: str, gone_in: int, gone_out: int) -> LayerSpec:
         """A layer that lacks so many input and output channels."""
