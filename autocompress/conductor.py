@@ -31,7 +31,7 @@ from autocompress.crew import Crew, Solo, Team
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.exhibits import publish
-from autocompress.finals import rehearse
+from autocompress.finals import FINALS, rehearse, unspent
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
@@ -40,7 +40,7 @@ from autocompress.models import load_state
 from autocompress.news import Bulletin, doing_of
 from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, announce, best_so_far, timed
-from autocompress.outlook import EPOCHS, NEARLY, REHEARSAL, annealing_epochs, rehearsal_of
+from autocompress.outlook import EPOCHS, NEARLY, REHEARSALS, annealing_epochs, rehearsals_of
 from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
@@ -55,7 +55,7 @@ from autocompress.process import SEARCHING
 from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
-from autocompress.selection import conclude
+from autocompress.selection import conclude, finished_result
 from autocompress.slots import WORKER, cut_off_gone, host_name, running, top_up
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
@@ -72,7 +72,7 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
-from autocompress.trials import TRACEBACK, has_weights, violation, within_delta
+from autocompress.trials import EXTRA, TRACEBACK, has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
 
@@ -85,6 +85,11 @@ REHEARSED_FROM = 6
 With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
+LEFT = 0.25
+"""While the network that would be handed out leaves more than this of delta, the annealing goes on
+beyond the planned trials."""
+AT_A_TIME = 2
+"""By so many trials, between which the finals are rehearsed."""
 LOOK = 5.0
 """Seconds between two looks at what happens on other machines."""
 MAX_FAILURES = 5
@@ -308,9 +313,9 @@ def _conduct(
     annealing = annealing or bench.studies.get("annealing")
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
-    rehearsal = rehearsal_of(bench.studies)
-    if rehearsal is not None:
-        seconds["rehearsal"] = rehearsal["seconds"]
+    rehearsals = rehearsals_of(bench.studies)
+    if rehearsals:
+        seconds["rehearsals"] = round(sum(one["seconds"] for one in rehearsals), 2)
     summary = conclude(config, bench, folder, display, seconds, command)
     write_report(summary, exploration, annealing, folder.report)
     display.say(f"Report: {folder.report}")
@@ -534,22 +539,53 @@ def _anneal(
     annealing.set_user_attr(PARENTS, list(labels))
     longer = bench.finetune.final_epochs > annealing.user_attrs[EPOCHS]
 
+    longer = longer and stage.total >= REHEARSED_FROM
+
     def rehearse_early(spent: int) -> bool:
-        due = longer and stage.total >= REHEARSED_FROM and spent >= stage.total // REHEARSED_AFTER
-        if not due or rehearsal_of(bench.studies) is not None:
+        due = longer and spent >= stage.total // REHEARSED_AFTER
+        if not due or rehearsals_of(bench.studies):
             return False
         return crew.beside(partial(_rehearse, setting, bench, annealing))
 
     _run_stage(setting, bench, stage, crew, between=rehearse_early)
+    if longer and finished_result(config, bench, setting.folder) is None:
+        _go_on(setting, bench, stage, crew)
     return annealing
 
 
-def _rehearse(setting: _Setting, bench: Bench, annealing: Study, display: Display) -> None:
+def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
+    """Trials beyond those planned, while the tolerance is far from spent."""
+    config, display, annealing = setting.config, setting.display, stage.study
+    # No trial runs meanwhile: what is done beside ends first.
+    crew.wait()
+    while True:
+        for _ in range(FINALS):
+            if not _rehearse(setting, bench, annealing, display):
+                break
+        left = unspent(config, bench, setting.folder, display)
+        given = annealing.user_attrs.get(EXTRA, 0)
+        more = min(AT_A_TIME, config.search.extra_trials - given)
+        if left is None or left <= LEFT * config.delta or more <= 0:
+            return
+        display.say(
+            f"{bench.task.scale.difference(left)} of the allowed drop would be left unused: "
+            f"{more} more trials."
+        )
+        annealing.set_user_attr(EXTRA, given + more)
+        stage = replace(stage, total=stage.total + more)
+        _run_stage(setting, bench, stage, crew)
+
+
+def _rehearse(setting: _Setting, bench: Bench, annealing: Study, display: Display) -> bool:
+    """Whether there was something to rehearse."""
     start = time.perf_counter()
     found = rehearse(setting.config, bench, setting.folder, display)
-    if found is not None:
-        seconds = round(time.perf_counter() - start, 2)
-        annealing.set_user_attr(REHEARSAL, {**found, "seconds": seconds})
+    if found is None:
+        return False
+    seconds = round(time.perf_counter() - start, 2)
+    known = rehearsals_of(bench.studies)
+    annealing.set_user_attr(REHEARSALS, [*known, {**found, "seconds": seconds}])
+    return True
 
 
 def annealing_length(finetune: Recipe, trials: int) -> float:

@@ -240,7 +240,15 @@ class SearchConfig(_Section):
         default="knobs", description="What proposes the exploration's candidates."
     )
     trials: int = Field(default=30, ge=1, description="Trials of the exploration, in all.")
-    annealing_trials: int = Field(default=15, ge=0, description="Trials of the annealing, in all.")
+    annealing_trials: int = Field(
+        default=15, ge=0, description="Trials of the annealing, in all, but for extra_trials."
+    )
+    extra_trials: int = Field(
+        default=4,
+        ge=0,
+        description="Trials that an annealing of six or more may have besides, by twos, while "
+        "the network that would be handed out leaves more than a quarter of delta unused.",
+    )
     stage: Literal["exploration", "annealing", "both"] = Field(
         default="both", description="Which stage to run."
     )
@@ -397,6 +405,7 @@ UNBOUND = {
     "int8",
     "search.trials",
     "search.annealing_trials",
+    "search.extra_trials",
     "search.stage",
     "finetune.final_epochs",
     "finetune.final_learning_rate",

@@ -20,7 +20,7 @@ from autocompress.worker import perform
 TURNS = 5
 """Turns of looking after workers for each look into the database, which takes longer."""
 
-Work = Callable[[Display], None]
+Work = Callable[[Display], object]
 
 
 class Crew(Protocol):
@@ -42,6 +42,10 @@ class Crew(Protocol):
         Returns:
             Whether it is done and has used the whole display.
         """
+        ...
+
+    def wait(self) -> None:
+        """Wait for what is done beside."""
         ...
 
     def drain(self) -> None:
@@ -73,6 +77,9 @@ class Solo:
         """Do it between two trials."""
         work(self._bench.display)
         return True
+
+    def wait(self) -> None:
+        """It is done whenever it is asked."""
 
     def drain(self) -> None:
         """Its trial is over whenever it is asked."""
@@ -112,6 +119,13 @@ class Team:
             self._other = Thread(target=self._do, args=(work,), name="beside", daemon=True)
             self._other.start()
         return False
+
+    def wait(self) -> None:
+        """Wait for what is done beside, and see to the workers meanwhile."""
+        while self._other is not None and self._other.is_alive():
+            self._workers.tend()
+        if self._error is not None:
+            raise self._error
 
     def drain(self) -> None:
         """Let them end after their trials."""

@@ -95,7 +95,7 @@ def choose_finalists(
 def rehearse(
     config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
 ) -> dict[str, Any] | None:
-    """Fine-tune at length, early in the annealing, what would be the first finalist now.
+    """Fine-tune at length what would be the first finalist now.
 
     That tells what the long fine-tuning wins back, and so what the other trials may lose. The
     weights are kept, so that nothing is done twice if the trial is a finalist in the end, too.
@@ -104,11 +104,11 @@ def rehearse(
         The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
         drop after, both twice the gate where the fine-tuning diverged; "weights", the artifact of
         the weights if they are better than the trial's, from which its children may begin. None
-        where no trial promises to come within delta.
+        where no trial promises to come within delta, or that one was rehearsed before.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
-    if label is None:
+    if label is None or label in bench.outlook.ends:
         return None
     finalist = _final_fit(config, bench, folder, label, config.seed, display)
     before = labelled[label].values[0]
@@ -121,6 +121,15 @@ def rehearse(
             study = bench.studies["annealing"]
             found["weights"] = save_weights(finalist.model, study, bench.store)
     return found
+
+
+def unspent(
+    config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
+) -> float | None:
+    """What the first finalist, which was rehearsed, leaves of delta; None where there is none."""
+    label = _finals(config, bench, folder, candidates(bench), display).first()
+    bound = None if label is None else bench.outlook.ends.get(label)
+    return None if bound is None else config.delta - bound
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:

@@ -42,7 +42,7 @@ from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
 from autocompress.news import Phase
 from autocompress.observation import Observations
-from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsal_of
+from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsals_of
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
@@ -483,10 +483,10 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     try:
         parent, parent_plan = load_trial_model(bench, label)
-        rehearsal = rehearsal_of(bench.studies)
-        if rehearsal is not None and rehearsal["trial"] == label and rehearsal["weights"]:
-            # It was fine-tuned at length, which its children may have the good of.
-            load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
+        for rehearsal in rehearsals_of(bench.studies):
+            if rehearsal["trial"] == label and rehearsal["weights"]:
+                # It was fine-tuned at length, which its children may have the good of.
+                load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
     except DamagedArtifact as error:
         logger.warning("%s can't be a parent: %s", label, error)
         trial.set_user_attr(PARENT, None)

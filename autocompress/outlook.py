@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autocompress.training import Recipe
 from autocompress.trials import PARENT, lost, stage_of
 
-REHEARSAL = "rehearsal"
-"""The annealing's attribute that holds the trial of `finals.rehearse`, and what it came to."""
+REHEARSALS = "rehearsals"
+"""The annealing's attribute that holds the trials of `finals.rehearse`, and what they came to."""
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
 
@@ -189,18 +189,17 @@ def outlook_of(
             "annealing": Step(_times(recipe.final_epochs, middle)),
         },
     )
-    rehearsal = rehearsal_of(studies)
-    if rehearsal is not None:
+    known = rehearsals_of(studies)
+    for rehearsal in known:
         stage = stage_of(rehearsal["trial"])
         found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
-        found = replace(found, ends={rehearsal["trial"]: rehearsal["bound"]})
-    return found
+    return replace(found, ends={one["trial"]: one["bound"] for one in known})
 
 
-def rehearsal_of(studies: Mapping[str, Study]) -> Mapping[str, Any] | None:
-    """What `finals.rehearse` found, and its "seconds"; None if there was none."""
+def rehearsals_of(studies: Mapping[str, Study]) -> list[Mapping[str, Any]]:
+    """What `finals.rehearse` found, one after the other, and the "seconds" that it took."""
     annealing = studies.get("annealing")
-    return None if annealing is None else annealing.user_attrs.get(REHEARSAL)
+    return [] if annealing is None else list(annealing.user_attrs.get(REHEARSALS, ()))
 
 
 def _after(drop: float, kept: float, gained: float) -> float:

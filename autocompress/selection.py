@@ -26,7 +26,7 @@ from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
 from autocompress.layermap import layer_rows
 from autocompress.objective import Bench, pace, timed
-from autocompress.outlook import rehearsal_of
+from autocompress.outlook import rehearsals_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.review import Predictions, class_changes, write_lost_images
@@ -63,8 +63,8 @@ def conclude(
         The content of `result.json`.
     """
     labelled, scale = candidates(bench), bench.task.scale
-    previous = _previous_result(folder)
-    if previous is not None and _still_stands(previous, config, bench, labelled, folder):
+    previous = finished_result(config, bench, folder)
+    if previous is not None:
         display.say("Nothing to do: the study is finished.")
         return previous
     within = sorted(
@@ -111,29 +111,23 @@ def conclude(
     return summary
 
 
-def _previous_result(folder: StudyFolder) -> dict[str, Any] | None:
+def finished_result(
+    config: StudyConfig, bench: Bench, folder: StudyFolder
+) -> dict[str, Any] | None:
+    """The result that an earlier run concluded with, if it was chosen from the same trials in the
+    same way, and is complete."""
     if not folder.result.exists():
         return None
-    stored: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
-    return stored
-
-
-def _still_stands(
-    result: Mapping[str, Any],
-    config: StudyConfig,
-    bench: Bench,
-    labelled: Mapping[str, FrozenTrial],
-    folder: StudyFolder,
-) -> bool:
-    """Whether a result was chosen from the same trials in the same way, and is complete."""
-    return (
+    result: dict[str, Any] = json.loads(folder.result.read_text(encoding="utf-8"))
+    stands = (
         result["identity"] == bench.identity
-        and result["candidates"] == sorted(labelled)
+        and result["candidates"] == sorted(candidates(bench))
         and result["final_epochs"] == bench.finetune.final_epochs
         and result.get("final_learning_rate") == bench.finetune.final_learning_rate
         and (not result["met"] or (folder.best / "plan.json").exists())
         and (not result["met"] or not config.int8 or result.get("int8") is not None)
     )
+    return result if stands else None
 
 
 def _facts(
@@ -164,7 +158,7 @@ def _facts(
         "int8": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
-        "rehearsal": rehearsal_of(bench.studies),
+        "rehearsals": rehearsals_of(bench.studies),
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,

@@ -31,7 +31,7 @@ from autocompress.screen import Panel, phase_words, trial_line
 from autocompress.slots import WORKER, is_gone
 from autocompress.store import STAGES, trials_spent
 from autocompress.tally import NO_FACTS, Facts, Row, Tally
-from autocompress.trials import TRACEBACK, within_delta
+from autocompress.trials import EXTRA, TRACEBACK, within_delta
 
 REFRESH = 2.0
 """Seconds between two looks at a study that is watched."""
@@ -239,11 +239,12 @@ def _counts(config: StudyConfig, studies: Mapping[str, Study]) -> list[StageCoun
                 found.append(StageCount(stage, totals[stage]))
             continue
         spent = trials_spent(study)
+        planned = totals[stage] + study.user_attrs.get(EXTRA, 0)
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         found.append(
             StageCount(
                 stage,
-                totals[stage],
+                planned,
                 len(spent),
                 sum(t.state == TrialState.PRUNED for t in spent),
                 sum(t.state == TrialState.FAIL for t in spent),

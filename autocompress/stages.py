@@ -18,6 +18,7 @@ from autocompress.objective import Bench, find_trial
 from autocompress.plan import Plan
 from autocompress.samplers import make_sampler
 from autocompress.space import SearchSpace
+from autocompress.trials import EXTRA
 
 PARENTS = "parents"
 """User attribute of the annealing: labels of the exploration's trials where it starts."""
@@ -93,4 +94,5 @@ def annealing_stage(
         parents=[Parent.of("exploration", trial, config.delta) for trial in trials],
         trials=config.search.annealing_trials,
     )
-    return Stage("annealing", study, narrowed, config.search.annealing_trials)
+    total = config.search.annealing_trials + study.user_attrs.get(EXTRA, 0)
+    return Stage("annealing", study, narrowed, total)

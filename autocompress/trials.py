@@ -33,6 +33,9 @@ EXCUSED = "excused"
 """User attribute of a study: numbers of trials that failed by a fault of their surroundings and do
 not count either."""
 
+EXTRA = "extra_trials"
+"""User attribute of the annealing: how many trials it was given beyond those planned."""
+
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 

@@ -107,7 +107,8 @@ def stages(config: StudyConfig, method: str, flat_trials: int | None) -> dict[st
     left = (trials - first) * recipe.epochs
     slack = 0.5 * recipe.epochs
     second = max(n for n in range(trials + 1) if annealing_length(recipe, n) <= left + slack)
-    return {"search.trials": first, "search.annealing_trials": max(1, second)}
+    own = {"search.trials": first, "search.annealing_trials": max(1, second)}
+    return own | {"search.extra_trials": 0}
 
 
 def run_family(arena: Arena, method: str, seed: int) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, 
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import finals, latency, objective, preparation, selection
+from autocompress import conductor, finals, latency, objective, preparation, selection
 from autocompress.conductor import Outcome, check_places, run_study
+from autocompress.config import StudyConfig
 from autocompress.database import open_storage, sole
 from autocompress.errors import (
     AutocompressError,
@@ -26,9 +27,12 @@ from autocompress.errors import (
     TrainingDiverged,
 )
 from autocompress.export import save_model
+from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
+from autocompress.samplers import KNOBS
 from autocompress.sensitivity import LayerTable
+from autocompress.situation import read_situation
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder, load_study, trials_spent
 from autocompress.surgery import build_plan
@@ -285,18 +289,67 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
 def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path: Path) -> None:
     longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
     short = run_study(tiny_config(tmp_path, annealing_trials=5, **longer), task, NullDisplay())
-    assert short.summary["rehearsal"] is None
+    assert short.summary["rehearsals"] == []
     # The same study goes on, and now there are trials for which it is worth it.
     display = Recorder()
     outcome = run_study(tiny_config(tmp_path, annealing_trials=7, **longer), task, display)
-    found = outcome.summary["rehearsal"]
+    [found, *_] = outcome.summary["rehearsals"]
     stage, number = found["trial"].split("/")
     assert number in map(str, range(5)) and found["after"] <= 100.0
     study = studies_of(tmp_path / "tiny")["annealing"]
-    assert study.user_attrs["rehearsal"] == found and outcome.summary["seconds"]["rehearsal"] > 0
+    assert study.user_attrs["rehearsals"][0] == found
+    assert outcome.summary["seconds"]["rehearsals"] > 0
     name = f"-{stage}-{number}-2-"
     weights = [path.name for path in outcome.folder.joinpath("finals").iterdir()]
     assert any(name in one for one in weights)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def left(config: StudyConfig, bench: Bench, *_: Any) -> float:
+        asked.append(len(trials_spent(bench.studies["annealing"])))
+        return 0.3 * config.delta if len(asked) < 3 else 0.2 * config.delta
+
+    monkeypatch.setattr(conductor, "unspent", left)
+    plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
+    config = tiny_config(tmp_path, **plan, **{"search.extra_trials": 3})
+    display = Recorder()
+    first = run_study(config, task, display)
+    # Two, then what remains of three; none where enough is spent.
+    assert asked == [6, 8, 9]
+    assert ended(tmp_path / "tiny") == {"exploration": 2, "annealing": 9}
+    assert any("of the allowed drop would be left unused: 2 more" in line for line in display.lines)
+    extra = studies_of(tmp_path / "tiny")["annealing"].trials[6:]
+    assert [t.system_attrs[KNOBS]["kind"] for t in extra] == ["greedy", "sample", "greedy"]
+    studies = studies_of(tmp_path / "tiny")
+    assert read_situation(config, studies, "tiny", True).stages[1].total == 9
+    # A study that is finished stays as it is.
+    again = run_study(config, task, display)
+    assert display.lines.count("Nothing to do: the study is finished.") == 1
+    assert again.summary["best"] == first.summary["best"] and len(asked) == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_left_of_delta_is_what_the_first_finalist_leaves(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+
+    def left(*everything: Any) -> float | None:
+        told.append(finals.unspent(*everything))
+        return None
+
+    monkeypatch.setattr(conductor, "unspent", left)
+    plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
+    outcome = run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
+    best = outcome.summary["best"]
+    rehearsed = {one["trial"]: one["bound"] for one in outcome.summary["rehearsals"]}
+    label = f"{best['stage']}/{best['trial']}"
+    assert told == [pytest.approx(5.0 - rehearsed[label])]
 
 
 @pytest.mark.usefixtures("quick")

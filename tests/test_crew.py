@@ -60,6 +60,33 @@ def test_work_beside_the_trials_is_done_once_while_they_are_tended() -> None:
     assert display.rows == [("fine-tune", 3.0, "rehearsal"), ("", 0, "rehearsal")]
 
 
+def test_what_is_done_beside_is_waited_for() -> None:
+    workers, go = Workers(), Event()
+    team = Team(workers, Rows())
+    team.wait()
+    assert not workers.calls
+
+    def work(shown: Display) -> None:
+        while len(workers.calls) < 3:
+            time.sleep(0.001)
+        go.set()
+
+    team.beside(work)
+    team.wait()
+    assert go.is_set() and set(workers.calls) == {"tend"}
+
+
+def test_an_error_beside_is_not_waited_away() -> None:
+    team = Team(Workers(), Rows())
+
+    def work(shown: Display) -> None:
+        raise LookupError("a bad batch")
+
+    team.beside(work)
+    with pytest.raises(LookupError, match="a bad batch"):
+        team.wait()
+
+
 def test_an_error_beside_the_trials_ends_them_too() -> None:
     team = Team(Workers(), Rows())
 

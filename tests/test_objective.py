@@ -35,7 +35,7 @@ from autocompress.objective import (
     run_trial,
 )
 from autocompress.observation import observe_layers
-from autocompress.outlook import REHEARSAL
+from autocompress.outlook import REHEARSALS
 from autocompress.plan import Plan
 from autocompress.profiler import Latency, profile_model
 from autocompress.progress import NullDisplay
@@ -147,7 +147,7 @@ def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
 
     monkeypatch.setattr(objective, "inherit", inherit)
     for label, weights in (("exploration/0", kept), ("exploration/0", None), ("other/1", kept)):
-        annealing.set_user_attr(REHEARSAL, {"trial": label, "weights": weights})
+        annealing.set_user_attr(REHEARSALS, [{"trial": label, "weights": weights}])
         trial = annealing.ask()
         trial.set_user_attr(PARENT, "exploration/0")
         objective._build(bench, plan, trial)

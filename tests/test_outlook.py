@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from autocompress.outlook import (
     EPOCHS,
     LEAST_KEPT,
-    REHEARSAL,
+    REHEARSALS,
     Outlook,
     Step,
     annealing_epochs,
@@ -131,7 +131,7 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
 
 def test_the_rehearsal_tells_the_second_step() -> None:
     rehearsal = {"trial": "annealing/0", "before": 2.0, "after": 0.1, "bound": 0.7}
-    annealing = study_with(trial(2.0), **{EPOCHS: 4.0, REHEARSAL: rehearsal})
+    annealing = study_with(trial(2.0), **{EPOCHS: 4.0, REHEARSALS: [rehearsal]})
     found = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
     assert found.steps["annealing"].pairs == ((2.0, 0.1),)
     prior, _ = Step(4.0).learned(DELTA)
