@@ -548,7 +548,12 @@ def _anneal(
         return crew.beside(partial(_rehearse, setting, bench, annealing))
 
     _run_stage(setting, bench, stage, crew, between=rehearse_early)
-    if longer and finished_result(config, bench, setting.folder) is None:
+    finished = finished_result(config, bench, setting.folder)
+    allowed = config.search.extra_trials
+    if finished is not None:
+        # What is finished goes on only where more is allowed than then.
+        allowed -= finished["config"]["search"].get("extra_trials", allowed)
+    if longer and (finished is None or allowed > 0):
         _go_on(setting, bench, stage, crew)
     return annealing
 

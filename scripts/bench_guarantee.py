@@ -6,7 +6,8 @@
 Each study has other training and validation images (of Fashion-MNIST, shrunk to 14 x 14 pixels),
 another seed, and so another baseline; all are tested on the same 10,000 test images. For each
 `confidence` it prints in how many studies the winner's test drop was within delta, the mean drop,
-and the mean compression: what the margin costs. A study that was finished before is not run again.
+and the mean compression: what the margin costs. A study that was finished before is not run again;
+with more --extra-trials than then it goes on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2667, help="images to train on")
     parser.add_argument("--validation", type=int, default=1333, help="images to choose on")
     parser.add_argument("--trials", type=int, nargs=2, default=[8, 4], help="of both stages")
+    parser.add_argument("--extra-trials", type=int, default=4, help="search.extra_trials")
     parser.add_argument("--delta", type=float, default=2.0)
     parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--out", default="runs", help="folder of the studies' folders")
@@ -125,6 +127,7 @@ def run(
             "search.transforms": ("svd", "spatial_svd", "tucker2"),
             "search.trials": exploration,
             "search.annealing_trials": annealing,
+            "search.extra_trials": options.extra_trials,
             "finetune.epochs": 1,
             "finetune.final_epochs": 4,
             "finetune.learning_rate": 0.03,

@@ -331,6 +331,9 @@ def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
     again = run_study(config, task, display)
     assert display.lines.count("Nothing to do: the study is finished.") == 1
     assert again.summary["best"] == first.summary["best"] and len(asked) == 3
+    # Unless more is allowed than before; here enough is spent.
+    run_study(tiny_config(tmp_path, **plan, **{"search.extra_trials": 4}), task, display)
+    assert asked == [6, 8, 9, 9] and ended(tmp_path / "tiny")["annealing"] == 9
 
 
 @pytest.mark.usefixtures("quick")
