@@ -103,7 +103,8 @@ class AnnealingSampler(PlanSampler):
       nearly so, and is only fine-tuned further, for a trial of the annealing is longer than one of
       the exploration. That also tells how much longer fine-tuning wins back.
 
-    The band, and the noise of the step, halve from round to round.
+    The band, and the noise of the step, halve from round to round. Trials beyond those planned are
+    children of trials that were fine-tuned as long as the winner.
 
     Args:
         space: The space around the exploration's best trials.
@@ -158,7 +159,8 @@ class AnnealingSampler(PlanSampler):
         place = number % len(KINDS)
         kind = KINDS[place]
         if len(finished) >= self._trials:
-            # What is left of the tolerance is spent in steps from the best.
+            # What is left of the tolerance is spent in steps from what is known best; children of
+            # others, which promised more by what they were expected to win back, lost too much.
             kind = LAST_KINDS[number % len(LAST_KINDS)]
         if kind == "ripen":
             ripe = self._unfinished(pool, others, number)
@@ -169,6 +171,9 @@ class AnnealingSampler(PlanSampler):
                 return Proposal(here, picked, record, ripe.label)
             kind = KINDS[(place + 1) % len(KINDS)]
         slope = self._slope(pool, finished)
+        if len(finished) >= self._trials:
+            ends = self.outlook.ends
+            pool = [p for p in pool if ends.get(p.label, math.inf) <= self._aim] or pool
         parent = self._choose(pool, slope, rng)
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, *STEPS))

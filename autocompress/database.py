@@ -545,8 +545,12 @@ class _Advisory:
         self._connection = connection
 
     def free(self) -> None:
-        """End the connection, and the lock with it."""
+        """Free the lock, and end the connection."""
         if self._connection is not None:
+            with suppress(SQLAlchemyError):
+                # At once: the server may be slow to see that a connection has ended.
+                query = text("SELECT pg_advisory_unlock(:key)")
+                self._connection.execute(query, {"key": self._key})
             with suppress(SQLAlchemyError):
                 # Not back into the pool, where it would hold the lock.
                 self._connection.invalidate()

@@ -19,6 +19,15 @@ from autocompress.config import StudyConfig, parse_config
 from autocompress.task import Loader, Task
 
 CLASSES = 4
+LONG = ("conductor", "resume", "workers", "docs", "study", "examples", "int8", "architectures")
+LONG += ("table", "export", "faults", "training", "wheel", "database", "samplers", "scripts")
+"""The files that take longest. They run first, so that none of them is left over at the end while
+the other processes have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 class TinyNet(nn.Module):

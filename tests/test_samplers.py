@@ -411,6 +411,21 @@ def test_kinds_of_children_take_turns() -> None:
     assert kinds == ["sample", "sample", "greedy", "greedy"] * 2
 
 
+def test_trials_beyond_those_planned_are_children_of_what_is_known_best() -> None:
+    plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.45)]
+    costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
+    known = Parent("exploration/0", plans[0].to_json(), 0.4, costs[0])
+    hoped = Parent("exploration/1", plans[1].to_json(), 0.1, costs[1])
+    outlook = Outlook(1.0, {}, {"exploration/0": 0.2})
+    parents = [known, hoped]
+    study = make_study(AnnealingSampler(DEEP, 0, outlook=outlook, parents=parents, trials=4))
+    run(study, DEEP, 8, inherited=0.2)
+    kinds = [trial.system_attrs[KNOBS]["kind"] for trial in study.trials]
+    assert set(kinds[4:]) == {"greedy", "sample"} and kinds[4:6] == ["greedy", "sample"]
+    elders = [trial.user_attrs[PARENT] for trial in study.trials]
+    assert elders[0] == "exploration/1" and set(elders[4:]) == {"exploration/0"}
+
+
 def test_annealing_judges_its_children_by_the_constraint() -> None:
     """A child whose drop is small but whose bound is beyond delta is no parent."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))

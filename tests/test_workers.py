@@ -237,6 +237,7 @@ def test_a_group_of_processes_is_one_worker(mine: Path) -> None:
 
 
 def test_other_data_is_refused(mine: Path, tmp_path_factory: Any) -> None:
+    write(mine.parent, trials=1)
     code, output = run(mine, "--workers", "0", "--stage", "exploration")
     assert code == 0, output
     other = tmp_path_factory.mktemp("other")
