@@ -131,6 +131,11 @@ class AnnealingSampler(PlanSampler):
         self._rounds = rounds
         self._trials = max(trials, 1)
 
+    def adopt(self, parents: Sequence[Parent]) -> None:
+        """Take more trials of the exploration for parents, as they turned out well."""
+        known = {parent.label for parent in self._parents}
+        self._parents += [parent for parent in parents if parent.label not in known]
+
     @property
     def _delta(self) -> float:
         return self.outlook.delta

@@ -18,7 +18,7 @@ from autocompress.objective import Bench, find_trial
 from autocompress.plan import Plan
 from autocompress.samplers import make_sampler
 from autocompress.space import SearchSpace
-from autocompress.trials import EXTRA
+from autocompress.trials import EXTRA, stage_of
 
 PARENTS = "parents"
 """User attribute of the annealing: labels of the exploration's trials where it starts."""
@@ -42,8 +42,11 @@ class Stage:
 
     def refresh(self, bench: Bench) -> None:
         """Let the sampler know what the study has learned of what trials lose in the end."""
-        if isinstance(self.study.sampler, AnnealingSampler):
-            self.study.sampler.outlook = bench.outlook
+        sampler = self.study.sampler
+        if isinstance(sampler, AnnealingSampler):
+            sampler.outlook = bench.outlook
+            known = [label for label in bench.outlook.ends if stage_of(label) == "exploration"]
+            sampler.adopt(_parents(bench, known))
 
 
 def exploration_stage(
@@ -91,8 +94,14 @@ def annealing_stage(
         narrowed,
         config.seed,
         outlook=bench.outlook,
-        parents=[Parent.of("exploration", trial, config.delta) for trial in trials],
+        parents=_parents(bench, parents),
         trials=config.search.annealing_trials,
     )
     total = config.search.annealing_trials + study.user_attrs.get(EXTRA, 0)
     return Stage("annealing", study, narrowed, total)
+
+
+def _parents(bench: Bench, labels: Sequence[str]) -> list[Parent]:
+    """Trials of the exploration as parents."""
+    trials = [find_trial(bench.studies, label) for label in labels]
+    return [Parent.of("exploration", trial, bench.delta) for trial in trials]

@@ -82,7 +82,8 @@ def count_workers(wanted: int | None, device: str, gpus: int, cores: int) -> int
 def shares(count: int, device: str, gpus: Sequence[str], cores: int) -> list[dict[str, str]]:
     """The environment of each of so many workers: its GPU and its share of the CPU's threads.
 
-    A worker sees one GPU alone, as its first one. Where there are more workers than GPUs, they
+    OMP_NUM_THREADS is the most for each, where it is set: two threads that wait for each other on
+    a core that others use are ten times as slow as one. A worker sees one GPU alone, as its first one. Where there are more workers than GPUs, they
     share them in turn.
 
     Args:
@@ -93,7 +94,9 @@ def shares(count: int, device: str, gpus: Sequence[str], cores: int) -> list[dic
     """
     if device.startswith("cuda:"):
         gpus = gpus[int(device.removeprefix("cuda:")) :][:1]
-    threads = str(max(1, cores // count))
+    most = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    share = max(1, cores // count)
+    threads = str(min(share, int(most)) if most.isdecimal() and int(most) > 0 else share)
     found = []
     for number in range(count):
         env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)

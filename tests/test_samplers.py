@@ -426,6 +426,22 @@ def test_trials_beyond_those_planned_are_children_of_what_is_known_best() -> Non
     assert elders[0] == "exploration/1" and set(elders[4:]) == {"exploration/0"}
 
 
+def test_a_trial_that_turned_out_well_becomes_a_parent() -> None:
+    plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.2)]
+    costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
+    first, late = (
+        Parent(f"exploration/{n}", plans[n].to_json(), 0.4, costs[n]) for n in range(len(plans))
+    )
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[first])
+    study = make_study(sampler)
+    run(study, DEEP, 2, inherited=0.5)
+    sampler.adopt([first, late])
+    sampler.adopt([late])
+    run(study, DEEP, 2, inherited=0.5)
+    elders = [trial.user_attrs[PARENT] for trial in study.trials]
+    assert elders[0] == "exploration/0" and elders[2:] == ["exploration/1"] * 2
+
+
 def test_annealing_judges_its_children_by_the_constraint() -> None:
     """A child whose drop is small but whose bound is beyond delta is no parent."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))

@@ -335,12 +335,16 @@ def test_latencies_on_the_cpu_are_measured_by_one_worker(tmp_path: Path) -> None
 def test_each_worker_has_its_gpu_and_its_share_of_the_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     found = shares(3, "auto", ["0", "1"], 8)
     assert [env["CUDA_VISIBLE_DEVICES"] for env in found] == ["0", "1", "0"]
     assert {env["OMP_NUM_THREADS"] for env in found} == {"2"}
     (only,) = shares(1, "cuda:1", ["4", "6"], 8)
     assert only["CUDA_VISIBLE_DEVICES"] == "6"
     assert [env["CUDA_VISIBLE_DEVICES"] for env in shares(2, "cpu", ["0"], 1)] == ["", ""]
+    for most, threads in (("3", "3"), ("3,1", "3"), ("9", "4"), ("0", "4"), ("many", "4")):
+        monkeypatch.setenv("OMP_NUM_THREADS", most)
+        assert {env["OMP_NUM_THREADS"] for env in shares(2, "cpu", [], 8)} == {threads}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert visible_gpus(2) == ["4", "6"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
