@@ -83,8 +83,8 @@ def shares(count: int, device: str, gpus: Sequence[str], cores: int) -> list[dic
     """The environment of each of so many workers: its GPU and its share of the CPU's threads.
 
     OMP_NUM_THREADS is the most for each, where it is set: two threads that wait for each other on
-    a core that others use are ten times as slow as one. A worker sees one GPU alone, as its first one. Where there are more workers than GPUs, they
-    share them in turn.
+    cores that others use are ten times as slow as one. A worker sees one GPU alone, as its first
+    one. Where there are more workers than GPUs, they share them in turn.
 
     Args:
         count: How many workers.
