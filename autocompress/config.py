@@ -244,7 +244,7 @@ class SearchConfig(_Section):
         default=15, ge=0, description="Trials of the annealing, in all, but for extra_trials."
     )
     extra_trials: int = Field(
-        default=4,
+        default=8,
         ge=0,
         description="Trials that an annealing of six or more may have besides, by twos, while "
         "the network that would be handed out leaves more than a quarter of delta unused.",

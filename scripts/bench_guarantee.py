@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2667, help="images to train on")
     parser.add_argument("--validation", type=int, default=1333, help="images to choose on")
     parser.add_argument("--trials", type=int, nargs=2, default=[8, 4], help="of both stages")
-    parser.add_argument("--extra-trials", type=int, default=4, help="search.extra_trials")
+    parser.add_argument("--extra-trials", type=int, default=8, help="search.extra_trials")
     parser.add_argument("--delta", type=float, default=2.0)
     parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--out", default="runs", help="folder of the studies' folders")

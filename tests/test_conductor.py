@@ -288,6 +288,7 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
 @pytest.mark.usefixtures("quick")
 def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path: Path) -> None:
     longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
+    longer |= {"search.extra_trials": 0}
     short = run_study(tiny_config(tmp_path, annealing_trials=5, **longer), task, NullDisplay())
     assert short.summary["rehearsals"] == []
     # The same study goes on, and now there are trials for which it is worth it.

@@ -267,7 +267,8 @@ def test_a_study_is_bound_to_all_but_budgets_and_places() -> None:
     config = load_config(None)
     bound = bound_settings(config)
     assert json.loads(json.dumps(bound)) == bound
-    for free in ("search.trials", "search.annealing_trials", "finetune.final_epochs", "run.out"):
+    free_ones = ("search.trials", "search.annealing_trials", "search.extra_trials")
+    for free in (*free_ones, "finetune.final_epochs", "run.out"):
         changed = load_config(None, {free: "elsewhere" if free == "run.out" else 7})
         assert differences(bound, bound_settings(changed)) == []
     changed = load_config(None, {"delta": 3, "model.arguments.num_classes": 12})
