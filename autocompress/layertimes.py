@@ -41,6 +41,9 @@ SECONDS = 0.02
 MIN_RUNS = 5
 WIDTHS = (0.25, 0.5)
 """Shares of a layer's channels at which it is timed, too, where channels may be removed."""
+MOST_WIDTHS = 6
+"""Of the widths that its channel groups' keep-counts make, so many are timed besides: runtimes fill
+up widths, so that time falls in steps."""
 MOST_SECONDS = 90.0
 """Beyond this only some ranks of each ladder are run, and the others lie between them."""
 
@@ -163,7 +166,7 @@ def with_times(
             times of the ranks left out are read off a line through their neighbours.
     """
     specs = {layer.name: layer for layer in (*table.layers, *table.others)}
-    narrower = {name: _narrower(specs[name], sides) for name, sides in _sides(table).items()}
+    narrower = {name: _narrower(specs[name], sides) for name, sides in _widths(table).items()}
     widths = [spec for sides in narrower.values() for own in sides.values() for _, spec in own]
     times.measure({layer: () for layer in (*specs.values(), *widths)}, network, seconds)
     distinct = {_key(specs[name], None): name for name in table.choices}
@@ -198,30 +201,41 @@ def with_times(
     )
 
 
-def _sides(table: LayerTable) -> dict[str, set[str]]:
-    """Layer name to the sides on which channels may be removed."""
-    known = {layer.name for layer in (*table.layers, *table.others)}
-    found: dict[str, set[str]] = {}
+def _widths(table: LayerTable) -> dict[str, dict[str, set[int]]]:
+    """Layer name to the sides on which channels may be removed, and how many the keep-counts of
+    each group leave there while all other groups are whole."""
+    known = {layer.name: layer for layer in (*table.layers, *table.others)}
+    found: dict[str, dict[str, set[int]]] = {}
     for ladder in table.ladders.values():
+        removed = [ladder.group.channels - choice.keep for choice in ladder.choices]
         for member in ladder.group.members:
-            if member.layer in known:
-                sides = {"in", "out"} if member.side == "both" else {member.side}
-                found.setdefault(member.layer, set()).update(sides)
+            layer = known.get(member.layer)
+            if layer is None:
+                continue
+            for side in ("in", "out") if member.side == "both" else (member.side,):
+                width = layer.in_channels if side == "in" else layer.out_channels
+                left = {width - member.repeat * count for count in removed}
+                found.setdefault(layer.name, {}).setdefault(side, set()).update(left)
     return found
 
 
-def _narrower(layer: LayerSpec, sides: set[str]) -> dict[str, list[tuple[float, LayerSpec]]]:
+def _narrower(
+    layer: LayerSpec, sides: Mapping[str, set[int]]
+) -> dict[str, list[tuple[float, LayerSpec]]]:
     """The layer with fewer channels on one side, and which share of them; a depthwise one on both,
     which counts as its outputs. Other grouped ones are not timed."""
     if layer.groups > 1:
         if not is_depthwise(layer):
             return {}
-        sides = {"out"}
+        sides = {"out": set().union(*sides.values())}
     found: dict[str, list[tuple[float, LayerSpec]]] = {}
-    for side in sorted(sides):
+    for side, left in sorted(sides.items()):
         inputs, outputs = layer.in_channels, layer.out_channels
         width = inputs if side == "in" else outputs
-        for count in sorted({max(1, round(share * width)) for share in WIDTHS} - {width}):
+        counts = sorted(count for count in left if 0 < count < width)
+        step = max(1, -(-len(counts) // MOST_WIDTHS))
+        counts = counts[::step] + [max(1, round(share * width)) for share in WIDTHS]
+        for count in sorted({*counts} - {width}):
             spec = without_channels(
                 layer,
                 count if side == "in" or layer.groups > 1 else inputs,

@@ -211,8 +211,9 @@ def test_narrower_layers_are_timed_on_the_sides_where_channels_go(
     inner = next(layer for layer in timed.layers if layer.name == "inner")  # 12 outputs
     assert set(timed.slowdown["inner"]) == {"in", "out"}
     shares = [share for share, _ in timed.slowdown["inner"]["out"]]
-    assert shares == [3 / 12, 6 / 12]
-    for count in (3, 6):
+    counts = {choice.keep for choice in table.ladders["inner"].choices}
+    assert shares == sorted(count / 12 for count in {3, 6, *counts}) and len(counts - {3, 6}) > 0
+    for count in (3, 6, *counts):
         fewer = without_channels(inner, inner.in_channels, count)
         assert timed.cost(fewer).ms == pytest.approx(padded(fewer))
     between = timed.cost(without_channels(inner, inner.in_channels, 4)).ms
@@ -221,13 +222,22 @@ def test_narrower_layers_are_timed_on_the_sides_where_channels_go(
     assert LayerTable.from_json(timed.to_json()) == timed
 
 
-@pytest.mark.parametrize(("groups", "sides"), [(12, {"out": [0.25, 0.5]}), (2, {})])
+def test_of_many_keep_counts_some_are_timed() -> None:
+    layer = spec_of("x", nn.Conv2d(64, 8, 3), (1, 64, 8, 8), (1, 8, 6, 6))
+    found = layertimes._narrower(layer, {"in": set(range(1, 64))})
+    counts = [spec.in_channels for _, spec in found["in"]]
+    assert len(counts) <= layertimes.MOST_WIDTHS + 2 and counts[0] == 1 and counts[-1] > 48
+
+
+@pytest.mark.parametrize(
+    ("groups", "sides"), [(12, {"out": [0.25, 0.5, 8 / 12, 10 / 12]}), (2, {})]
+)
 def test_depthwise_layers_lose_both_sides_at_once_and_other_grouped_ones_are_not_timed(
     groups: int, sides: dict[str, list[float]]
 ) -> None:
     module = nn.Conv2d(12, 12, 3, groups=groups)
     layer = spec_of("x", module, (1, 12, 8, 8), (1, 12, 6, 6))
-    found = layertimes._narrower(layer, {"in", "out"})
+    found = layertimes._narrower(layer, {"in": {8, 12}, "out": {0, 10}})
     assert {side: [share for share, _ in own] for side, own in found.items()} == sides
     for own in found.values():
         for share, spec in own:
