@@ -7,7 +7,13 @@ Each study has other training and validation images (of Fashion-MNIST, shrunk to
 another seed, and so another baseline; all are tested on the same 10,000 test images. For each
 `confidence` it prints in how many studies the winner's test drop was within delta, the mean drop,
 and the mean compression: what the margin costs. A study that was finished before is not run again;
-with more --extra-trials than then it goes on.
+with more --extra-trials than then it goes on. Ranks, channels and both on a larger network, each in
+an --out of its own (with search.channels=false, with search.transforms=[], and with neither):
+
+    python scripts/bench_guarantee.py --train 4000 --validation 6000 --delta 1 --trials 16 8 \\
+        --confidences 0.95 --extra-trials 4 --first 1 --studies 1 --out runs/both \\
+        --set model.source=zoo:resnet18 objective=params+macs+latency latency.batch_size=32 \\
+        latency.threads=1 run.workers=0
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from autocompress.conductor import run_study
-from autocompress.config import DataConfig, parse_config
+from autocompress.config import DataConfig, parse_config, parse_pairs
 from autocompress.data import load_data
 from autocompress.loaders import unaugmented
 from autocompress.progress import NullDisplay
@@ -35,18 +41,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", help="folder of Fashion-MNIST")
     parser.add_argument("--studies", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first one")
     parser.add_argument("--train", type=int, default=2667, help="images to train on")
     parser.add_argument("--validation", type=int, default=1333, help="images to choose on")
     parser.add_argument("--trials", type=int, nargs=2, default=[8, 4], help="of both stages")
     parser.add_argument("--extra-trials", type=int, default=8, help="search.extra_trials")
     parser.add_argument("--delta", type=float, default=2.0)
     parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the studies"
+    )
     parser.add_argument("--out", default="runs", help="folder of the studies' folders")
     options = parser.parse_args()
     out = Path(options.out).resolve()
     rows: dict[float, list[dict[str, Any]]] = {c: [] for c in options.confidences}
     images = fashion(options.images)
-    for seed in range(options.studies):
+    for seed in range(options.first, options.first + options.studies):
         source = images_of(images, out, seed, options.train + options.validation)
         for confidence in options.confidences:
             found = run(source, out, seed, confidence, options)
@@ -55,7 +65,8 @@ def main() -> None:
             print(
                 f"seed {seed}, confidence {confidence:g}: test drop "
                 f"{best.get('test_drop', float('nan')):.2f}, validation drop "
-                f"{best.get('val_drop', float('nan')):.2f}, {ratio(found):.2f}x parameters",
+                f"{best.get('val_drop', float('nan')):.2f}, {ratio(found):.2f}x parameters, "
+                f"{ratio(found, 'macs'):.2f}x MACs, {speedup(found):.2f}x as fast",
                 flush=True,
             )
     header = ["confidence", "studies", "kept delta on test data", "test drop, mean (sd; largest)"]
@@ -132,6 +143,7 @@ def run(
             "finetune.final_epochs": 4,
             "finetune.learning_rate": 0.03,
             "run.out": str(out),
+            **parse_pairs(options.set, "--set", "search.channels=false"),
         }
     )
     outcome = run_study(
@@ -145,6 +157,13 @@ def ratio(found: dict[str, Any], cost: str = "params") -> float:
     if not found["met"]:
         return 1.0
     return float(found["baseline"]["profile"][cost] / found["best"]["profile"][cost])
+
+
+def speedup(found: dict[str, Any]) -> float:
+    """How many times as fast the study's network is; NaN where it found or timed none."""
+    before = found["baseline"]["profile"]["latency"]
+    after = (found["best"] or {}).get("profile", {}).get("latency")
+    return float(before["median_ms"] / after["median_ms"]) if before and after else float("nan")
 
 
 def explored(found: dict[str, Any]) -> float:

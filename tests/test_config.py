@@ -111,7 +111,6 @@ def test_these_are_the_ready_studies() -> None:
     assert names == {
         "quickstart",
         "fashion-mnist-resnet",
-        "fashion-mnist-resnet18",
         "fashion-mnist-small",
         "cifar10-resnet20",
         "cifar100-resnet18",
