@@ -163,7 +163,8 @@ class AnnealingSampler(PlanSampler):
         band = 0.5 / 2**turn
         place = number % len(KINDS)
         kind = KINDS[place]
-        if len(finished) >= self._trials:
+        beyond = len(finished) >= self._trials
+        if beyond:
             # What is left of the tolerance is spent in steps from what is known best; children of
             # others, which promised more by what they were expected to win back, lost too much.
             kind = LAST_KINDS[number % len(LAST_KINDS)]
@@ -176,7 +177,7 @@ class AnnealingSampler(PlanSampler):
                 return Proposal(here, picked, record, ripe.label)
             kind = KINDS[(place + 1) % len(KINDS)]
         slope = self._slope(pool, finished)
-        if len(finished) >= self._trials:
+        if beyond:
             ends = self.outlook.ends
             pool = [p for p in pool if ends.get(p.label, math.inf) <= self._aim] or pool
         parent = self._choose(pool, slope, rng)

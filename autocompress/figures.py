@@ -52,7 +52,8 @@ def pareto_figure(
         baseline_cost: In the unit of the objective.
         scale: Of the metric that drops are of.
     """
-    metric, title = OBJECTIVES[objective].metric, OBJECTIVES[objective].title
+    goal = OBJECTIVES[objective]
+    metric, title = goal.metric, goal.title
     drawn = [t for t in trials if t.drop is not None and t.cost is not None and t.cost > 0]
     figure = go.Figure()
     for (kind, stage), symbol in reversed(_SYMBOLS.items()):
@@ -128,7 +129,8 @@ def history_figure(
     moments = history(trials)
     if not moments:
         return None
-    metric, title = OBJECTIVES[objective].metric, OBJECTIVES[objective].title
+    goal = OBJECTIVES[objective]
+    metric, title = goal.metric, goal.title
     figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.04)
     for column, axis in ((1, [float(m.count) for m in moments]), (2, [m.minutes for m in moments])):
         for trace in _history_traces(moments, axis, metric, scale, named=column == 1):

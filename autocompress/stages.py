@@ -15,7 +15,6 @@ from optuna.study import Study
 from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.config import StudyConfig
 from autocompress.objective import Bench, find_trial
-from autocompress.plan import Plan
 from autocompress.samplers import make_sampler
 from autocompress.space import SearchSpace
 from autocompress.trials import EXTRA, stage_of
@@ -86,15 +85,15 @@ def annealing_stage(
         parents: Labels of the exploration's trials where it starts.
     """
     bench.studies["annealing"] = study
-    trials = [find_trial(bench.studies, label) for label in parents]
-    plans = [Plan.from_json(trial.user_attrs["plan"]) for trial in trials]
+    elders = _parents(bench, parents)
+    plans = [elder.plan for elder in elders]
     # With channels to remove, each child has a space of its own: it depends on those that remain.
     narrowed = space if space.width is not None else space.narrow(plans, band=0.5)
     study.sampler = AnnealingSampler(
         narrowed,
         config.seed,
         outlook=bench.outlook,
-        parents=_parents(bench, parents),
+        parents=elders,
         trials=config.search.annealing_trials,
     )
     total = config.search.annealing_trials + study.user_attrs.get(EXTRA, 0)

@@ -94,9 +94,8 @@ class ChannelSpace:
         """What each option of a group saves in layers that only pass its channels."""
         found = {}
         for group, own in self.options.items():
-            counts = [
-                (own[0].keep - option.keep) * self.ladders[group].params_each for option in own
-            ]
+            each = self.ladders[group].params_each
+            counts = [each * self.removed(group, place) for place in range(len(own))]
             less = [Cost(self.full.params - n, self.full.macs, self.full.ms) for n in counts]
             found[group] = tuple(self.count(self.full) - self.count(cost) for cost in less)
         return found
