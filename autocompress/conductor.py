@@ -32,6 +32,7 @@ from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.exhibits import publish
 from autocompress.finals import FINALS, rehearse, unspent
+from autocompress.formats import choose_formats
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
 from autocompress.latency import Deployment
@@ -123,10 +124,12 @@ def check_places(config: StudyConfig) -> None:
 
     Raises:
         ConfigError: If the folder can't be written, another process runs the study, the database
-            can't be opened, or the runtime to measure the latency on is not here.
+            can't be opened, or the runtime to measure the latency on, or to write a format, is not
+            here.
         StudyMismatch: If the stored study was made with other settings.
     """
     Deployment.from_config(config.latency)
+    choose_formats(config.run.formats)
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     url = config.run.storage

@@ -48,6 +48,11 @@ TransformName = Annotated[
     PlainSerializer(str),
 ]
 ALL_TRANSFORMS: tuple[TransformName, ...] = ("svd", "spatial_svd", "tucker2", "cp", "tt")
+FormatName = Literal[
+    "onnx", "onnx-fp16", "pt2", "torchscript", "openvino", "openvino-fp16", "executorch"
+]
+DEFAULT_FORMATS: tuple[FormatName, ...] = ("onnx", "pt2")
+"""The files that are written of a network, besides its weights."""
 
 # TOML has arrays only; strict checking would refuse them for a tuple.
 _AsTuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -312,6 +317,11 @@ class RunConfig(_Section):
         default=None, description="Database URL (SQLAlchemy); None: SQLite in the study's folder."
     )
     out: str = Field(default="runs", min_length=1, description="Folder of the studies' folders.")
+    formats: Annotated[tuple[FormatName, ...], _AsTuple] = Field(
+        default=DEFAULT_FORMATS,
+        description="Files of each network handed out, besides its weights; more can be written "
+        "later by `autocompress export`.",
+    )
     artifacts: str | None = Field(
         default=None,
         description="Where weights are kept: a folder that all workers share, or s3://BUCKET; "

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from autocompress import __version__
 from autocompress.card import CARD, Facts, is_generated, write_card
+from autocompress.config import DEFAULT_FORMATS
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.formats import (
-    DEFAULT_FORMATS,
     FORMATS,
     INT8_FILE,
     Source,

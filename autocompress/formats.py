@@ -34,7 +34,6 @@ TOLERANCE = 1e-4
 HALF_TOLERANCE = 1e-2
 """The same for a file in float16, whose numbers have 11 bits."""
 
-DEFAULT_FORMATS = ("onnx", "pt2")
 INT8_FILE = "model.int8.onnx"
 EXECUTORCH_BATCH = 8
 """Most images at once in an ExecuTorch file, whose memory is planned when it is written. ExecuTorch

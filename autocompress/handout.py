@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from autocompress.card import Facts
-from autocompress.config import StudyConfig
+from autocompress.config import DEFAULT_FORMATS, StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
 from autocompress.export import ExportReport, save_model
-from autocompress.formats import DEFAULT_FORMATS, INT8_FILE
+from autocompress.formats import INT8_FILE
 from autocompress.layermap import layer_rows
 from autocompress.models import build_model, load_state
 from autocompress.objective import LATENCY, find_trial

@@ -88,11 +88,11 @@ def conclude(
             best |= _test(bench, winners[0], int8, folder, display)
         summary["baseline"]["test_score"] = best.pop("baseline_test_score")
         with timed(seconds, "export"):
-            _export(bench, winners[0], best, folder.best, int8, display)
+            _export(config, bench, winners[0], best, folder.best, int8, display)
             for second in winners[1:]:
                 summary["second"] = own = _describe_finalist(bench, second, config, display)
                 own["layers"] = _layers(bench, own, labelled[second.label])
-                _export(bench, second, summary["second"], folder.second, int8, display)
+                _export(config, bench, second, summary["second"], folder.second, int8, display)
             if int8 is not None:
                 home = folder.best if int8.label == winners[0].label else folder.second
                 summary["int8"] = int8.record | measure_int8(bench, int8, home, display)
@@ -292,6 +292,7 @@ def _test(
 
 
 def _export(
+    config: StudyConfig,
     bench: Bench,
     finalist: Finalist,
     found: dict[str, Any],
@@ -307,6 +308,7 @@ def _export(
         task.origin,
         bench.example,
         Profile.from_dict(found["profile"]),
+        formats=config.run.formats,
         images=task.images(64),
         **usage_of(task),
         int8=int8.path if int8 is not None and int8.label == finalist.label else None,

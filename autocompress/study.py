@@ -567,7 +567,8 @@ def export(
     """
     from dataclasses import asdict
 
-    from autocompress.formats import DEFAULT_FORMATS, choose_formats
+    from autocompress.config import DEFAULT_FORMATS
+    from autocompress.formats import choose_formats
     from autocompress.handout import export_trial, quantizer_of, read_task
     from autocompress.sources import load_transforms, task_from_config
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.checkpoint import Checkpoint
-from autocompress.config import StudyConfig, parse_config
+from autocompress.config import DEFAULT_FORMATS, StudyConfig, parse_config
 from autocompress.task import Loader, Task
 
 CLASSES = 4
@@ -64,6 +64,10 @@ def make_loader(count: int, seed: int, shuffle: bool = False) -> DataLoader[tupl
     return DataLoader(dataset, batch_size=32, shuffle=shuffle, generator=generator)
 
 
+EXPORTED = {"run.formats": DEFAULT_FORMATS}
+"""A setting for `tiny_config`: the files that users get."""
+
+
 def tiny_config(out: Path, **settings: Any) -> StudyConfig:
     """A study of `TinyNet` that takes seconds; `trials=` or any dotted name replace a setting."""
     short = {"trials": "search.trials", "annealing_trials": "search.annealing_trials"}
@@ -83,6 +87,8 @@ def tiny_config(out: Path, **settings: Any) -> StudyConfig:
             "finetune.final_epochs": 1.0,
             "finetune.gate": 100.0,
             "run.out": str(out),
+            # They take most of such a study's time.
+            "run.formats": [],
             **{short.get(key, key): value for key, value in settings.items()},
         }
     )

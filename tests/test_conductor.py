@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from conftest import TinyNet, count_reads, make_loader, tiny_config, tiny_task, watch_fits
+from conftest import EXPORTED, TinyNet, count_reads, make_loader, tiny_config, tiny_task, watch_fits
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import conductor, finals, latency, objective, preparation, selection
+from autocompress import conductor, finals, formats, latency, objective, preparation
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.config import StudyConfig
 from autocompress.database import open_storage, sole
@@ -26,7 +25,6 @@ from autocompress.errors import (
     StudyMismatch,
     TrainingDiverged,
 )
-from autocompress.export import save_model
 from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
@@ -64,13 +62,9 @@ def ended(folder: Path) -> dict[str, int]:
 def finished(tmp_path_factory: pytest.TempPathFactory, trained_state: dict[str, Any]) -> Outcome:
     """A whole study that was run once and is only looked at."""
     out = tmp_path_factory.mktemp("out")
-    return run_study(tiny_config(out), tiny_task(trained_state), NullDisplay(), "the command")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand out weights and plan only."""
-    monkeypatch.setattr(selection, "save_model", partial(save_model, formats=()))
+    return run_study(
+        tiny_config(out, **EXPORTED), tiny_task(trained_state), NullDisplay(), "the command"
+    )
 
 
 def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
@@ -97,7 +91,6 @@ def test_a_study_writes_what_it_promises(finished: Outcome) -> None:
         assert latency["threads"] == before["profile"]["latency"]["threads"] >= 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_baseline_that_the_runtime_refuses_costs_no_result(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +169,6 @@ def test_a_study_that_removes_channels(
         run_study(other, tiny_task(trained_state), NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_finished_study_does_nothing_more(task: Task, tmp_path: Path) -> None:
     first = run_study(tiny_config(tmp_path), task, NullDisplay())
     task.test, reads = count_reads(task.test)
@@ -186,7 +178,6 @@ def test_a_finished_study_does_nothing_more(task: Task, tmp_path: Path) -> None:
     assert again.summary == first.summary
 
 
-@pytest.mark.usefixtures("quick")
 def test_more_trials_are_added_to_the_old_ones(task: Task, tmp_path: Path) -> None:
     run_study(tiny_config(tmp_path, annealing_trials=0, trials=3), task, NullDisplay())
     assert ended(tmp_path / "tiny") == {"exploration": 3}
@@ -195,7 +186,6 @@ def test_more_trials_are_added_to_the_old_ones(task: Task, tmp_path: Path) -> No
     assert more.summary["test_reads"] == 2
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("setting", "text"),
     [("delta", "delta: 5.0 -> 4.0"), ("search.transforms", "search.transforms")],
@@ -213,7 +203,6 @@ def test_other_settings_under_an_old_name_are_refused(
     assert (tmp_path / "tiny" / "study.json").read_text() == stored
 
 
-@pytest.mark.usefixtures("quick")
 def test_other_weights_under_an_old_name_are_refused(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trials=1, annealing_trials=0)
     run_study(config, task, NullDisplay())
@@ -223,7 +212,6 @@ def test_other_weights_under_an_old_name_are_refused(task: Task, tmp_path: Path)
         run_study(config, task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_nothing_within_delta_gives_the_nearest(task: Task, tmp_path: Path) -> None:
     config = tiny_config(
         tmp_path, trials=3, annealing_trials=1, delta=0.0, confidence=0.5, **{"finetune.epochs": 0}
@@ -264,7 +252,6 @@ class Interruption:
         return cross_entropy(output, batch)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "at",
     [12, pytest.param(45, marks=pytest.mark.slow), 100, pytest.param(130, marks=pytest.mark.slow)],
@@ -285,7 +272,6 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
         assert all(t.state == TrialState.FAIL for t in lost) and len(lost) <= 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path: Path) -> None:
     longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
     longer |= {"search.extra_trials": 0}
@@ -305,7 +291,6 @@ def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path
     assert any(name in one for one in weights)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +322,6 @@ def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
     assert asked == [6, 8, 9, 9] and ended(tmp_path / "tiny")["annealing"] == 9
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_is_left_of_delta_is_what_the_first_finalist_leaves(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +340,6 @@ def test_what_is_left_of_delta_is_what_the_first_finalist_leaves(
     assert told == [pytest.approx(5.0 - rehearsed[label])]
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"annealing_trials": 0, "search.stage": "exploration"}
     first = run_study(tiny_config(tmp_path, trials=4, **settings), task, NullDisplay())
@@ -374,7 +357,6 @@ def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path
     assert f"exploration/{best} is passed over: The weights in artifact" in log
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_second_conductor_is_refused(task: Task, tmp_path: Path) -> None:
     """In the same folder, and with another folder on the same database."""
     config = tiny_config(tmp_path, trials=1, annealing_trials=0)
@@ -389,7 +371,6 @@ def test_a_second_conductor_is_refused(task: Task, tmp_path: Path) -> None:
         run_study(tiny_config(tmp_path, **{"run.storage": url}), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_failing_trial_is_recorded_and_the_study_goes_on(task: Task, tmp_path: Path) -> None:
     calls: Iterator[int] = iter(range(10**6))
 
@@ -407,7 +388,6 @@ def test_a_failing_trial_is_recorded_and_the_study_goes_on(task: Task, tmp_path:
     assert "a bad batch" in (tmp_path / "tiny" / "study.log").read_text()
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_study_whose_trials_all_fail_stops_and_says_why(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trials=9, **{"finetune.learning_rate": 1e30})
     with pytest.raises(AutocompressError, match="5 trials .* lower the learning rate"):
@@ -415,7 +395,6 @@ def test_a_study_whose_trials_all_fail_stops_and_says_why(task: Task, tmp_path: 
     assert ended(tmp_path / "tiny") == {"exploration": 0}
 
 
-@pytest.mark.usefixtures("quick")
 def test_trials_that_failed_for_an_outer_fault_are_made_up_for(task: Task, tmp_path: Path) -> None:
     def broken(output: torch.Tensor, batch: Any) -> torch.Tensor:
         raise OSError("the disk is gone")
@@ -434,7 +413,6 @@ def test_trials_that_failed_for_an_outer_fault_are_made_up_for(task: Task, tmp_p
     assert outcome.met and ended(tmp_path / "tiny") == {"exploration": 3, "annealing": 1}
 
 
-@pytest.mark.usefixtures("quick")
 def test_training_that_can_not_begin_is_said_at_once(task: Task, tmp_path: Path) -> None:
     def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
         raise KeyError("label")
@@ -444,7 +422,6 @@ def test_training_that_can_not_begin_is_said_at_once(task: Task, tmp_path: Path)
         run_study(tiny_config(tmp_path), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_frozen_network_is_compressed_too(task: Task, tmp_path: Path) -> None:
     task.model.requires_grad_(False)
     display = Recorder()
@@ -452,7 +429,6 @@ def test_a_frozen_network_is_compressed_too(task: Task, tmp_path: Path) -> None:
     assert any("frozen" in line for line in display.lines)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_folder_does_not_answer_for_another_study(task: Task, tmp_path: Path) -> None:
     """A new database in an old folder begins anew, though the trials have the same names."""
     config = tiny_config(tmp_path, trials=2, annealing_trials=0)
@@ -465,7 +441,6 @@ def test_a_folder_does_not_answer_for_another_study(task: Task, tmp_path: Path) 
     assert again.summary["delta"] == 4.0 and again.summary["test_reads"] == 1
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_baseline_of_a_study_is_kept_with_it(task: Task, tmp_path: Path) -> None:
     settings = {"trials": 1, "annealing_trials": 0, "baseline.epochs": 1.0}
     state = {key: value.clone() for key, value in task.model.state_dict().items()}
@@ -481,7 +456,6 @@ def test_the_baseline_of_a_study_is_kept_with_it(task: Task, tmp_path: Path) -> 
         run_study(tiny_config(tmp_path, **{**settings, "trials": 3}), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_hopeless_trials_stop_at_the_gate(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trials=4, annealing_trials=2, **{"finetune.gate": 5.0})
     run_study(config, task, NullDisplay())
@@ -493,7 +467,6 @@ def test_hopeless_trials_stop_at_the_gate(task: Task, tmp_path: Path) -> None:
         assert trial.system_attrs["constraints"][0] > 0.0
 
 
-@pytest.mark.usefixtures("quick")
 def test_two_processes_can_not_run_one_study(task: Task, tmp_path: Path) -> None:
     from autocompress.store import StudyFolder
 
@@ -503,7 +476,6 @@ def test_two_processes_can_not_run_one_study(task: Task, tmp_path: Path) -> None
         run_study(tiny_config(tmp_path), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_network_without_layers_to_change_is_refused(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, **{"search.exclude": ["*"]})
     with pytest.raises(ConfigError, match="search.exclude names it"):
@@ -520,7 +492,6 @@ def times_like_macs(table: LayerTable, *_: Any) -> LayerTable:
     return replace(table, choices=choices, layer_ms=own, network_ms=sum(own.values()))
 
 
-@pytest.mark.usefixtures("quick")
 def test_latency_is_spent_in_milliseconds_and_bound_to_its_runtime(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -550,7 +521,6 @@ def test_latency_is_spent_in_milliseconds_and_bound_to_its_runtime(
         run_study(tiny_config(tmp_path, **settings | {"trials": 4}), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_latencies_of_two_machines_may_meet_where_they_are_no_objective(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -564,7 +534,6 @@ def test_latencies_of_two_machines_may_meet_where_they_are_no_objective(
     assert second.user_attrs["latency"]["device"] == "another machine"
 
 
-@pytest.mark.usefixtures("quick")
 def test_without_a_word_the_first_layer_and_the_classifier_stay(task: Task, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, trials=2, annealing_trials=0, **{"search.include": None})
     outcome = run_study(config, task, NullDisplay())
@@ -577,7 +546,6 @@ def test_without_a_word_the_first_layer_and_the_classifier_stay(task: Task, tmp_
     assert (stored["best"] or stored["nearest"])["layers"] == best["layers"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_no_trial_goes_beyond_a_bound(task: Task, tmp_path: Path) -> None:
     bounds = [{"layers": "conv", "compression": 2.0}, {"layers": "stem", "error": 1e-9}]
     config = tiny_config(tmp_path, trials=4, annealing_trials=2, **{"search.bounds": bounds})
@@ -595,14 +563,12 @@ def test_no_trial_goes_beyond_a_bound(task: Task, tmp_path: Path) -> None:
     assert "search.bounds leaves it no choice (error <= 1e-09" in rows["stem"]["why"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_nothing_left_by_default_names_the_cure(task: Task, tmp_path: Path) -> None:
     none = {"search.include": None, "search.exclude": ["conv"]}
     with pytest.raises(ConfigError, match=r"search.include = \['\*'\] lets all layers change"):
         run_study(tiny_config(tmp_path, **none), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "objective", ["size", "macs", "latency", "params+macs", "params+macs+latency"]
 )
@@ -618,7 +584,6 @@ def test_every_objective_is_the_second_value(
         assert all(t.values[1] == t.user_attrs["metrics"][key] for t in study.trials)
 
 
-@pytest.mark.usefixtures("quick")
 def test_batches_may_be_dictionaries(task: Task, tmp_path: Path) -> None:
     def as_dicts(loader: Any) -> list[dict[str, torch.Tensor]]:
         return [{"label": y, "image": x} for x, y in loader]
@@ -631,14 +596,12 @@ def test_batches_may_be_dictionaries(task: Task, tmp_path: Path) -> None:
     assert outcome.met
 
 
-@pytest.mark.usefixtures("quick")
 def test_test_data_is_read_once_for_both_networks(task: Task, tmp_path: Path) -> None:
     task.test, reads = count_reads(task.test)
     run_study(tiny_config(tmp_path), task, NullDisplay())
     assert reads == ["start", "start"]
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_table_is_built_once(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,7 +614,6 @@ def test_the_table_is_built_once(
     run_study(tiny_config(tmp_path, trials=2, annealing_trials=0), task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_final_fit_that_diverges_leaves_the_trials_weights(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,6 +636,25 @@ def test_a_stored_study_of_other_settings_is_refused_before_data_is_read(
         check_places(tiny_config(out, delta=6.0))
 
 
+def test_a_study_writes_the_formats_that_it_names(task: Task, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path, trials=1, annealing_trials=0, delta=100.0, **{"run.formats": ["torchscript"]}
+    )
+    check_places(config)
+    best = run_study(config, task, NullDisplay()).folder / "best"
+    assert (best / "model.ts.pt").exists()
+    assert not (best / "model.onnx").exists() and not (best / "model.pt2").exists()
+
+
+def test_a_format_without_its_package_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = replace(formats.FORMATS["openvino"], package="no_such_package")
+    monkeypatch.setitem(formats.FORMATS, "openvino", lacking)
+    with pytest.raises(ConfigError, match=r"'openvino': .*pip install 'autocompress\[openvino\]'"):
+        check_places(tiny_config(tmp_path, **{"run.formats": ["onnx", "openvino"]}))
+
+
 def test_annealing_needs_an_exploration(task: Task, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="this study has none yet"):
         run_study(tiny_config(tmp_path, **{"search.stage": "annealing"}), task, NullDisplay())
@@ -686,7 +667,6 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
     assert ended(tmp_path / "tiny") == {"exploration": 0}
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_winner_may_have_a_learning_rate_of_its_own(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -700,7 +680,6 @@ def test_the_winner_may_have_a_learning_rate_of_its_own(
     assert [fit["learning_rate"] for fit in fits] == [0.01, 0.01, 0.02, 0.02]
 
 
-@pytest.mark.usefixtures("quick")
 def test_trials_of_the_annealing_are_longer(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

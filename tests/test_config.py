@@ -126,6 +126,7 @@ def test_these_are_the_ready_studies() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"run.formats": ["onxx"]}, "run.formats: unknown value 'onxx'. Did you mean 'onnx'?"),
         ({"search.trails": 3}, "search.trails: unknown key. Did you mean 'trials'? Known: anneal"),
         ({"serch.trials": 3}, "serch: unknown key. Did you mean 'search'? Known: baseline"),
         ({"delta": "abc"}, "delta: expected a number, got 'abc'"),

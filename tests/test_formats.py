@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import onnx
 import pytest
@@ -11,6 +12,7 @@ from conftest import TinyNet, make_images
 from torch import Tensor, nn
 
 from autocompress import formats
+from autocompress.config import FormatName
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.formats import (
     FORMATS,
@@ -37,6 +39,10 @@ def source() -> Source:
     model(IMAGES)  # batch-norm statistics that are not the initial ones
     plan = Plan({"stem": SVD(4), "conv": Tucker2(8, 12)})
     return Source(apply_plan(model.eval(), plan), (IMAGES[:1],), NOTES)
+
+
+def test_a_study_file_can_name_all_of_them() -> None:
+    assert list(get_args(FormatName)) == list(FORMATS)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

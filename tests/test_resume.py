@@ -32,6 +32,8 @@ annealing_trials = 2
 epochs = 1
 final_epochs = 1
 gate = 100.0
+[run]
+formats = []
 """
 PATIENCE = 180.0
 """Seconds that a study may take to come to the next trial."""

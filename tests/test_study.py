@@ -39,6 +39,7 @@ final_epochs = 0
 gate = 100.0
 [run]
 workers = 0
+formats = []
 """
 
 

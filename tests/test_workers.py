@@ -91,6 +91,7 @@ final_epochs = 1
 gate = 100.0
 [run]
 device = "cpu"
+formats = []
 """
 
 
