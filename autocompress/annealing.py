@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from autocompress.allocator import STAGES, Knobs, allocate
 from autocompress.damage import EVEN
+from autocompress.errors import DamagedArtifact
 from autocompress.outlook import NEARLY, Outlook
 from autocompress.plan import Plan
-from autocompress.samplers import KNOBS, PlanSampler, Proposal
+from autocompress.samplers import KNOBS, PlanSampler, Proposal, known_plans
 from autocompress.space import Option, SearchSpace
 from autocompress.trials import FINISHED, PARENT, has_weights, lost, stage_of
 
@@ -23,6 +24,16 @@ KINDS = ("ripen", "sample", "ripen", "greedy")
 
 LAST_KINDS = ("greedy", "sample")
 """Likewise, of the trials beyond those planned."""
+
+CANDIDATES = 6
+"""Children of a parent that are compared before one of them is fine-tuned. At the same cost the
+worst of six strayed 2 to 5 times as far from the baseline as the best."""
+
+TRIES = 4
+"""So many children are made, at most, for each that is compared: some are made twice."""
+
+NOISE = 0.5
+"""Spread of the logarithms of what a child's moves are compared by, but for the first child's."""
 
 TILT_NOISE = 0.1
 """Spread of the logarithms of the error weights of a child that is sampled. At 0.5 children of a
@@ -39,6 +50,9 @@ training of all its elders: on Fashion-MNIST steps of 0.55 missed what several s
 PROMISE = 0.9
 """What children are to lose after the winner's long fine-tuning, in times delta."""
 
+TOO_MUCH = 1.02
+"""A child that costs more than so many times what it should has missed it."""
+
 STEEP = 1.5
 """What children are expected to lose for each unit of the natural logarithm of what they save,
 times delta, before one is finished. Fashion-MNIST networks lost 0.5 to 1, a CIFAR ResNet-20 3: one
@@ -47,6 +61,11 @@ LEAST_STEEP = 0.5
 """No lucky children make us hope for less."""
 TRUST = 0.01
 """Weight of `STEEP`: that of one child that saved 10 % of its cost."""
+
+
+Strays = Callable[[str, Sequence[Plan]], Sequence[float]]
+"""How far children stray from the baseline before fine-tuning, by their parent's label and their
+plans."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,40 @@ class Parent:
         return Plan.from_json(self.text)
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What a child should be.
+
+    Attributes:
+        parent: Its parent.
+        step: Share of its parent's cost that it should have.
+        band: How far its rank fractions may lie from its parent's.
+        space: The space at its parent's channels.
+    """
+
+    parent: Parent
+    step: float
+    band: float
+    space: SearchSpace
+
+    @cached_property
+    def picked(self) -> dict[str, Option]:
+        """The parent's options."""
+        return self.space.pick(self.parent.plan)
+
+    @cached_property
+    def cost(self) -> float:
+        """The child's cost, in the objective's unit."""
+        return self.step * self.space.cost(self.picked)
+
+    def score(self, cost: float, stray: float) -> tuple[bool, float]:
+        """What children are compared by, the less the better: those that cost too much come last;
+        then how far they stray for each unit of the logarithm of what they save."""
+        saved = -math.log(max(cost, 1e-9) * self.step / self.cost)
+        stray = max(stray, 0.0) if math.isfinite(stray) else math.inf
+        return cost > TOO_MUCH * self.cost, stray / max(saved, 1e-6)
+
+
 class AnnealingSampler(PlanSampler):
     """Annealing: children of the cheapest trials within the aim, ever nearer to them.
 
@@ -99,6 +152,10 @@ class AnnealingSampler(PlanSampler):
       the parent.
     - greedy: of the parent's layers only those move, one after the other, that save most for the
       error they add; all the others keep the weights that the parent was fine-tuned with.
+    Of these several are made, and the one is proposed that strays least from the baseline for what
+    it saves, as it is before fine-tuning: a parent's layers were trained, and the errors in the
+    layer table, which are of the baseline's, miss what a cut of them breaks.
+
     - ripen: a cheaper trial of the exploration that misses the aim narrowly keeps its plan, or
       nearly so, and is only fine-tuned further, for a trial of the annealing is longer than one of
       the exploration. That also tells how much longer fine-tuning wins back.
@@ -113,6 +170,7 @@ class AnnealingSampler(PlanSampler):
         parents: The exploration's trials that may be parents.
         rounds: Number of rounds.
         trials: Number of trials of the whole annealing.
+        strays: Compares children; None: the first one is proposed.
     """
 
     def __init__(
@@ -124,12 +182,14 @@ class AnnealingSampler(PlanSampler):
         parents: Sequence[Parent],
         rounds: int = 3,
         trials: int = 15,
+        strays: Strays | None = None,
     ) -> None:
         super().__init__(space, seed)
         self.outlook = outlook
         self._parents = list(parents)
         self._rounds = rounds
         self._trials = max(trials, 1)
+        self._strays = strays
 
     def adopt(self, parents: Sequence[Parent]) -> None:
         """Take more trials of the exploration for parents, as they turned out well."""
@@ -183,31 +243,61 @@ class AnnealingSampler(PlanSampler):
         parent = self._choose(pool, slope, rng)
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, *STEPS))
-        # The first greedy attempt makes the best moves; the others look for some not yet tried.
-        noise = 0.5 if kind == "sample" or attempt else 0.0
-        old = self._space.of_plan(parent.plan)
-        picked = old.pick(parent.plan)
-        cost = step * old.cost(picked)
-        impact = parent.impact
-        here, picked, part = self._narrower(old, picked, step, cost, rng, noise, impact, band)
+        wish = _Wish(parent, step, band, self._space.of_plan(parent.plan))
+        if self._strays is None:
+            return self._child(wish, kind, rng, attempt > 0)
+        return self._least_astray(wish, kind, known_plans(others), rng, attempt > 0)
+
+    def _least_astray(
+        self,
+        wish: _Wish,
+        kind: str,
+        known: Collection[str | None],
+        rng: np.random.Generator,
+        again: bool,
+    ) -> Proposal:
+        """The best of several children that are new, of both kinds in turn."""
+        assert self._strays is not None
+        first = child = self._child(wish, kind, rng, again)
+        other = LAST_KINDS[1 - LAST_KINDS.index(kind)]
+        new: dict[Plan, Proposal] = {}
+        for turn in range(TRIES * CANDIDATES):
+            plan = child.space.plan(child.picked)
+            if plan.digest not in known:
+                new.setdefault(plan, child)
+            if len(new) == CANDIDATES:
+                break
+            child = self._child(wish, kind if turn % 2 else other, rng, noisy=True)
+        if len(new) < 2:
+            return next(iter(new.values()), first)
+        try:
+            strays = self._strays(wish.parent.label, list(new))
+        except DamagedArtifact:  # the trial begins from the baseline, and says why
+            return next(iter(new.values()))
+        costs = [one.space.cost(one.picked) for one in new.values()]
+        scores = map(wish.score, costs, strays)
+        return min(zip(scores, new.values(), strict=True), key=lambda pair: pair[0])[1]
+
+    def _child(
+        self, wish: _Wish, kind: str, rng: np.random.Generator, noisy: bool = False
+    ) -> Proposal:
+        """A greedy child, or one that is sampled.
+
+        The first greedy one makes the moves that are predicted best; noisy ones look for others.
+        """
+        noise = NOISE if kind == "sample" or noisy else 0.0
+        band, impact = wish.band, wish.parent.impact
+        here, picked, part = self._narrower(wish, rng, noise)
         near = here.around([picked], band)
         if kind == "greedy":
-            picked = near.lighten(picked, cost, rng, noise, impact)
+            picked = near.lighten(picked, wish.cost, rng, noise, impact)
         else:
-            picked = allocate(near, self._tilted(near, cost, rng, impact))
-        record = {"kind": kind, "step": step, "band": band, "channels": part, "impact": impact}
-        return Proposal(here, picked, record, parent.label)
+            picked = allocate(near, self._tilted(near, wish.cost, rng, impact))
+        record = {"kind": kind, "step": wish.step, "band": band, "channels": part, "impact": impact}
+        return Proposal(here, picked, record, wish.parent.label)
 
     def _narrower(
-        self,
-        old: SearchSpace,
-        picked: dict[str, Option],
-        step: float,
-        cost: float,
-        rng: np.random.Generator,
-        noise: float,
-        impact: float,
-        band: float,
+        self, wish: _Wish, rng: np.random.Generator, noise: float
     ) -> tuple[SearchSpace, dict[str, Option], float]:
         """A plan with fewer channels, which make a part of the saving, at the same rank fractions.
 
@@ -217,6 +307,7 @@ class AnnealingSampler(PlanSampler):
         Returns:
             The space at the channels that remain, its options, and the part, 0 to 1.
         """
+        old, picked, impact, cost = wish.space, wish.picked, wish.parent.impact, wish.cost
         width = old.width
         if width is None:
             return old, picked, 0.0
@@ -225,11 +316,11 @@ class AnnealingSampler(PlanSampler):
         for part in PARTS if old.options else (1.0,):
             kept = old.kept
             if part:
-                kept = width.lighten(kept, step**part * dense, rng, noise, impact)
+                kept = width.lighten(kept, wish.step**part * dense, rng, noise, impact)
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
-            lighter = here.around([start], band).lighten(start, cost, rng, impact=impact)
-            missed = here.cost(lighter) > 1.02 * cost
+            lighter = here.around([start], wish.band).lighten(start, cost, rng, impact=impact)
+            missed = here.cost(lighter) > TOO_MUCH * cost
             found.append((missed, here.damage(lighter, impact), here, start, part))
         useful = [one for one in found if not one[0]] or found
         if noise:

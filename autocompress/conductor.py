@@ -87,8 +87,8 @@ With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
 LEFT = 0.25
-"""While the network that would be handed out leaves more than this of delta, the annealing goes on
-beyond the planned trials."""
+"""While the network that would be handed out leaves more than this of delta, or there is none, the
+annealing goes on beyond the planned trials."""
 AT_A_TIME = 2
 """By so many trials, between which the finals are rehearsed."""
 LOOK = 5.0
@@ -570,24 +570,31 @@ def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
         for _ in range(FINALS):
             if not _rehearse(setting, bench, annealing, display):
                 break
-        left = unspent(config, bench, setting.folder, display)
+        left = unspent(bench)
+        enough = left is not None and left <= LEFT * config.delta
+        if enough and _rehearse(setting, bench, annealing, display, again=True):
+            continue  # the second seed may spoil it
         given = annealing.user_attrs.get(EXTRA, 0)
         more = min(AT_A_TIME, config.search.extra_trials - given)
-        if left is None or left <= LEFT * config.delta or more <= 0:
+        if more <= 0 or enough:
             return
-        display.say(
-            f"{bench.task.scale.difference(left)} of the allowed drop would be left unused: "
-            f"{more} more trials."
+        why = (
+            "No network is within delta yet"
+            if left is None
+            else f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
         )
+        display.say(f"{why}: {more} more trials.")
         annealing.set_user_attr(EXTRA, given + more)
         stage = replace(stage, total=stage.total + more)
         _run_stage(setting, bench, stage, crew)
 
 
-def _rehearse(setting: _Setting, bench: Bench, annealing: Study, display: Display) -> bool:
-    """Whether there was something to rehearse."""
+def _rehearse(
+    setting: _Setting, bench: Bench, annealing: Study, display: Display, again: bool = False
+) -> bool:
+    """Whether there was something to rehearse; `again` as in `finals.rehearse`."""
     start = time.perf_counter()
-    found = rehearse(setting.config, bench, setting.folder, display)
+    found = rehearse(setting.config, bench, setting.folder, display, again)
     if found is None:
         return False
     seconds = round(time.perf_counter() - start, 2)

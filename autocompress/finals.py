@@ -16,12 +16,12 @@ from autocompress.errors import DamagedArtifact, TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
 from autocompress.models import load_state
 from autocompress.objective import Bench, load_trial_model
-from autocompress.outlook import Outlook
+from autocompress.outlook import Outlook, rehearsals_of
 from autocompress.plan import Plan
 from autocompress.progress import Display
 from autocompress.store import StudyFolder
 from autocompress.training import fit
-from autocompress.trials import has_weights, stage_of, within_delta
+from autocompress.trials import has_weights, lost, stage_of, within_delta
 from autocompress.weights import portable_state, save_weights, write_weights
 
 LOST = 2.0
@@ -93,24 +93,32 @@ def choose_finalists(
 
 
 def rehearse(
-    config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
+    config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display, again: bool = False
 ) -> dict[str, Any] | None:
     """Fine-tune at length what would be the first finalist now.
 
     That tells what the long fine-tuning wins back, and so what the other trials may lose. The
     weights are kept, so that nothing is done twice if the trial is a finalist in the end, too.
 
+    Args:
+        config: The study file.
+        bench: The baseline, and the studies of all stages.
+        folder: Keeps the fine-tuned weights.
+        display: Told about the progress.
+        again: With the second seed, if it was rehearsed with the first one.
+
     Returns:
         The rehearsal: "trial", its label; "before" and "after", its drop, and "bound", that of the
         drop after, both twice the gate where the fine-tuning diverged; "weights", the artifact of
         the weights if they are better than the trial's, from which its children may begin. None
-        where no trial promises to come within delta, or that one was rehearsed before.
+        where no trial promises to come within delta, or that one was rehearsed so before.
     """
     labelled = candidates(bench)
     label = _finals(config, bench, folder, labelled, display).first()
-    if label is None or label in bench.outlook.ends:
+    done = sum(one["trial"] == label for one in rehearsals_of(bench.studies))
+    if label is None or done != int(again):
         return None
-    finalist = _final_fit(config, bench, folder, label, config.seed, display)
+    finalist = _final_fit(config, bench, folder, label, config.seed + done, display)
     before = labelled[label].values[0]
     diverged = LOST * bench.finetune.gate
     found = {"trial": label, "before": before, "after": diverged, "bound": diverged}
@@ -123,13 +131,18 @@ def rehearse(
     return found
 
 
-def unspent(
-    config: StudyConfig, bench: Bench, folder: StudyFolder, display: Display
-) -> float | None:
-    """What the first finalist, which was rehearsed, leaves of delta; None where there is none."""
-    label = _finals(config, bench, folder, candidates(bench), display).first()
-    bound = None if label is None else bench.outlook.ends.get(label)
-    return None if bound is None else config.delta - bound
+def unspent(bench: Bench) -> float | None:
+    """What the cheapest network that is surely within delta leaves of it; None where none is.
+
+    Of a trial that was rehearsed the better of its bounds counts, before and after.
+    """
+    ends, delta = bench.outlook.ends, bench.delta
+    found: list[tuple[float, float]] = []
+    for label, trial in candidates(bench).items():
+        bound = min(ends.get(label, float("inf")), lost(trial, delta))
+        if bound <= delta:
+            found.append((trial.values[1], bound))
+    return delta - min(found)[1] if found else None
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:

@@ -44,27 +44,44 @@ def multiply_out(parent: nn.Module, plan: Plan, baseline: nn.Module) -> nn.Modul
     return restore_channels(dense, mute_channels(baseline, channels), channels)
 
 
-def inherit(
-    parent: nn.Module,
-    parent_plan: Plan,
-    plan: Plan,
-    baseline: nn.Module,
-    observations: Observations | None,
-) -> nn.Module:
-    """The network of `plan` with the parent's weights.
+class Elder:
+    """A fine-tuned network whose children begin with its weights.
 
-    A layer with the parent's transform, rank and channels is taken over as it is; any other is
-    multiplied out to a dense kernel and cut anew.
+    Args:
+        model: The network; it stays as it is.
+        plan: What was done to it.
+        baseline: Gives the architecture; not edited.
+        observations: Real inputs of the layers, by which they are cut; None for none.
     """
-    dense = multiply_out(parent, parent_plan, baseline)
-    cache = FactorCache(dense) if observations is None else observations.factor_cache(dense)
-    child = apply_plan(dense, plan, cache)
-    for name, transform in plan.layers.items():
-        same = _channels_of(plan, name) == _channels_of(parent_plan, name)
-        if same and parent_plan.layers.get(name) == transform:
-            state = parent.get_submodule(name).state_dict()
-            child.get_submodule(name).load_state_dict(state)
-    return child
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        baseline: nn.Module,
+        observations: Observations | None,
+    ) -> None:
+        self.model, self.plan = model, plan
+        self._dense = multiply_out(model, plan, baseline)
+        self._cache = (
+            FactorCache(self._dense)
+            if observations is None
+            else observations.factor_cache(self._dense)
+        )
+
+    def child(self, plan: Plan) -> nn.Module:
+        """The network of `plan` with the elder's weights.
+
+        A layer with the elder's transform, rank and channels is taken over as it is; any other is
+        multiplied out to a dense kernel and cut anew.
+        """
+        child = apply_plan(self._dense, plan, self._cache)
+        for name, transform in plan.layers.items():
+            same = _channels_of(plan, name) == _channels_of(self.plan, name)
+            if same and self.plan.layers.get(name) == transform:
+                state = self.model.get_submodule(name).state_dict()
+                child.get_submodule(name).load_state_dict(state)
+        return child
 
 
 def _channels_of(plan: Plan, layer: str) -> dict[tuple[str, str], tuple[int, ...]]:

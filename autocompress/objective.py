@@ -37,7 +37,7 @@ from autocompress.evaluation import (
 from autocompress.exhibits import trial_files, trial_name
 from autocompress.facts import costs_of, facts_of
 from autocompress.gates import RUNGS, Gate, Record
-from autocompress.inheritance import inherit
+from autocompress.inheritance import Elder
 from autocompress.latency import LatencyMeter
 from autocompress.models import load_state
 from autocompress.news import Phase
@@ -74,7 +74,7 @@ from autocompress.weights import fetch_weights, save_weights
 logger = logging.getLogger("autocompress")
 
 RECALIBRATION_BATCHES = 50
-WORK = ("recalibrate", "gate", "finetune", "evaluate")
+WORK = ("audition", "recalibrate", "gate", "finetune", "evaluate")
 """Phases of a trial in which images go through its network; all else is overhead."""
 
 UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
@@ -113,6 +113,7 @@ class Bench:
         watch: Asked at each step whether the trial should go on.
         checkpoint_every: Seconds between two checkpoints of a trial.
         doing: What it does at the moment.
+        auditions: Seconds that children have been compared for since the trial began.
     """
 
     task: Task
@@ -136,6 +137,7 @@ class Bench:
     watch: Watch = field(default_factory=Watch)
     checkpoint_every: float = 180.0
     doing: Phase | None = None
+    auditions: float = 0.0
 
     def show(self, phase: str, done: float = 0.0, total: float = 0.0, note: str = "") -> None:
         """Tell the display, and those who look from elsewhere, what is done at the moment."""
@@ -182,6 +184,12 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + now - self._last, 4)
         self._last = now
+
+    def give(self, phase: str, other: str, seconds: float) -> None:
+        """Give some of a phase's time to another."""
+        if seconds:
+            self.seconds[phase] = round(self.seconds[phase] - seconds, 4)
+            self.seconds[other] = round(self.seconds.get(other, 0.0) + seconds, 4)
 
 
 @contextmanager
@@ -283,6 +291,7 @@ def _carry_out(
     # One that comes again has the seed that it had.
     own = trial_seed(bench.seed, trial.number + 1_000_000 * STAGES.index(stage))
     seed = int(trial.user_attrs.get(SEED, own))
+    bench.auditions = 0.0
     write_proposal(trial)
     plan = space.suggest(trial)
     trial.set_user_attr("plan", plan.to_json())
@@ -291,6 +300,7 @@ def _carry_out(
     trial.set_user_attr("stage", stage)
     trial.set_user_attr("layer_errors", space.errors(plan))
     watch.lap("suggest")
+    watch.give("suggest", "audition", bench.auditions)
 
     bench.show("build")
     model = _build(bench, plan, trial).to(task.device)
@@ -482,16 +492,11 @@ def _build(bench: Bench, plan: Plan, trial: Trial) -> nn.Module:
     if label is None:
         return apply_plan(bench.baseline.model, plan, bench.cache)
     try:
-        parent, parent_plan = load_trial_model(bench, label)
-        for rehearsal in rehearsals_of(bench.studies):
-            if rehearsal["trial"] == label and rehearsal["weights"]:
-                # It was fine-tuned at length, which its children may have the good of.
-                load_state(parent, fetch_weights(rehearsal["weights"], bench.store))
+        return load_elder(bench, label).child(plan)
     except DamagedArtifact as error:
         logger.warning("%s can't be a parent: %s", label, error)
         trial.set_user_attr(PARENT, None)
         return apply_plan(bench.baseline.model, plan, bench.cache)
-    return inherit(parent, parent_plan, plan, bench.baseline.model, bench.observations)
 
 
 def best_so_far(bench: Bench) -> tuple[float, float] | None:
@@ -533,6 +538,20 @@ def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
     model = build_plan(bench.baseline.model, plan)
     load_state(model, fetch_weights(trial.user_attrs[WEIGHTS], bench.store))
     return model.to(bench.task.device).eval(), plan
+
+
+def load_elder(bench: Bench, label: str) -> Elder:
+    """A trial as a parent: with the weights of its long fine-tuning, if it had one that helped.
+
+    Raises:
+        DamagedArtifact: If its weights can't be read any more.
+    """
+    model, plan = load_trial_model(bench, label)
+    own = [one for one in rehearsals_of(bench.studies) if one["trial"] == label and one["weights"]]
+    if own:
+        best = min(own, key=lambda one: float(one["after"]))
+        load_state(model, fetch_weights(best["weights"], bench.store))
+    return Elder(model, plan, bench.baseline.model, bench.observations)
 
 
 def _ratio(bench: Bench, cost: float) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Any
 
 from optuna.study import Study
@@ -87,8 +88,8 @@ class Outlook:
     Attributes:
         delta: The tolerance, in points.
         steps: Stage to the step that follows its trials, in order; no entry where none does.
-        ends: Trials that were fine-tuned as long as the winner, "<stage>/<number>", and the bounds
-            of the drop that they came to.
+        ends: Trials that were fine-tuned as long as the winner, "<stage>/<number>", and the bound
+            of the drop that they came to, its mean over seeds.
     """
 
     delta: float
@@ -193,7 +194,10 @@ def outlook_of(
     for rehearsal in known:
         stage = stage_of(rehearsal["trial"])
         found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
-    return replace(found, ends={one["trial"]: one["bound"] for one in known})
+    ends: dict[str, list[float]] = {}
+    for rehearsal in known:
+        ends.setdefault(rehearsal["trial"], []).append(rehearsal["bound"])
+    return replace(found, ends={trial: mean(bounds) for trial, bounds in ends.items()})
 
 
 def rehearsals_of(studies: Mapping[str, Study]) -> list[Mapping[str, Any]]:

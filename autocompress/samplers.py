@@ -109,11 +109,11 @@ class PlanSampler(BaseSampler):
                 # In a corner of the space all neighbours may be known.
                 proposal = _moved(proposal, far=attempt >= ATTEMPTS // 2, rng=rng)
             digest = proposal.space.plan(proposal.picked).digest
-            if digest in _plans(others) and attempt < ATTEMPTS - 1:
+            if digest in known_plans(others) and attempt < ATTEMPTS - 1:
                 continue
             self._claim(study, trial, proposal, digest)
             others = _others(study, trial)
-            if digest not in _plans(others):
+            if digest not in known_plans(others):
                 break
         return proposal.space.params(proposal.picked)
 
@@ -312,7 +312,7 @@ def _others(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     return [other for other in counted(study) if other.number != trial.number]
 
 
-def _plans(trials: Sequence[FrozenTrial]) -> set[str | None]:
+def known_plans(trials: Sequence[FrozenTrial]) -> set[str | None]:
     """Digests of the plans that trials have claimed, or tried without this sampler."""
     claimed = {_record(trial).get("plan") for trial in trials}
     return claimed | {trial.user_attrs.get("plan_digest") for trial in trials}

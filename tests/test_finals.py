@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +16,9 @@ from torch import nn
 
 from autocompress import finals
 from autocompress.evaluation import Evaluation
-from autocompress.finals import FINALS, Finalist, choose_finalists, rehearse
+from autocompress.finals import FINALS, Finalist, choose_finalists, rehearse, unspent
 from autocompress.objective import Bench
-from autocompress.outlook import Outlook, Step
+from autocompress.outlook import REHEARSALS, Outlook, Step
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.store import StudyFolder
@@ -172,6 +173,55 @@ def test_a_rehearsal_tells_what_the_end_wins_back(
         "weights": "annealing's" if after < 6.0 else None,
     }
     assert fits.calls == [("annealing/1", 0)]
+
+
+def test_a_rehearsal_is_repeated_with_the_second_seed_and_never_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trials((100, 4.0))
+    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
+    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "store": None}
+    bench = cast(Bench, SimpleNamespace(**parts, finetune=SimpleNamespace(gate=50.0)))
+    fits = Fits(lambda label, seed: 3.0 + seed)
+    monkeypatch.setattr(finals, "save_weights", lambda model, owner, store: "annealing's")
+    monkeypatch.setattr(finals, "_final_fit", fits)
+    config = tiny_config(tmp_path, delta=DELTA)
+
+    def again(yes: bool) -> float | None:
+        done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay(), yes)
+        if done is not None:
+            study.user_attrs.setdefault(REHEARSALS, []).append(done)
+        return None if done is None else float(done["bound"])
+
+    assert again(True) is None
+    assert [again(False), again(False), again(True), again(True)] == [3.0, None, 4.0, None]
+    assert fits.calls == [("annealing/0", 0), ("annealing/0", 1)]
+
+
+@pytest.mark.parametrize(
+    ("ends", "left"),
+    [
+        ({}, 1.0),  # the cheapest that is within 5 as its trial left it
+        ({"annealing/1": 4.5}, 0.5),  # a cheaper one, by its long fine-tuning
+        ({"annealing/1": 5.5}, 1.0),
+        ({"annealing/0": 4.5}, 1.0),  # that of its trial is better
+        ({"annealing/0": 2.0}, 3.0),
+    ],
+)
+def test_what_is_unspent_is_what_the_cheapest_within_delta_leaves(
+    ends: dict[str, float], left: float
+) -> None:
+    found = trials((100, 4.0), (60, 6.0), (40, 8.0), (200, 1.0))
+    study = SimpleNamespace(get_trials=lambda deepcopy: list(found.values()))
+    outlook = replace(OUTLOOK, ends=ends)
+    parts = {"studies": {"annealing": study}, "outlook": outlook, "delta": DELTA}
+    assert unspent(cast(Bench, SimpleNamespace(**parts))) == pytest.approx(left)
+
+
+def test_nothing_is_unspent_where_nothing_is_within_delta() -> None:
+    study = SimpleNamespace(get_trials=lambda deepcopy: list(trials((60, 6.0)).values()))
+    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "delta": DELTA}
+    assert unspent(cast(Bench, SimpleNamespace(**parts))) is None
 
 
 def test_where_no_trial_promises_anything_nothing_is_rehearsed(

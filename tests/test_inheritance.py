@@ -8,7 +8,7 @@ from conftest import CLASSES, TinyNet
 from torch import nn
 
 from autocompress.channels import KeptChannels, find_groups
-from autocompress.inheritance import inherit, multiply_out
+from autocompress.inheritance import Elder, multiply_out
 from autocompress.plan import Plan
 from autocompress.surgery import apply_plan
 from autocompress.task import Task
@@ -51,7 +51,7 @@ def test_with_its_parents_plan_it_is_its_parent(
 ) -> None:
     plan = Plan({"conv": CHOICES[name]})
     parent = trained_further(task, plan)
-    child = inherit(parent, plan, plan, task.model, None)
+    child = Elder(parent, plan, task.model, None).child(plan)
     own, theirs = child.state_dict(), parent.state_dict()
     assert all(torch.equal(own[key], value) for key, value in theirs.items())
     torch.testing.assert_close(child(images), parent(images))
@@ -61,7 +61,7 @@ def test_a_changed_layer_is_cut_from_the_parents_weights(task: Task, images: tor
     """At full rank, a child with another transform still computes what its parent does."""
     plan = Plan({"conv": SVD(12)})
     parent = trained_further(task, plan)
-    child = inherit(parent, plan, Plan({"conv": Tucker2(16, 32)}), task.model, None)
+    child = Elder(parent, plan, task.model, None).child(Plan({"conv": Tucker2(16, 32)}))
     torch.testing.assert_close(child(images), parent(images), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(child(images), task.model(images), atol=1e-2)
 
@@ -69,7 +69,7 @@ def test_a_changed_layer_is_cut_from_the_parents_weights(task: Task, images: tor
 def test_the_baseline_stays_as_it_is(task: Task) -> None:
     plan = Plan({"conv": SVD(6)})
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
-    inherit(trained_further(task, plan), plan, Plan({"fc": SVD(2)}), task.model, None)
+    Elder(trained_further(task, plan), plan, task.model, None).child(Plan({"fc": SVD(2)}))
     assert all(torch.equal(before[key], value) for key, value in task.model.state_dict().items())
 
 
@@ -86,14 +86,14 @@ def test_with_its_parents_channels_it_is_its_parent(
 ) -> None:
     plan = narrow_plan(task, 24, {"conv": CHOICES[name]})
     parent = trained_further(task, plan)
-    child = inherit(parent, plan, plan, task.model, None)
+    child = Elder(parent, plan, task.model, None).child(plan)
     torch.testing.assert_close(dict(child.state_dict()), dict(parent.state_dict()))
 
 
 def test_a_narrower_child_has_its_parents_weights_for_what_remains(task: Task) -> None:
     plan = narrow_plan(task, 24, {})
     parent = trained_further(task, plan)
-    child = inherit(parent, plan, narrow_plan(task, 16, {}), task.model, None)
+    child = Elder(parent, plan, task.model, None).child(narrow_plan(task, 16, {}))
     for key, value in child.state_dict().items():
         theirs = parent.state_dict()[key]
         part = tuple(slice(0, size) for size in value.shape)
@@ -106,7 +106,7 @@ def test_channels_that_the_parent_lacks_are_the_baselines_and_nobody_weighs_them
 ) -> None:
     plan = narrow_plan(task, 16, {})
     parent = trained_further(task, plan)
-    child = inherit(parent, plan, Plan(), task.model, None)
+    child = Elder(parent, plan, task.model, None).child(Plan())
     torch.testing.assert_close(child.eval()(images), parent.eval()(images))
     weight = child.get_submodule("conv").get_parameter("weight")
     own = parent.get_submodule("conv").get_parameter("weight")
@@ -123,5 +123,5 @@ def test_a_cut_layer_of_a_narrower_child_is_cut_from_the_parents_weights(
     with torch.no_grad():
         parent.get_submodule("fc").weight[:, 16:] = 0.0  # type: ignore[index, operator]
     child_plan = narrow_plan(task, 16, {"conv": Tucker2(16, 16)})
-    child = inherit(parent, parent_plan, child_plan, task.model, None)
+    child = Elder(parent, parent_plan, task.model, None).child(child_plan)
     torch.testing.assert_close(child.eval()(images), parent.eval()(images), atol=1e-4, rtol=1e-4)

@@ -140,17 +140,14 @@ def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
     bench.studies["annealing"] = annealing
     kept = save_weights(model, annealing, bench.store)
     began: list[nn.Module] = []
-
-    def inherit(parent: nn.Module, *_: Any) -> nn.Module:
-        began.append(parent)
-        return parent
-
-    monkeypatch.setattr(objective, "inherit", inherit)
+    worse = {"trial": "exploration/0", "weights": "none", "after": 3.0}
     for label, weights in (("exploration/0", kept), ("exploration/0", None), ("other/1", kept)):
-        annealing.set_user_attr(REHEARSALS, [{"trial": label, "weights": weights}])
+        rehearsal = {"trial": label, "weights": weights, "after": 1.0}
+        second = [worse] if weights and label == "exploration/0" else []
+        annealing.set_user_attr(REHEARSALS, [rehearsal, *second])
         trial = annealing.ask()
         trial.set_user_attr(PARENT, "exploration/0")
-        objective._build(bench, plan, trial)
+        began.append(objective._build(bench, plan, trial))
     first, *others = [next(one.parameters()) for one in began]
     assert torch.allclose(first, next(model.parameters()))
     assert all(torch.allclose(2.0 * other, first) for other in others)

@@ -139,6 +139,12 @@ def test_the_rehearsal_tells_the_second_step() -> None:
     # What that trial came to is known.
     assert found.expected("annealing", annealing.trials[0]) == 0.7
     assert found.expected("exploration", annealing.trials[0]) != 0.7
+    # With a second seed the mean counts.
+    other = {**rehearsal, "after": 0.5, "bound": 1.1}
+    annealing.set_user_attr(REHEARSALS, [rehearsal, other])
+    both = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
+    assert both.expected("annealing", annealing.trials[0]) == pytest.approx(0.9)
+    assert both.steps["annealing"].pairs == ((2.0, 0.1), (2.0, 0.5))
     # An exploration trial would first have lost less by the annealing's length.
     seen = found.having_seen("exploration", 4.0, 1.0)
     assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * prior), 1.0)

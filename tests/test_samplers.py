@@ -1,4 +1,6 @@
+import math
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,8 @@ from test_space import make_space
 from test_width import table_of
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
-from autocompress.annealing import AnnealingSampler, Parent
+from autocompress.annealing import CANDIDATES, AnnealingSampler, Parent, _Wish
+from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
@@ -424,6 +427,60 @@ def test_trials_beyond_those_planned_are_children_of_what_is_known_best() -> Non
     assert set(kinds[4:]) == {"greedy", "sample"} and kinds[4:6] == ["greedy", "sample"]
     elders = [trial.user_attrs[PARENT] for trial in study.trials]
     assert elders[0] == "exploration/1" and set(elders[4:]) == {"exploration/0"}
+
+
+def test_the_child_is_proposed_that_strays_least_for_what_it_saves() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    cost = DEEP.cost(DEEP.pick(plan))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
+    heard: list[Sequence[Plan]] = []
+
+    def cost_of(plan: Plan) -> float:
+        return DEEP.cost(DEEP.pick(plan))
+
+    def strays(label: str, plans: Sequence[Plan]) -> list[float]:
+        assert label == "exploration/0"
+        heard.append(plans)
+        # Of the first one it can't be told; the cheapest, which is not too dear, is the best.
+        best = min(plans, key=cost_of)
+        return [0.0 if p == best else 1.0 if p != plans[0] else math.nan for p in plans]
+
+    outlook = Outlook(1.0, {})
+    sampler = AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent], strays=strays)
+    study = make_study(sampler)
+    chosen = [DEEP.suggest(study.ask()) for _ in range(3)]
+    assert chosen == [min(plans, key=cost_of) for plans in heard]
+    assert [len(set(plans)) for plans in heard] == [CANDIDATES] * 3
+    # None that an earlier trial claimed is compared again.
+    assert not set(chosen[:2]) & set(heard[2]) and len(set(chosen)) == 3
+
+
+def test_a_child_that_costs_too_much_is_the_last_choice() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    wish = _Wish(Parent("a/0", plan.to_json(), 0.4, 1.0), 0.5, 0.5, DEEP)
+    dear, good, bad, better = (
+        wish.score(cost * wish.cost, stray)
+        for cost, stray in ((1.1, 0.0), (1.0, 1.0), (1.0, math.nan), (0.5, 1.5))
+    )
+    assert better < good < bad < dear
+
+
+def test_where_the_parents_weights_are_gone_nothing_is_compared() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
+
+    def strays(label: str, plans: Sequence[Plan]) -> list[float]:
+        raise DamagedArtifact("gone")
+
+    children = [
+        DEEP.suggest(
+            make_study(
+                AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], strays=how)
+            ).ask()
+        )
+        for how in (strays, None)
+    ]
+    assert children[0] == children[1]
 
 
 def test_a_trial_that_turned_out_well_becomes_a_parent() -> None:

@@ -241,6 +241,15 @@ def test_narrowing_keeps_the_parent_and_drops_the_far(space: SearchSpace) -> Non
     assert narrowed.baseline_cost == space.baseline_cost
 
 
+def test_narrowing_offers_a_factored_layer_no_other_transform(space: SearchSpace) -> None:
+    picked = allocate(space, Knobs(0.3))
+    narrowed = space.around([picked], band=0.5)
+    assert any(option.method != KEEP for option in picked.values())
+    for name, option in picked.items():
+        methods = {other.method for other in narrowed.options[name]} - {KEEP}
+        assert option.method == KEEP or methods == {option.method}
+
+
 def test_narrowing_around_an_untouched_layer_offers_mild_cuts(space: SearchSpace) -> None:
     narrowed = space.narrow([Plan({})], band=0.2)
     for own in narrowed.options.values():
