@@ -86,7 +86,7 @@ REHEARSED_FROM = 6
 With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
-LEFT = 0.25
+LEFT = 0.1
 """While the network that would be handed out leaves more than this of delta, or there is none, the
 annealing goes on beyond the planned trials."""
 AT_A_TIME = 2

@@ -75,13 +75,13 @@ class Elder:
         A layer with the elder's transform, rank and channels is taken over as it is; any other is
         multiplied out to a dense kernel and cut anew.
         """
-        child = apply_plan(self._dense, plan, self._cache)
-        for name, transform in plan.layers.items():
-            same = _channels_of(plan, name) == _channels_of(self.plan, name)
-            if same and self.plan.layers.get(name) == transform:
-                state = self.model.get_submodule(name).state_dict()
-                child.get_submodule(name).load_state_dict(state)
-        return child
+        same = {
+            name: self.model.get_submodule(name)
+            for name, transform in plan.layers.items()
+            if self.plan.layers.get(name) == transform
+            and _channels_of(plan, name) == _channels_of(self.plan, name)
+        }
+        return apply_plan(self._dense, plan, self._cache, same)
 
 
 def _channels_of(plan: Plan, layer: str) -> dict[tuple[str, str], tuple[int, ...]]:

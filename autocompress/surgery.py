@@ -129,13 +129,20 @@ def _by_output(importance: Tensor, weight: Tensor) -> Tensor:
     return importance.reshape(-1, *[1] * (weight.ndim - 1)).to(weight)
 
 
-def apply_plan(model: nn.Module, plan: Plan, factors: FactorCache | None = None) -> nn.Module:
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    factors: FactorCache | None = None,
+    known: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
     """A copy of `model` with channels removed and layers replaced and filled from the old weights.
 
     Args:
         model: The network.
         plan: What to do to it.
         factors: Factorizations of the whole network's layers; None to make them anew.
+        known: Replacements of the plan that exist already, by their layers' names: their weights
+            are taken over, and nothing is cut.
 
     Raises:
         ConfigError: If the plan names a layer that the network doesn't have.
@@ -144,7 +151,11 @@ def apply_plan(model: nn.Module, plan: Plan, factors: FactorCache | None = None)
     factors = (factors or FactorCache(model)).without_channels(plan)
     built = _replaced(factors.model, plan)
     for name, transform in plan.layers.items():
-        load_kernels(built.get_submodule(name), factors.kernels(name, transform))
+        replacement = built.get_submodule(name)
+        if known is not None and name in known:
+            replacement.load_state_dict(known[name].state_dict())
+        else:
+            load_kernels(replacement, factors.kernels(name, transform))
     return built
 
 

@@ -297,7 +297,7 @@ def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
 
     def left(bench: Bench) -> float:
         asked.append(len(trials_spent(bench.studies["annealing"])))
-        return 0.3 * config.delta if asked[-1] < 9 else 0.2 * config.delta
+        return 0.3 * config.delta if asked[-1] < 9 else 0.05 * config.delta
 
     monkeypatch.setattr(conductor, "unspent", left)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
@@ -342,7 +342,7 @@ def test_enough_is_spent_only_if_the_second_seed_says_so_too(
         rehearsals = bench.studies["annealing"].user_attrs["rehearsals"]
         asked.append(len(rehearsals))
         twice = len({one["trial"] for one in rehearsals}) < len(rehearsals)
-        return (0.3 if twice and len(asked) < 4 else 0.2) * bench.delta
+        return (0.3 if twice and len(asked) < 4 else 0.05) * bench.delta
 
     monkeypatch.setattr(conductor, "unspent", left)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
