@@ -57,6 +57,9 @@ STEEP = 1.5
 """What children are expected to lose for each unit of the natural logarithm of what they save,
 times delta, before one is finished. Fashion-MNIST networks lost 0.5 to 1, a CIFAR ResNet-20 3: one
 child that saved too much tells that, while a hundred timid ones don't."""
+FADES = 0.7
+"""Weight of a child beside the next younger one. What 73 children in eight Fashion-MNIST studies
+lost was foretold with an error of 0.31 delta by it, 0.33 where all count alike."""
 LEAST_STEEP = 0.5
 """No lucky children make us hope for less."""
 TRUST = 0.01
@@ -378,20 +381,23 @@ class AnnealingSampler(PlanSampler):
     def _slope(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
         """Points that a child loses for each unit of the logarithm of what it saves.
 
-        Ridge regression through the origin on the finished children, towards `STEEP` times delta.
+        Ridge regression through the origin on the finished children, towards `STEEP` times delta;
+        the older ones count less, for the less is left the more each step costs.
         """
         known = {p.label: p for p in pool}
         unit = self._delta or 1.0
         squares = TRUST
         products = STEEP * unit * squares
-        for child in finished:
+        fades = 1.0
+        for child in reversed(finished):
             elder = known.get(child.user_attrs.get(PARENT, ""))
             if child.state != TrialState.COMPLETE or elder is None or _is_ripened(child):
                 continue
             saving = math.log(elder.cost / child.values[1])
             after = self.outlook.expected("annealing", child)
-            products += saving * (after - self._expected(elder))
-            squares += saving**2
+            products += fades * saving * (after - self._expected(elder))
+            squares += fades * saving**2
+            fades *= FADES
         return max(products / squares, LEAST_STEEP * unit)
 
     def _share(self, parent: Parent, slope: float) -> float:
