@@ -26,8 +26,9 @@ LAST_KINDS = ("greedy", "sample")
 """Likewise, of the trials beyond those planned."""
 
 CANDIDATES = 6
-"""Children of a parent that are compared before one of them is fine-tuned. At the same cost the
-worst of six strayed 2 to 5 times as far from the baseline as the best."""
+"""Children of a parent that are compared before one of them is fine-tuned. In 66 comparisons the
+worst strayed 2.3 times as far as the best for what it saved (median), and the one that the layer
+table predicts to be the best 1.3 times."""
 
 TRIES = 4
 """So many children are made, at most, for each that is compared: some are made twice."""

@@ -3,15 +3,16 @@
     python scripts/sweep_models.py                        # torchvision's classifiers, then timm's
     python scripts/sweep_models.py --models 'torchvision:resnet*' 'timm:ghostnet_100'
     OMP_NUM_THREADS=1 python scripts/sweep_models.py --jobs 16
+    python scripts/sweep_models.py --page                 # docs/networks.md from what is finished
 
 Each network has random weights and goes through all steps of a user's network: its layers and
 channel groups are analysed; the layer table is made from random images; the allocator plans half of
 the MACs, by ranks and channels (--no-channels: by ranks alone); the plan is applied, runs forward
 and backward in training mode, is saved, is built again from plan and weights with identical
 outputs, and is exported to ONNX with outputs that match. A network that can't be halved is refused
-with a reason. Each one runs in a process of its own, within a time and the memory that is there,
-and is kept in --out: the same command goes on where it stopped. With --again, networks that failed
-are tried once more.
+with a reason. Each one runs in a process of its own, within a time and the memory that is there.
+What is finished is kept in --out, scripts/sweep.json by default, and not done again; with --again,
+networks that failed are tried once more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 import torch
@@ -85,12 +87,36 @@ METHODS = ("svd", "spatial_svd", "tucker2")
 """The transforms in the table; cp and tt are iterated and slow to factor."""
 IMAGES = 8
 
+FINISHED = Path(__file__).resolve().parent / "sweep.json"
+"""The networks that are finished, on whatever machine."""
+PAGE = FINISHED.parent.parent / "docs" / "networks.md"
+KEPT = (
+    "outcome reason pixels layers changed groups narrowed params macs difference seconds trace"
+).split()
+"""What is kept of a row."""
+HEAD = """\
+# Networks that were tried
+
+`python scripts/sweep_models.py` takes each through all steps of a user's network: layers and
+channel groups are analysed, half of the MACs are planned away by ranks and channels, the plan is
+applied, runs forward and backward, is saved, is built again with identical outputs, and is
+exported to ONNX with matching outputs. Weights and images are random: this tells that it works,
+not what a trained network loses. Of layers and groups: how many the plan changed, of how many
+that may change; params and MACs: how many times fewer; then the largest difference of the ONNX
+file's outputs, relative to the largest output, and seconds on one thread of a shared CPU.
+
+This page is made from `scripts/sweep.json`; a network that is missing has not been tried yet, and
+`--models NAME` tries it.
+
+"""
+
 
 def main() -> None:
     """Sweep over the networks that the command line names and print their table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", default=["*"], help="patterns, e.g. 'timm:*net*'")
-    parser.add_argument("--out", default="runs/sweep", help="folder of what is finished")
+    parser.add_argument("--out", type=Path, default=FINISHED, help="file of what is finished")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.name} and end")
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="transforms")
     parser.add_argument("--no-channels", action="store_true", help="plan by ranks alone")
@@ -101,25 +127,32 @@ def main() -> None:
     if options.one:
         print(json.dumps(attempt(options.one, options.methods, not options.no_channels)))
         return
+    if options.page:
+        PAGE.write_text(page(finished(options.out)), encoding="utf-8")
+        return
     sources = [s for s in known_sources() if any(fnmatchcase(s, p) for p in options.models)]
-    heads = ("network", "pixels", "layers", "groups", "params", "MACs", "ONNX difference", "s")
-    print("| " + " | ".join((*heads, "outcome")) + " |")
-    print("|---" * (len(heads) + 1) + "|", flush=True)
+    known, lock = finished(options.out), Lock()
+    print(heads(), flush=True)
 
     def work(source: str) -> dict[str, Any]:
-        path = Path(options.out) / f"{source.replace(':', '-')}.json"
-        row = kept(path, options.again)
-        if row is None:
-            row = in_a_process(source, options.limit, options.methods, not options.no_channels)
-            write_text(path, json.dumps(row, indent=1))
-        return row
+        row = known.get(source)
+        if row is not None and not (options.again and row["outcome"] == "failed"):
+            return row
+        found = in_a_process(source, options.limit, options.methods, not options.no_channels)
+        with lock:
+            # Others may have added to it meanwhile.
+            known.update(finished(options.out))
+            known[source] = {key: found[key] for key in KEPT if key in found}
+            lines = [f"{json.dumps(k)}: {json.dumps(known[k])}" for k in sorted(known)]
+            write_text(options.out, "{\n" + ",\n".join(lines) + "\n}\n")
+        return known[source]
 
     rows = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(work, sources):
+        for source, row in zip(sources, pool.map(work, sources), strict=True):
             rows.append(row)
-            print(line(row), flush=True)
-    print("\n" + totals(rows))
+            print(line(source, row), flush=True)
+    print("\n" + totals(dict(zip(sources, rows, strict=True))))
 
 
 def known_sources() -> list[str]:
@@ -129,12 +162,12 @@ def known_sources() -> list[str]:
     return [f"torchvision:{n}" for n in models["torchvision"]] + [f"timm:{n}" for n in timm]
 
 
-def kept(path: Path, again: bool) -> dict[str, Any] | None:
-    """What an earlier run found; None if it has to be done."""
-    if not path.exists():
-        return None
-    row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return None if again and row["outcome"] == "failed" else row
+def finished(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of earlier runs, by network."""
+    found: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def in_a_process(
@@ -156,13 +189,13 @@ def in_a_process(
         steps = [part for part in said.splitlines() if part.startswith("step: ")]
         fault = f"not done in {limit:g} s; {steps[-1] if steps else 'at the start'}"
     seconds = round(time.perf_counter() - start, 1)
-    return {"source": source, "outcome": "failed", "reason": fault, "seconds": seconds}
+    return {"outcome": "failed", "reason": fault, "seconds": seconds}
 
 
 def attempt(source: str, methods: Sequence[str], channels: bool = True) -> dict[str, Any]:
     """Take one network through all steps; a failure is a row, too."""
     began: dict[str, float] = {}
-    row: dict[str, Any] = {"source": source}
+    row: dict[str, Any] = {}
     start = time.perf_counter()
 
     def note(name: str) -> None:
@@ -324,7 +357,19 @@ def main_reasons(
     return "; ".join(worst)
 
 
-def line(row: dict[str, Any]) -> str:
+def page(rows: Mapping[str, dict[str, Any]]) -> str:
+    """The page of all networks that are finished."""
+    lines = [line(source, rows[source]) for source in sorted(rows)]
+    return HEAD + totals(rows) + "\n\n" + heads() + "\n" + "\n".join(lines) + "\n"
+
+
+def heads() -> str:
+    """The first two lines of the Markdown table."""
+    names = ("network", "pixels", "layers", "groups", "params", "MACs", "ONNX difference", "s")
+    return "| " + " | ".join((*names, "outcome")) + " |\n" + "|---" * (len(names) + 1) + "|"
+
+
+def line(source: str, row: Mapping[str, Any]) -> str:
     """A row of the Markdown table."""
 
     def shown(key: str, form: str, unit: str = "") -> str:
@@ -332,7 +377,7 @@ def line(row: dict[str, Any]) -> str:
 
     outcome = row["outcome"] + (f": {row['reason']}" if row["reason"] else "")
     cells = [
-        row["source"],
+        source,
         shown("pixels", "d"),
         f"{shown('changed', 'd')} of {shown('layers', 'd')}",
         f"{shown('narrowed', 'd')} of {shown('groups', 'd')}",
@@ -345,11 +390,11 @@ def line(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def totals(rows: Sequence[dict[str, Any]]) -> str:
-    """How many of each library came through."""
+def totals(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many of each library came through, of the rows by network."""
     lines = []
     for library in ("torchvision", "timm"):
-        own = [row["outcome"] for row in rows if row["source"].startswith(library)]
+        own = [row["outcome"] for source, row in rows.items() if source.startswith(library)]
         counts = Counter(own)
         if own:
             lines.append(

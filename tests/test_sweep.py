@@ -54,7 +54,7 @@ def test_a_network_goes_through_all_steps(monkeypatch: pytest.MonkeyPatch) -> No
         "export",
     ]
     assert json.loads(json.dumps(row)) == row
-    assert sweep_models.line(row).endswith("| ok |")
+    assert sweep_models.line("torchvision:it", row).endswith("| ok |")
 
 
 def test_networks_that_can_not_be_halved_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,11 +128,11 @@ def test_finished_rows_are_kept_and_failures_tried_again(
         done.append(source)
         outcome = "failed" if source.endswith("b") and len(done) < 3 else "ok"
         reason = "apply: | broken" if outcome == "failed" else ""
-        return {"source": source, "outcome": outcome, "reason": reason, "seconds": 1.0}
+        return {"outcome": outcome, "reason": reason, "seconds": 1.0, "steps": {"build": 1.0}}
 
     monkeypatch.setattr(sweep_models, "in_a_process", process)
     monkeypatch.setattr(sweep_models, "known_sources", lambda: ["timm:a", "timm:b", "other:c"])
-    arguments = ["sweep", "--out", str(tmp_path), "--models", "timm:*"]
+    arguments = ["sweep", "--out", str(tmp_path / "rows.json"), "--models", "timm:*"]
     monkeypatch.setattr(sys, "argv", arguments)
     sweep_models.main()
     sweep_models.main()
@@ -144,3 +144,11 @@ def test_finished_rows_are_kept_and_failures_tried_again(
     sweep_models.main()
     assert done == ["timm:a", "timm:b", "timm:b"]
     assert "2 ok" in capsys.readouterr().out
+    rows = sweep_models.finished(tmp_path / "rows.json")
+    assert list(rows) == ["timm:a", "timm:b"] and "steps" not in rows["timm:a"]
+
+
+def test_the_page_is_that_of_what_is_finished() -> None:
+    """`python scripts/sweep_models.py --page` writes it anew."""
+    rows = sweep_models.finished(sweep_models.FINISHED)
+    assert rows and sweep_models.PAGE.read_text(encoding="utf-8") == sweep_models.page(rows)
