@@ -326,25 +326,29 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     assert SPACE.plan(SPACE.nearest(ripe.params)) == narrow_miss
 
 
-def next_child(lost: float, longer: float = 1.0) -> float:
-    """Cost of the third child of a parent whose first two lost so many points."""
+def next_child(lost: float, then: float | None = None, longer: float = 1.0) -> float:
+    """Cost of the third child of a parent whose first two lost so many points, one after the other,
+    as a share of the parent's."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
     parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
     outlook = Outlook(1.0, {"annealing": Step(longer)})
     study = make_study(AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent]))
-    for _ in range(2):
+    for points in (lost, lost if then is None else then):
         trial = study.ask()
         child = DEEP.suggest(trial)
-        study._storage.set_trial_system_attr(
-            trial._trial_id, "constraints", [parent.drop + lost - 1.0]
-        )
-        study.tell(trial, (parent.drop + lost, float(DEEP.cost(DEEP.pick(child)))))
+        drop = parent.drop + points
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 1.0])
+        study.tell(trial, (drop, float(DEEP.cost(DEEP.pick(child)))))
     return float(DEEP.cost(DEEP.pick(DEEP.suggest(study.ask())))) / cost
 
 
 def test_children_save_more_where_others_lost_little() -> None:
     assert 0.5 < next_child(0.1) < next_child(0.6) < next_child(5.0) < 1.0
+
+
+def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
+    assert next_child(0.6, 3.0) > 1.02 * next_child(3.0, 0.6)
 
 
 def test_children_save_more_where_the_end_wins_more_back() -> None:
