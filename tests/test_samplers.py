@@ -326,18 +326,18 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
     assert SPACE.plan(SPACE.nearest(ripe.params)) == narrow_miss
 
 
-def next_child(lost: float, then: float | None = None, longer: float = 1.0) -> float:
-    """Cost of the third child of a parent whose first two lost so many points, one after the other,
-    as a share of the parent's."""
+def next_child(lost: float, longer: float = 1.0) -> float:
+    """Cost of the third child of a parent whose first two lost so many points, as a share of the
+    parent's."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
     parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
     outlook = Outlook(1.0, {"annealing": Step(longer)})
     study = make_study(AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent]))
-    for points in (lost, lost if then is None else then):
+    for _ in range(2):
         trial = study.ask()
         child = DEEP.suggest(trial)
-        drop = parent.drop + points
+        drop = parent.drop + lost
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 1.0])
         study.tell(trial, (drop, float(DEEP.cost(DEEP.pick(child)))))
     return float(DEEP.cost(DEEP.pick(DEEP.suggest(study.ask())))) / cost
@@ -348,7 +348,23 @@ def test_children_save_more_where_others_lost_little() -> None:
 
 
 def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
-    assert next_child(0.6, 3.0) > 1.02 * next_child(3.0, 0.6)
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    parent = Parent("exploration/0", plan.to_json(), 0.0, 100.0)
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent])
+
+    def slope(*drops: float) -> float:
+        children = [
+            optuna.create_trial(
+                values=[drop, 80.0],
+                user_attrs={PARENT: "exploration/0"},
+                system_attrs={KNOBS: {"kind": "sample"}, "constraints": [drop - 1.0]},
+            )
+            for drop in drops
+        ]
+        return sampler._slope([parent], children)
+
+    assert slope(0.2, 0.2, 0.8) > 1.2 * slope(0.8, 0.2, 0.2)
+    assert slope(0.5, 0.5, 0.5) == pytest.approx(slope(0.5, 0.5, 0.5, 0.5), rel=0.1)
 
 
 def test_children_save_more_where_the_end_wins_more_back() -> None:
