@@ -66,7 +66,8 @@ def choose_finalists(
 
     The winner was fine-tuned at length, where that is asked for, with two seeds, and the mean of
     their bounds is within delta: a plan that meets it by one seed's luck is none. Where a trial was
-    within delta already, the weights that it had then are handed out if they are better.
+    within delta already, the weights that it had then are handed out if they are better, unless its
+    long fine-tuning tells that it was lucky.
 
     Args:
         config: The study file.
@@ -83,7 +84,8 @@ def choose_finalists(
         if len(found) == 2:
             break
         options = tuned.networks(label)
-        if within_delta(labelled[label]):
+        ends = tuned.bounds(label).values()
+        if _stands(labelled[label], statistics.mean(ends) if ends else None, config.delta):
             options = [*options, *_before(bench, label, display)]
         options = [option for option in options if option.bound <= config.delta]
         if options:
@@ -136,13 +138,25 @@ def unspent(bench: Bench) -> float | None:
 
     Of a trial that was rehearsed the better of its bounds counts, before and after.
     """
-    ends, delta = bench.outlook.ends, bench.delta
+    delta = bench.delta
     found: list[tuple[float, float]] = []
     for label, trial in candidates(bench).items():
-        bound = min(ends.get(label, float("inf")), lost(trial, delta))
-        if bound <= delta:
-            found.append((trial.values[1], bound))
+        end = bench.outlook.ends.get(label)
+        bounds = [lost(trial, delta)] if _stands(trial, end, delta) else []
+        bounds += [end] if end is not None and end <= delta else []
+        if bounds:
+            found.append((trial.values[1], min(bounds)))
     return delta - min(found)[1] if found else None
+
+
+def _stands(trial: FrozenTrial, end: float | None, delta: float) -> bool:
+    """Whether a trial is within delta as it is.
+
+    Of many trials near delta some are within by luck; where one's long fine-tuning came to a bound
+    (None: it had none), the mean of both must be within.
+    """
+    bound = lost(trial, delta)
+    return within_delta(trial) and (end is None or (bound + end) / 2 <= delta)
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:

@@ -123,6 +123,7 @@ def test_after_failures_the_cheapest_within_delta_is_tuned(
         (6.0, 6.0, 4.0),  # a mean of exactly delta is within it
         (6.0, 6.1, None),  # one seed's luck is no winner
         (4.5, 6.1, 4.5),  # then the trial's own weights, if these are within delta
+        (4.9, 8.0, None),  # unless the two tell that these were lucky, too
         (6.0, None, None),  # the fine-tuning diverged
     ],
 )
@@ -206,6 +207,7 @@ def test_a_rehearsal_is_repeated_with_the_second_seed_and_never_again(
         ({"annealing/1": 5.5}, 1.0),
         ({"annealing/0": 4.5}, 1.0),  # that of its trial is better
         ({"annealing/0": 2.0}, 3.0),
+        ({"annealing/0": 7.0}, 4.0),  # it was lucky; a dearer one is left
     ],
 )
 def test_what_is_unspent_is_what_the_cheapest_within_delta_leaves(
