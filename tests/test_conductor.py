@@ -581,14 +581,12 @@ def test_nothing_left_by_default_names_the_cure(task: Task, tmp_path: Path) -> N
         run_study(tiny_config(tmp_path, **none), task, NullDisplay())
 
 
-@pytest.mark.parametrize(
-    "objective", ["size", "macs", "latency", "params+macs", "params+macs+latency"]
-)
+@pytest.mark.parametrize("objective", ["size", "latency", "params+macs+latency"])
 def test_every_objective_is_the_second_value(
     task: Task, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "with_times", times_like_macs)
-    config = tiny_config(tmp_path, trials=2, annealing_trials=1, objective=objective)
+    config = tiny_config(tmp_path, trials=1, annealing_trials=1, objective=objective)
     run_study(config, task, NullDisplay())
     keys = {"size": "size_bytes", "latency": "latency_ms", "params+macs": "share"}
     key = keys.get(objective.removesuffix("+latency"), objective)
