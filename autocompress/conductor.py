@@ -7,6 +7,7 @@ interrupted one ended.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -31,7 +32,7 @@ from autocompress.crew import Crew, Solo, Team
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.exhibits import publish
-from autocompress.finals import FINALS, rehearse, unspent
+from autocompress.finals import FINALS, rehearse, standing
 from autocompress.formats import choose_formats
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place, start_workers
@@ -86,11 +87,13 @@ REHEARSED_FROM = 6
 With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
-LEFT = 0.1
-"""While the network that would be handed out leaves more than this of delta, or there is none, the
-annealing goes on beyond the planned trials."""
 AT_A_TIME = 2
-"""By so many trials, between which the finals are rehearsed."""
+"""By so many trials an annealing goes on beyond the planned ones; then the finals are rehearsed."""
+LEFT = 0.1
+"""It does so while the network that would be handed out leaves more than this of delta, or there
+is none,"""
+PAID = 0.97
+"""or while the last of these trials made it this much cheaper."""
 LOOK = 5.0
 """Seconds between two looks at what happens on other machines."""
 MAX_FAILURES = 5
@@ -562,16 +565,17 @@ def _anneal(
 
 
 def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
-    """Trials beyond those planned, while the tolerance is far from spent."""
+    """Trials beyond those planned, while they pay or the tolerance is far from spent."""
     config, display, annealing = setting.config, setting.display, stage.study
     # No trial runs meanwhile: what is done beside ends first.
     crew.wait()
+    least = math.inf
     while True:
         for _ in range(FINALS):
             if not _rehearse(setting, bench, annealing, display):
                 break
-        left = unspent(bench)
-        enough = left is not None and left <= LEFT * config.delta
+        cost, left = standing(bench) or (math.inf, math.inf)
+        enough = left <= LEFT * config.delta and cost > PAID * least
         if enough and _rehearse(setting, bench, annealing, display, again=True):
             continue  # the second seed may spoil it
         given = annealing.user_attrs.get(EXTRA, 0)
@@ -579,11 +583,12 @@ def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
         if more <= 0 or enough:
             return
         why = (
-            "No network is within delta yet"
-            if left is None
-            else f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
+            f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
+            if math.isfinite(left)
+            else "No network is within delta yet"
         )
         display.say(f"{why}: {more} more trials.")
+        least = min(least, cost)
         annealing.set_user_attr(EXTRA, given + more)
         stage = replace(stage, total=stage.total + more)
         _run_stage(setting, bench, stage, crew)

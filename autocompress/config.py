@@ -252,7 +252,7 @@ class SearchConfig(_Section):
         default=8,
         ge=0,
         description="Trials that an annealing of six or more may have besides, by twos, while "
-        "the network that would be handed out leaves more than a tenth of delta unused.",
+        "they make the winner cheaper, or it leaves more than a tenth of delta unused.",
     )
     stage: Literal["exploration", "annealing", "both"] = Field(
         default="both", description="Which stage to run."

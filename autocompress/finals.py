@@ -133,8 +133,9 @@ def rehearse(
     return found
 
 
-def unspent(bench: Bench) -> float | None:
-    """What the cheapest network that is surely within delta leaves of it; None where none is.
+def standing(bench: Bench) -> tuple[float, float] | None:
+    """The cheapest network that is surely within delta now: its cost, in the objective's unit, and
+    what it leaves of delta, in points; None where none is.
 
     Of a trial that was rehearsed the better of its bounds counts, before and after.
     """
@@ -146,7 +147,10 @@ def unspent(bench: Bench) -> float | None:
         bounds += [end] if end is not None and end <= delta else []
         if bounds:
             found.append((trial.values[1], min(bounds)))
-    return delta - min(found)[1] if found else None
+    if not found:
+        return None
+    cost, bound = min(found)
+    return cost, delta - bound
 
 
 def _stands(trial: FrozenTrial, end: float | None, delta: float) -> bool:

@@ -295,11 +295,11 @@ def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
 ) -> None:
     asked: list[int] = []
 
-    def left(bench: Bench) -> float:
+    def stand(bench: Bench) -> tuple[float, float]:
         asked.append(len(trials_spent(bench.studies["annealing"])))
-        return 0.3 * config.delta if asked[-1] < 9 else 0.05 * config.delta
+        return 100.0, 0.3 * config.delta if asked[-1] < 9 else 0.05 * config.delta
 
-    monkeypatch.setattr(conductor, "unspent", left)
+    monkeypatch.setattr(conductor, "standing", stand)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     config = tiny_config(tmp_path, **plan, **{"search.extra_trials": 3})
     display = Recorder()
@@ -321,15 +321,15 @@ def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
     again = run_study(config, task, display)
     assert display.lines.count("Nothing to do: the study is finished.") == 1
     assert again.summary["best"] == first.summary["best"] and len(asked) == 4
-    # Unless more is allowed than before; here enough is spent.
+    # Unless more is allowed than before.
     run_study(tiny_config(tmp_path, **plan, **{"search.extra_trials": 4}), task, display)
-    assert asked == [6, 8, 9, 9, 9] and ended(tmp_path / "tiny")["annealing"] == 9
+    assert asked[:6] == [6, 8, 9, 9, 9, 10] and ended(tmp_path / "tiny")["annealing"] == 10
 
 
 def test_where_nothing_is_within_delta_the_annealing_goes_on(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conductor, "unspent", lambda bench: None)
+    monkeypatch.setattr(conductor, "standing", lambda bench: None)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     display = Recorder()
     run_study(tiny_config(tmp_path, **plan, **{"search.extra_trials": 2}), task, display)
@@ -342,18 +342,29 @@ def test_enough_is_spent_only_if_the_second_seed_says_so_too(
 ) -> None:
     asked: list[int] = []
 
-    def left(bench: Bench) -> float:
+    def stand(bench: Bench) -> tuple[float, float]:
         rehearsals = bench.studies["annealing"].user_attrs["rehearsals"]
         asked.append(len(rehearsals))
         twice = len({one["trial"] for one in rehearsals}) < len(rehearsals)
-        return (0.3 if twice and len(asked) < 4 else 0.05) * bench.delta
+        return 100.0, (0.3 if twice and len(asked) < 4 else 0.05) * bench.delta
 
-    monkeypatch.setattr(conductor, "unspent", left)
+    monkeypatch.setattr(conductor, "standing", stand)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     outcome = run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
     rehearsed = [one["trial"] for one in outcome.summary["rehearsals"]]
     assert len(rehearsed) > len(set(rehearsed)), "one was rehearsed with both seeds"
-    assert asked[1] == asked[0] + 1 and ended(tmp_path / "tiny")["annealing"] > 6
+    assert asked[2] == asked[1] + 1 and ended(tmp_path / "tiny")["annealing"] > 8
+
+
+def test_the_annealing_goes_on_while_that_pays(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once at least, and again after trials that made the winner cheaper."""
+    costs = iter([100.0, 90.0, *[89.0] * 10])
+    monkeypatch.setattr(conductor, "standing", lambda bench: (next(costs), 0.0))
+    plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
+    run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
+    assert ended(tmp_path / "tiny")["annealing"] == 10
 
 
 def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path) -> None:

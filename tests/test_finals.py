@@ -16,7 +16,7 @@ from torch import nn
 
 from autocompress import finals
 from autocompress.evaluation import Evaluation
-from autocompress.finals import FINALS, Finalist, choose_finalists, rehearse, unspent
+from autocompress.finals import FINALS, Finalist, choose_finalists, rehearse, standing
 from autocompress.objective import Bench
 from autocompress.outlook import REHEARSALS, Outlook, Step
 from autocompress.plan import Plan
@@ -200,30 +200,30 @@ def test_a_rehearsal_is_repeated_with_the_second_seed_and_never_again(
 
 
 @pytest.mark.parametrize(
-    ("ends", "left"),
+    ("ends", "cost", "left"),
     [
-        ({}, 1.0),  # the cheapest that is within 5 as its trial left it
-        ({"annealing/1": 4.5}, 0.5),  # a cheaper one, by its long fine-tuning
-        ({"annealing/1": 5.5}, 1.0),
-        ({"annealing/0": 4.5}, 1.0),  # that of its trial is better
-        ({"annealing/0": 2.0}, 3.0),
-        ({"annealing/0": 7.0}, 4.0),  # it was lucky; a dearer one is left
+        ({}, 100, 1.0),  # the cheapest that is within 5 as its trial left it
+        ({"annealing/1": 4.5}, 60, 0.5),  # a cheaper one, by its long fine-tuning
+        ({"annealing/1": 5.5}, 100, 1.0),
+        ({"annealing/0": 4.5}, 100, 1.0),  # that of its trial is better
+        ({"annealing/0": 2.0}, 100, 3.0),
+        ({"annealing/0": 7.0}, 200, 4.0),  # it was lucky; a dearer one is left
     ],
 )
-def test_what_is_unspent_is_what_the_cheapest_within_delta_leaves(
-    ends: dict[str, float], left: float
+def test_what_stands_is_the_cheapest_within_delta(
+    ends: dict[str, float], cost: float, left: float
 ) -> None:
     found = trials((100, 4.0), (60, 6.0), (40, 8.0), (200, 1.0))
     study = SimpleNamespace(get_trials=lambda deepcopy: list(found.values()))
     outlook = replace(OUTLOOK, ends=ends)
     parts = {"studies": {"annealing": study}, "outlook": outlook, "delta": DELTA}
-    assert unspent(cast(Bench, SimpleNamespace(**parts))) == pytest.approx(left)
+    assert standing(cast(Bench, SimpleNamespace(**parts))) == (cost, pytest.approx(left))
 
 
-def test_nothing_is_unspent_where_nothing_is_within_delta() -> None:
+def test_nothing_stands_where_nothing_is_within_delta() -> None:
     study = SimpleNamespace(get_trials=lambda deepcopy: list(trials((60, 6.0)).values()))
     parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "delta": DELTA}
-    assert unspent(cast(Bench, SimpleNamespace(**parts))) is None
+    assert standing(cast(Bench, SimpleNamespace(**parts))) is None
 
 
 def test_where_no_trial_promises_anything_nothing_is_rehearsed(
