@@ -67,21 +67,9 @@ TRUST = 0.01
 """Weight of `STEEP`: that of one child that saved 10 % of its cost."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a child is seen to be before fine-tuning.
-
-    Attributes:
-        stray: How much farther from the baseline it is than its parent, by what they compute.
-        cost: Its cost, in the objective's unit.
-    """
-
-    stray: float
-    cost: float
-
-
-Looks = Callable[[str, Sequence[Plan]], Sequence[Look]]
-"""Looks at children, by their parent's label and their plans."""
+Strays = Callable[[str, Sequence[Plan]], Sequence[float]]
+"""How far children stray from the baseline before fine-tuning, by their parent's label and their
+plans."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +136,12 @@ class _Wish:
         """The child's cost, in the objective's unit."""
         return self.step * self.space.cost(self.picked)
 
-    def score(self, look: Look) -> tuple[bool, float]:
+    def score(self, cost: float, stray: float) -> tuple[bool, float]:
         """What children are compared by, the less the better: those that cost too much come last;
         then how far they stray for each unit of the logarithm of what they save."""
-        share = look.cost / self.parent.cost
-        saved = -math.log(max(share, 1e-9))
-        stray = max(look.stray, 0.0) if math.isfinite(look.stray) else math.inf
-        return share > TOO_MUCH * self.step, stray / max(saved, 1e-6)
+        saved = -math.log(max(cost, 1e-9) * self.step / self.cost)
+        stray = max(stray, 0.0) if math.isfinite(stray) else math.inf
+        return cost > TOO_MUCH * self.cost, stray / max(saved, 1e-6)
 
 
 class AnnealingSampler(PlanSampler):
@@ -187,7 +174,7 @@ class AnnealingSampler(PlanSampler):
         parents: The exploration's trials that may be parents.
         rounds: Number of rounds.
         trials: Number of trials of the whole annealing.
-        looks: By which children are compared; None: the first one is proposed.
+        strays: Compares children; None: the first one is proposed.
     """
 
     def __init__(
@@ -199,14 +186,14 @@ class AnnealingSampler(PlanSampler):
         parents: Sequence[Parent],
         rounds: int = 3,
         trials: int = 15,
-        looks: Looks | None = None,
+        strays: Strays | None = None,
     ) -> None:
         super().__init__(space, seed)
         self.outlook = outlook
         self._parents = list(parents)
         self._rounds = rounds
         self._trials = max(trials, 1)
-        self._looks = looks
+        self._strays = strays
 
     def adopt(self, parents: Sequence[Parent]) -> None:
         """Take more trials of the exploration for parents, as they turned out well."""
@@ -261,7 +248,7 @@ class AnnealingSampler(PlanSampler):
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, *STEPS))
         wish = _Wish(parent, step, band, self._space.of_plan(parent.plan))
-        if self._looks is None:
+        if self._strays is None:
             return self._child(wish, kind, rng, attempt > 0)
         return self._least_astray(wish, kind, known_plans(others), rng, attempt > 0)
 
@@ -274,7 +261,7 @@ class AnnealingSampler(PlanSampler):
         again: bool,
     ) -> Proposal:
         """The best of several children that are new, of both kinds in turn."""
-        assert self._looks is not None
+        assert self._strays is not None
         first = child = self._child(wish, kind, rng, again)
         other = LAST_KINDS[1 - LAST_KINDS.index(kind)]
         new: dict[Plan, Proposal] = {}
@@ -288,11 +275,12 @@ class AnnealingSampler(PlanSampler):
         if len(new) < 2:
             return next(iter(new.values()), first)
         try:
-            looks = self._looks(wish.parent.label, list(new))
+            strays = self._strays(wish.parent.label, list(new))
         except DamagedArtifact:  # the trial begins from the baseline, and says why
             return next(iter(new.values()))
-        scored = zip(map(wish.score, looks), new.values(), strict=True)
-        return min(scored, key=lambda pair: pair[0])[1]
+        costs = [one.space.cost(one.picked) for one in new.values()]
+        scores = map(wish.score, costs, strays)
+        return min(zip(scores, new.values(), strict=True), key=lambda pair: pair[0])[1]
 
     def _child(
         self, wish: _Wish, kind: str, rng: np.random.Generator, noisy: bool = False

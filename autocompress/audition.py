@@ -1,15 +1,13 @@
-"""Children are looked at, and so compared, before one of them is fine-tuned.
+"""How far children stray from the baseline, by which they are compared before one is fine-tuned.
 
 What a cut breaks is predicted by the layer table, which knows the baseline's weights. A child is
-cut from weights that were fine-tuned since, and the predictions miss; so do those of the time that
-a whole network takes. So the children themselves are built, run and, where that counts, timed,
-which takes a small part of a fine-tuning. They run on training images, and without labels where
-outputs can be compared: nothing is chosen by validation data here.
+cut from weights that were fine-tuned since, and the predictions miss. So the children themselves
+are built and looked at, which takes a small part of a fine-tuning. They are looked at on training
+images, and without labels where outputs can be compared: nothing is chosen by validation data here.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,14 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from autocompress.annealing import Look
 from autocompress.batch import Batch, samples_in
-from autocompress.costs import cost_of, is_timed
-from autocompress.errors import AutocompressError
 from autocompress.evaluation import evaluate, metric_drop, recalibrate
-from autocompress.objective import Bench, load_elder, measure_latency
+from autocompress.objective import Bench, load_elder
 from autocompress.plan import Plan
-from autocompress.profiler import profile_model
 from autocompress.task import Task
 
 IMAGES = 500
@@ -33,11 +27,11 @@ IMAGES = 500
 with."""
 
 
-def look_at(bench: Bench, parent: str, plans: Sequence[Plan]) -> list[Look]:
-    """How far each child strays from the baseline, and what it costs, before fine-tuning.
+def strays(bench: Bench, parent: str, plans: Sequence[Plan]) -> list[float]:
+    """How much farther from the baseline each child is than its parent, before fine-tuning.
 
-    It strays by the distillation loss of its outputs on training images; where the task has none,
-    by the metric.
+    By the distillation loss of its outputs on training images; where the task has none, by the
+    metric.
 
     Args:
         bench: Knows the study. The seconds that this takes are added to its `auditions`.
@@ -59,22 +53,9 @@ def look_at(bench: Bench, parent: str, plans: Sequence[Plan]) -> list[Look]:
         bench.show("compare children", done, len(plans))
         child = elder.child(plan).to(task.device)
         recalibrate(child, task, len(images))
-        found.append(Look(distance(child) - own, _cost(bench, child)))
+        found.append(distance(child) - own)
     bench.auditions += time.perf_counter() - start
     return found
-
-
-def _cost(bench: Bench, child: nn.Module) -> float:
-    """In the objective's unit; infinite where the child can't be timed, and has to be."""
-    latency = None
-    if is_timed(bench.objective):
-        try:
-            timing = measure_latency(bench, child)
-        except AutocompressError:
-            return math.inf
-        latency = None if timing is None else timing.median_ms
-    profile = profile_model(child, bench.example, latency=False)
-    return cost_of(bench.objective, profile, latency, bench.baseline.profile)
 
 
 def _images(task: Task) -> list[Batch]:

@@ -44,7 +44,7 @@ from autocompress.news import Phase
 from autocompress.observation import Observations
 from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsals_of
 from autocompress.plan import Plan
-from autocompress.profiler import Latency, Profile, profile_model
+from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
 from autocompress.quantization import Quantizer
 from autocompress.samplers import trial_seed
@@ -307,10 +307,7 @@ def _carry_out(
     watch.lap("build")
     profile = profile_model(model, bench.example, latency=False)
     watch.lap("profile")
-    timing = measure_latency(bench, model)
-    latency = None if timing is None else timing.median_ms
-    if timing is not None:
-        trial.set_user_attr(LATENCY, asdict(timing))
+    latency = _latency(bench, model, trial)
     watch.lap("latency")
     full = bench.baseline.profile
     cost = cost_of(bench.objective, profile, latency, full)
@@ -390,8 +387,8 @@ def train_along(bench: Bench, job: Mapping[str, Any]) -> None:
         fit(model, bench.task, teacher=bench.baseline.model, rungs=RUNGS, **job["fit"])
 
 
-def measure_latency(bench: Bench, model: nn.Module) -> Latency | None:
-    """A network's latency on the study's runtime; None where it does not run there.
+def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
+    """Milliseconds on the study's runtime; None where it does not run there.
 
     Raises:
         AutocompressError: If it does not run there, and latency is what the study makes small.
@@ -402,7 +399,7 @@ def measure_latency(bench: Bench, model: nn.Module) -> Latency | None:
     # Where it is not what the study makes small, a glance at it is enough.
     seconds, min_runs = (0.2, 20) if matters else (0.05, 5)
     try:
-        return bench.meter.measure(model, seconds, min_runs)
+        latency = bench.meter.measure(model, seconds, min_runs)
     except Exception as error:
         # Exporters and runtimes fail in more ways than can be named.
         if matters:
@@ -412,6 +409,8 @@ def measure_latency(bench: Bench, model: nn.Module) -> Latency | None:
             ) from error
         logger.warning("The latency was not measured.", exc_info=error)
         return None
+    trial.set_user_attr(LATENCY, asdict(latency))
+    return latency.median_ms
 
 
 def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:

@@ -13,7 +13,7 @@ from functools import partial
 from optuna.study import Study
 
 from autocompress.annealing import AnnealingSampler, Parent
-from autocompress.audition import look_at
+from autocompress.audition import strays
 from autocompress.config import StudyConfig
 from autocompress.objective import Bench, find_trial
 from autocompress.samplers import make_sampler
@@ -96,7 +96,7 @@ def annealing_stage(
         outlook=bench.outlook,
         parents=elders,
         trials=config.search.annealing_trials,
-        looks=partial(look_at, bench),
+        strays=partial(strays, bench),
     )
     total = config.search.annealing_trials + study.user_attrs.get(EXTRA, 0)
     return Stage("annealing", study, narrowed, total)

@@ -1,20 +1,16 @@
-"""Children are looked at before one of them is fine-tuned."""
+"""How far children stray from the baseline, before one of them is fine-tuned."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
 from test_objective import make_bench, run, space_of
-from torch import nn
 
-from autocompress import audition
-from autocompress.audition import look_at
-from autocompress.errors import AutocompressError, DamagedArtifact
+from autocompress.audition import strays
+from autocompress.errors import DamagedArtifact
 from autocompress.objective import Bench, find_trial, run_trial
 from autocompress.plan import Plan
-from autocompress.profiler import Latency
 from autocompress.samplers import KnobSampler
 from autocompress.task import Task
 from autocompress.transforms import SVD
@@ -40,50 +36,27 @@ def test_deeper_cuts_stray_farther_than_the_parent(bench: Bench, distilled: bool
     if not distilled:
         bench.task.distillation = None
     plans = [own_plan(bench), Plan({"conv": SVD(8)}), Plan({"conv": SVD(1)})]
-    same, mild, deep = (look.stray for look in look_at(bench, PARENT, plans))
+    same, mild, deep = strays(bench, PARENT, plans)
     assert same == pytest.approx(0.0, abs=0.05)
     assert same < deep and mild < deep
 
 
 def test_no_validation_image_is_looked_at(bench: Bench) -> None:
     bench.task.val = ()  # type: ignore[assignment]
-    assert len(look_at(bench, PARENT, [Plan({"conv": SVD(1)})])) == 1
+    assert len(strays(bench, PARENT, [Plan({"conv": SVD(1)})])) == 1
 
 
 def test_all_children_see_the_same_images(bench: Bench) -> None:
     """Also where the loader shuffles anew whenever it is read."""
-    one, other = look_at(bench, PARENT, [Plan({"conv": SVD(2)})] * 2)
+    one, other = strays(bench, PARENT, [Plan({"conv": SVD(2)})] * 2)
     assert one == other
-
-
-def test_the_cost_is_what_a_trial_would_have(bench: Bench) -> None:
-    (parent,) = look_at(bench, PARENT, [own_plan(bench)])
-    assert parent.cost == find_trial(bench.studies, PARENT).values[1]
-
-
-def test_where_time_counts_children_are_timed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timed: list[nn.Module] = []
-
-    def measure(bench: Bench, model: nn.Module) -> Latency:
-        timed.append(model)
-        if len(timed) == 2:
-            raise AutocompressError("can't run it")
-        return Latency(0.5, 0.0, 1, 1, "cpu", 1)
-
-    monkeypatch.setattr(audition, "measure_latency", measure)
-    plans = [Plan({"conv": SVD(rank)}) for rank in (1, 2, 3)]
-    assert all(look.cost > 1 for look in look_at(bench, PARENT, plans)) and not timed
-    bench.objective = "latency"
-    assert [look.cost for look in look_at(bench, PARENT, plans)] == [0.5, math.inf, 0.5]
 
 
 def test_weights_that_are_gone_are_an_error(bench: Bench, tmp_path: Path) -> None:
     kept = find_trial(bench.studies, PARENT).user_attrs[WEIGHTS]
     (tmp_path / "artifacts" / kept).unlink()
     with pytest.raises(DamagedArtifact):
-        look_at(bench, PARENT, [Plan()])
+        strays(bench, PARENT, [Plan()])
 
 
 def test_its_time_counts_as_a_trials_work(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +64,7 @@ def test_its_time_counts_as_a_trials_work(bench: Bench, monkeypatch: pytest.Monk
     real = KnobSampler.propose
 
     def propose(*everything: object, **more: object) -> object:
-        look_at(bench, PARENT, [Plan({"conv": SVD(2)})])
+        strays(bench, PARENT, [Plan({"conv": SVD(2)})])
         return real(*everything, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(KnobSampler, "propose", propose)

@@ -13,7 +13,7 @@ from test_space import make_space
 from test_width import table_of
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
-from autocompress.annealing import CANDIDATES, AnnealingSampler, Look, Parent, _Wish
+from autocompress.annealing import CANDIDATES, AnnealingSampler, Parent, _Wish
 from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
@@ -458,16 +458,15 @@ def test_the_child_is_proposed_that_strays_least_for_what_it_saves() -> None:
     def cost_of(plan: Plan) -> float:
         return DEEP.cost(DEEP.pick(plan))
 
-    def looks(label: str, plans: Sequence[Plan]) -> list[Look]:
+    def strays(label: str, plans: Sequence[Plan]) -> list[float]:
         assert label == "exploration/0"
         heard.append(plans)
         # Of the first one it can't be told; the cheapest, which is not too dear, is the best.
         best = min(plans, key=cost_of)
-        strays = [0.0 if p == best else 1.0 if p != plans[0] else math.nan for p in plans]
-        return list(map(Look, strays, map(cost_of, plans)))
+        return [0.0 if p == best else 1.0 if p != plans[0] else math.nan for p in plans]
 
     outlook = Outlook(1.0, {})
-    sampler = AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent], looks=looks)
+    sampler = AnnealingSampler(DEEP, 0, outlook=outlook, parents=[parent], strays=strays)
     study = make_study(sampler)
     chosen = [DEEP.suggest(study.ask()) for _ in range(3)]
     assert chosen == [min(plans, key=cost_of) for plans in heard]
@@ -478,11 +477,10 @@ def test_the_child_is_proposed_that_strays_least_for_what_it_saves() -> None:
 
 def test_a_child_that_costs_too_much_is_the_last_choice() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
-    # What the parent costs is known, whatever the table says.
-    wish = _Wish(Parent("a/0", plan.to_json(), 0.4, 200.0), 0.5, 0.5, DEEP)
+    wish = _Wish(Parent("a/0", plan.to_json(), 0.4, 1.0), 0.5, 0.5, DEEP)
     dear, good, bad, better = (
-        wish.score(Look(stray, cost))
-        for stray, cost in ((0.0, 110.0), (1.0, 100.0), (math.nan, 100.0), (1.5, 50.0))
+        wish.score(cost * wish.cost, stray)
+        for cost, stray in ((1.1, 0.0), (1.0, 1.0), (1.0, math.nan), (0.5, 1.5))
     )
     assert better < good < bad < dear
 
@@ -491,16 +489,16 @@ def test_where_the_parents_weights_are_gone_nothing_is_compared() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
 
-    def looks(label: str, plans: Sequence[Plan]) -> list[Look]:
+    def strays(label: str, plans: Sequence[Plan]) -> list[float]:
         raise DamagedArtifact("gone")
 
     children = [
         DEEP.suggest(
             make_study(
-                AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], looks=how)
+                AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], strays=how)
             ).ask()
         )
-        for how in (looks, None)
+        for how in (strays, None)
     ]
     assert children[0] == children[1]
 
