@@ -133,7 +133,7 @@ def test_the_code_of_the_page(name: str, folder: Path, monkeypatch: pytest.Monke
     def export(place: Path, *args: Any, **more: Any) -> Any:
         # Seconds each; pages of studies that are run read the winner's ONNX file alone.
         formats = ("onnx",) if place.name == "best" else ()
-        return save_model(place, *args, **more, formats=formats)
+        return save_model(place, *args, **{**more, "formats": formats})
 
     whole = api.run_study
     monkeypatch.setattr(api, "run_study", study)

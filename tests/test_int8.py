@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,13 +13,13 @@ from conftest import TinyNet, count_reads, tiny_config
 from torch import nn
 
 import autocompress
-from autocompress import int8, selection
+from autocompress import int8
 from autocompress.baseline import Baseline
 from autocompress.conductor import run_study
+from autocompress.config import StudyConfig
 from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError, TrainingDiverged
 from autocompress.evaluation import Evaluation
-from autocompress.export import save_model
 from autocompress.finals import Finalist
 from autocompress.int8 import make_int8, rounded_epochs
 from autocompress.objective import Bench
@@ -165,20 +164,18 @@ def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
     assert not torch.equal(tuned.state_dict()["conv.weight"], before["conv.weight"])
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hand out weights, plan and ONNX only."""
-    monkeypatch.setattr(selection, "save_model", partial(save_model, formats=("onnx",)))
+def int8_config(out: Path, **settings: Any) -> StudyConfig:
+    """A study without an annealing that writes ONNX only."""
+    return tiny_config(out, annealing_trials=0, **{"run.formats": ["onnx"], **settings})
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_study_hands_out_an_int8_winner(task: Task, tmp_path: Path) -> None:
-    plain = run_study(tiny_config(tmp_path, annealing_trials=0, trials=3), task, NullDisplay())
+    plain = run_study(int8_config(tmp_path, trials=3), task, NullDisplay())
     assert plain.summary["int8"] is None
     assert not (plain.folder / "best" / "model.int8.onnx").exists()
     # Asked for later: nothing is searched again, and test data is read for all three at once.
     task.test, reads = count_reads(task.test)
-    config = tiny_config(tmp_path, annealing_trials=0, trials=3, int8=True)
+    config = int8_config(tmp_path, trials=3, int8=True)
     summary = run_study(config, task, NullDisplay()).summary
     assert len(reads) == 3 and summary["test_reads"] == 2
     found, best = summary["int8"], summary["best"]
@@ -202,7 +199,6 @@ def test_a_study_hands_out_an_int8_winner(task: Task, tmp_path: Path) -> None:
     assert len(reads) == 3 and again.summary["int8"] == json.loads(json.dumps(found))
 
 
-@pytest.mark.usefixtures("quick")
 def test_trials_can_be_judged_by_their_int8_files(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +212,7 @@ def test_trials_can_be_judged_by_their_int8_files(
 
     monkeypatch.setattr(Quantizer, "score", score)
     settings: dict[str, Any] = {"search.int8": True, "delta": 5.0, "confidence": 0.5}
-    config = tiny_config(tmp_path, annealing_trials=0, trials=3, int8=True, **settings)
+    config = int8_config(tmp_path, trials=3, int8=True, **settings)
     display = Recorder()
     outcome = run_study(config, task, display)
     lost = pytest.approx(100 * 5 / 256)
@@ -239,19 +235,19 @@ def unquantizable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autocompress.quantization.quantize_onnx", refuse)
 
 
-@pytest.mark.usefixtures("quick", "unquantizable")
+@pytest.mark.usefixtures("unquantizable")
 def test_a_network_that_cannot_be_quantized_is_refused_before_the_search(
     task: Task, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"search.int8": True}
-    config = tiny_config(tmp_path, annealing_trials=0, trials=2, int8=True, **settings)
+    config = int8_config(tmp_path, trials=2, int8=True, **settings)
     with pytest.raises(ConfigError, match="no such kernel.*Leave search.int8 out"):
         run_study(config, task, NullDisplay())
 
 
-@pytest.mark.usefixtures("quick", "unquantizable")
+@pytest.mark.usefixtures("unquantizable")
 def test_a_failure_costs_no_result(task: Task, tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, annealing_trials=0, trials=2, int8=True)
+    config = int8_config(tmp_path, trials=2, int8=True)
     display = Recorder()
     outcome = run_study(config, task, display)
     assert outcome.met and (outcome.folder / "best" / "model.onnx").exists()
