@@ -383,7 +383,8 @@ class AnnealingSampler(PlanSampler):
         """Points that a child loses for each unit of the logarithm of what it saves.
 
         Ridge regression through the origin on the finished children, towards `STEEP` times delta;
-        the older ones count less, for the less is left the more each step costs.
+        the older ones count less, for the less is left the more each step costs. Of one that was
+        stopped it is only known that it would have been of no use.
         """
         known = {p.label: p for p in pool}
         unit = self._delta or 1.0
@@ -392,10 +393,14 @@ class AnnealingSampler(PlanSampler):
         fades = 1.0
         for child in reversed(finished):
             elder = known.get(child.user_attrs.get(PARENT, ""))
-            if child.state != TrialState.COMPLETE or elder is None or _is_ripened(child):
+            if elder is None or _is_ripened(child):
                 continue
-            saving = math.log(elder.cost / child.values[1])
-            after = self.outlook.expected("annealing", child)
+            if child.state == TrialState.COMPLETE:
+                saving = math.log(elder.cost / child.values[1])
+                after = self.outlook.expected("annealing", child)
+            else:
+                saving = -math.log(child.system_attrs[KNOBS]["step"])
+                after = self.outlook.useful("annealing")
             products += fades * saving * (after - self._expected(elder))
             squares += fades * saving**2
             fades *= FADES

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial, TrialState
 from test_channels import Residual, randomized
 from test_space import make_space
 from test_width import table_of
@@ -352,9 +353,11 @@ def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
     parent = Parent("exploration/0", plan.to_json(), 0.0, 100.0)
     sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent])
 
-    def slope(*drops: float) -> float:
+    def slope(*drops: float | None) -> float:
         children = [
-            optuna.create_trial(
+            stopped()
+            if drop is None
+            else optuna.create_trial(
                 values=[drop, 80.0],
                 user_attrs={PARENT: "exploration/0"},
                 system_attrs={KNOBS: {"kind": "sample"}, "constraints": [drop - 1.0]},
@@ -363,7 +366,17 @@ def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
         ]
         return sampler._slope([parent], children)
 
+    def stopped() -> FrozenTrial:
+        return optuna.create_trial(
+            state=TrialState.PRUNED,
+            user_attrs={PARENT: "exploration/0"},
+            system_attrs={KNOBS: {"kind": "greedy", "step": 0.8}, "constraints": [60.0]},
+        )
+
     assert slope(0.2, 0.2, 0.8) > 1.2 * slope(0.8, 0.2, 0.2)
+    # One that was stopped at a gate tells that the step was too large, and not by how much.
+    assert slope(0.2, None) == pytest.approx(slope(0.2, 2.5))
+    assert slope(0.2, None) > 2 * slope(0.2, 0.8)
     assert slope(0.5, 0.5, 0.5) == pytest.approx(slope(0.5, 0.5, 0.5, 0.5), rel=0.1)
 
 
