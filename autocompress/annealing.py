@@ -156,13 +156,14 @@ class AnnealingSampler(PlanSampler):
       the parent.
     - greedy: of the parent's layers only those move, one after the other, that save most for the
       error they add; all the others keep the weights that the parent was fine-tuned with.
-    Of these several are made, and the one is proposed that strays least from the baseline for what
-    it saves, as it is before fine-tuning: a parent's layers were trained, and the errors in the
-    layer table, which are of the baseline's, miss what a cut of them breaks.
-
     - ripen: a cheaper trial of the exploration that misses the aim narrowly keeps its plan, or
       nearly so, and is only fine-tuned further, for a trial of the annealing is longer than one of
       the exploration. That also tells how much longer fine-tuning wins back.
+
+    Of children that are sampled or greedy several are made, and the one is proposed that strays
+    least from the baseline for what it saves, as it is before fine-tuning: a parent's layers were
+    trained, and the errors in the layer table, which are of the baseline's, miss what a cut of them
+    breaks.
 
     The band, and the noise of the step, halve from round to round. Trials beyond those planned are
     children of trials that were fine-tuned as long as the winner.

@@ -423,8 +423,7 @@ def run_whole_study(
         `summary`: the content of `result.json`; `trials`: a line for each trial; `epochs` spent.
     """
     fields = {"name": name, "seed": seed, "run.out": str(out), "baseline.epochs": 0.0}
-    # What other processes learn from is not counted.
-    fields["run.workers"] = 0
+    fields |= {"run.workers": 0}  # what other processes learn from is not counted
     config = override(arena.config, {**fields, **settings})
     (out / name).mkdir(parents=True, exist_ok=True)
     log = TrialLog(out / name / "trials.jsonl", arena.counter)

@@ -147,12 +147,12 @@ def main() -> None:
             write_text(options.out, "{\n" + ",\n".join(lines) + "\n}\n")
         return known[source]
 
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for source, row in zip(sources, pool.map(work, sources), strict=True):
-            rows.append(row)
+            rows[source] = row
             print(line(source, row), flush=True)
-    print("\n" + totals(dict(zip(sources, rows, strict=True))))
+    print("\n" + totals(rows))
 
 
 def known_sources() -> list[str]:

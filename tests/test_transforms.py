@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from tensorly import backend_context
@@ -167,8 +168,6 @@ def test_torch_export(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["svd", "spatial_svd", "tucker2", "cp", "tt", "tt-linear"])
 def test_onnx_agrees(key: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
     transform, name = CHOICES[key]
     module, x, _ = make(name)
     replacement = filled(module, transform).eval()
