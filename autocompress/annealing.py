@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,10 @@ LEAST_STEEP = 0.5
 TRUST = 0.01
 """Weight of `STEEP`: that of one child that saved 10 % of its cost."""
 
+DOUBT = 0.1
+"""Weight of the hope that predicted savings come true: that of one child that saved 27 %."""
+LEAST_TRUE = 0.5
+"""No unlucky children make us plan for more than twice the saving."""
 
 Strays = Callable[[str, Sequence[Plan]], Sequence[float]]
 """How far children stray from the baseline before fine-tuning, by their parent's label and their
@@ -117,12 +121,14 @@ class _Wish:
     Attributes:
         parent: Its parent.
         step: Share of its parent's cost that it should have.
+        planned: The same, as costs are predicted: where less came true, more is planned.
         band: How far its rank fractions may lie from its parent's.
         space: The space at its parent's channels.
     """
 
     parent: Parent
     step: float
+    planned: float
     band: float
     space: SearchSpace
 
@@ -133,15 +139,24 @@ class _Wish:
 
     @cached_property
     def cost(self) -> float:
-        """The child's cost, in the objective's unit."""
-        return self.step * self.space.cost(self.picked)
+        """What the child's cost should be predicted to be, as the space counts it."""
+        return self.planned * self.space.cost(self.picked)
 
-    def score(self, cost: float, stray: float) -> tuple[bool, float]:
+    def misses(self, cost: float) -> bool:
+        """Whether a child of this cost costs too much."""
+        return cost > TOO_MUCH * self.cost
+
+    def saved(self, cost: float) -> float:
+        """Natural logarithm of what a child of this cost saves."""
+        return -math.log(max(cost, 1e-9) * self.planned / self.cost)
+
+    def score(self, cost: float, stray: float) -> tuple[bool, float, float]:
         """What children are compared by, the less the better: those that cost too much come last;
-        then how far they stray for each unit of the logarithm of what they save."""
-        saved = -math.log(max(cost, 1e-9) * self.step / self.cost)
-        stray = max(stray, 0.0) if math.isfinite(stray) else math.inf
-        return cost > TOO_MUCH * self.cost, stray / max(saved, 1e-6)
+        then how far they stray for each unit of the logarithm of what they save; then their cost.
+        """
+        saved = self.saved(cost)
+        stray = max(stray, 0.0) / saved if math.isfinite(stray) and saved > 0 else math.inf
+        return self.misses(cost), stray, cost
 
 
 class AnnealingSampler(PlanSampler):
@@ -165,7 +180,8 @@ class AnnealingSampler(PlanSampler):
     trained, and the errors in the layer table, which are of the baseline's, miss what a cut of them
     breaks.
 
-    The band, and the noise of the step, halve from round to round. Trials beyond those planned are
+    The band, and the noise of the step, halve from round to round; it is widened for a child that
+    can't save within it what it should. Trials beyond those planned are
     children of trials that were fine-tuned as long as the winner.
 
     Args:
@@ -248,10 +264,18 @@ class AnnealingSampler(PlanSampler):
         parent = self._choose(pool, slope, rng)
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, *STEPS))
-        wish = _Wish(parent, step, band, self._space.of_plan(parent.plan))
+        planned = step ** (1 / self._came_true(pool, finished))
+        wish = _Wish(parent, step, planned, band, self._space.of_plan(parent.plan))
+        while wish.band < 1 and self._is_out_of_reach(wish, rng):
+            wish = replace(wish, band=2 * wish.band)
         if self._strays is None:
             return self._child(wish, kind, rng, attempt > 0)
         return self._least_astray(wish, kind, known_plans(others), rng, attempt > 0)
+
+    def _is_out_of_reach(self, wish: _Wish, rng: np.random.Generator) -> bool:
+        """Whether the band is too narrow for what the child should save."""
+        child = self._child(wish, "greedy", rng)
+        return wish.misses(child.space.cost(child.picked))
 
     def _least_astray(
         self,
@@ -298,7 +322,14 @@ class AnnealingSampler(PlanSampler):
             picked = near.lighten(picked, wish.cost, rng, noise, impact)
         else:
             picked = allocate(near, self._tilted(near, wish.cost, rng, impact))
-        record = {"kind": kind, "step": wish.step, "band": band, "channels": part, "impact": impact}
+        record = {
+            "kind": kind,
+            "step": wish.step,
+            "saved": wish.saved(here.cost(picked)),
+            "band": band,
+            "channels": part,
+            "impact": impact,
+        }
         return Proposal(here, picked, record, wish.parent.label)
 
     def _narrower(
@@ -321,11 +352,11 @@ class AnnealingSampler(PlanSampler):
         for part in PARTS if old.options else (1.0,):
             kept = old.kept
             if part:
-                kept = width.lighten(kept, wish.step**part * dense, rng, noise, impact)
+                kept = width.lighten(kept, wish.planned**part * dense, rng, noise, impact)
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
             lighter = here.around([start], wish.band).lighten(start, cost, rng, impact=impact)
-            missed = here.cost(lighter) > TOO_MUCH * cost
+            missed = wish.misses(here.cost(lighter))
             found.append((missed, here.damage(lighter, impact), here, start, part))
         useful = [one for one in found if not one[0]] or found
         if noise:
@@ -406,6 +437,25 @@ class AnnealingSampler(PlanSampler):
             squares += fades * saving**2
             fades *= FADES
         return max(products / squares, LEAST_STEEP * unit)
+
+    def _came_true(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
+        """The part of the savings that children were predicted to make which they made.
+
+        Milliseconds are predicted layer by layer, and small layers take longer than that. Ridge
+        regression through the origin, of logarithms, towards 1.
+        """
+        known = {p.label: p for p in pool}
+        squares = products = DOUBT
+        fades = 1.0
+        for child in reversed(finished):
+            elder = known.get(child.user_attrs.get(PARENT, ""))
+            saved = child.system_attrs.get(KNOBS, {}).get("saved")
+            if elder is None or saved is None or child.state != TrialState.COMPLETE:
+                continue
+            products += fades * saved * math.log(elder.cost / child.values[1])
+            squares += fades * saved**2
+            fades *= FADES
+        return min(max(products / squares, LEAST_TRUE), 1.0)
 
     def _share(self, parent: Parent, slope: float) -> float:
         """Share of its parent's cost at which a child is expected to reach the aim."""

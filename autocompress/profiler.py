@@ -369,11 +369,25 @@ def _count(model: nn.Module, image: Example, forward: Forward | None) -> _Tally:
     counter = FlopCounterMode(display=False)
     # Inference mode would hide the parts of composite operations from the counter.
     plain = torch.inference_mode(False)
-    with _unfused_attention(), _hooks(model, tally), plain, torch.no_grad():
+    with _unfused_attention(), _hooks(model, tally), _frozen(model), plain, torch.no_grad():
         inputs = tuple(value.clone() for value in image)
         with counter, _Attribution(tally, counter):
             _run(model, inputs, forward)
     return tally
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters that want no derivatives: the counter looks for those of whatever a module gets,
+    and stumbles over a part of a parameter (the class tokens of timm's PiT)."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from autocompress.channels import ChannelGroup, find_groups, removable
+from autocompress.channels import ChannelGroup
 from autocompress.config import BoundConfig, SearchConfig
+from autocompress.grouping import find_groups, removable
 from autocompress.layers import LayerSpec, check_patterns, inspect_layers
 from autocompress.sensitivity import Choice, LayerTable
 from autocompress.transforms import TRANSFORMS

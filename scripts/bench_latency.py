@@ -30,8 +30,8 @@ from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
-from autocompress.channels import find_groups, removable
 from autocompress.config import LatencyConfig, cache_folder
+from autocompress.grouping import find_groups, removable
 from autocompress.importance import build_ladders
 from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import inspect_layers

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autocompress.allocator import Knobs, allocate
-from autocompress.channels import find_groups, removable
 from autocompress.config import TransformName
+from autocompress.grouping import find_groups, removable
 from autocompress.importance import build_ladders
 from autocompress.layers import LayerSpec
 from autocompress.observation import observe_layers

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from autocompress.allocator import ALONE, Knobs, decode
-from autocompress.channels import find_groups, removable
 from autocompress.formats import check_onnx, export_onnx
+from autocompress.grouping import find_groups, removable
 from autocompress.importance import build_ladders
 from autocompress.layers import inspect_layers
 from autocompress.models import build_model

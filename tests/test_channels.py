@@ -13,14 +13,12 @@ from autocompress.channels import (
     ChannelGroup,
     KeptChannels,
     Member,
-    _fault,
-    find_groups,
     kept_positions,
-    removable,
     remove_channels,
     restore_channels,
 )
 from autocompress.errors import ConfigError, UnsupportedLayer
+from autocompress.grouping import MOST_POSITIONS, _fault, find_groups, removable
 from autocompress.layers import inspect_layers
 
 SIZE = 8
@@ -355,6 +353,15 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
     groups, refused = find_groups(Fails(), (torch.randn(1, 3, SIZE, SIZE),))
     assert groups == ()
     assert "follow its channels (RuntimeError: only without derivatives" in refused["*"]
+
+
+def test_of_a_network_that_counts_channels_in_circles_the_other_groups_remain() -> None:
+    # Its attention repeats each channel, and a graph that goes on there never comes to an end.
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("efficientformerv2_s0").eval()
+    groups, refused = find_groups(network, (torch.randn(1, 3, 224, 224),))
+    assert len(groups) > 10
+    assert any(f"the {MOST_POSITIONS:,} that are" in reason for reason in refused.values())
 
 
 class Finder(Residual):

@@ -16,9 +16,10 @@ from conftest import TinyNet, make_images
 from torch import Tensor, nn
 
 import autocompress
-from autocompress.channels import KeptChannels, find_groups
+from autocompress.channels import KeptChannels
 from autocompress.errors import ConfigError
 from autocompress.export import load, save, save_model
+from autocompress.grouping import find_groups
 from autocompress.manifest import read_manifest
 from autocompress.models import build_model, rebuilding_arguments
 from autocompress.plan import Plan

@@ -9,7 +9,8 @@ from test_channels import Dense, Depthwise, Residual, randomized
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from autocompress.channels import ChannelGroup, Member, find_groups, remove_channels
+from autocompress.channels import ChannelGroup, Member, remove_channels
+from autocompress.grouping import find_groups
 from autocompress.importance import (
     POINTS,
     ChannelLadder,

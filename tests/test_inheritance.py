@@ -7,7 +7,8 @@ import torch
 from conftest import CLASSES, TinyNet
 from torch import nn
 
-from autocompress.channels import KeptChannels, find_groups
+from autocompress.channels import KeptChannels
+from autocompress.grouping import find_groups
 from autocompress.inheritance import Elder, multiply_out
 from autocompress.plan import Plan
 from autocompress.surgery import apply_plan

@@ -249,6 +249,22 @@ def test_latency_says_how_it_was_measured() -> None:
     assert model.training
 
 
+def test_a_module_that_gets_a_part_of_a_parameter() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 4))
+            self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.token.expand(len(x), -1, -1))
+
+    model = Tokens()
+    assert counted(model, 1, 4).macs == 8
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+
+
 def test_latency_goes_on_for_the_given_time() -> None:
     begin = time.perf_counter()
     latency = measure_latency(nn.Identity(), (torch.zeros(1),), seconds=0.1)

@@ -17,10 +17,11 @@ from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
 from autocompress import quantization
-from autocompress.channels import KeptChannels, find_groups
+from autocompress.channels import KeptChannels
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
 from autocompress.formats import export_onnx
+from autocompress.grouping import find_groups
 from autocompress.layers import LayerSpec, inspect_layers, without_channels
 from autocompress.plan import Plan
 from autocompress.quantization import (

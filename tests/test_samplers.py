@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
@@ -14,7 +15,15 @@ from test_space import make_space
 from test_width import table_of
 
 from autocompress.allocator import ALONE, Knobs, allocate, decode
-from autocompress.annealing import CANDIDATES, AnnealingSampler, Parent, _Wish
+from autocompress.annealing import (
+    CANDIDATES,
+    LEAST_TRUE,
+    STEPS,
+    TOO_MUCH,
+    AnnealingSampler,
+    Parent,
+    _Wish,
+)
 from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
@@ -490,12 +499,57 @@ def test_the_child_is_proposed_that_strays_least_for_what_it_saves() -> None:
 
 def test_a_child_that_costs_too_much_is_the_last_choice() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
-    wish = _Wish(Parent("a/0", plan.to_json(), 0.4, 1.0), 0.5, 0.5, DEEP)
-    dear, good, bad, better = (
+    wish = _Wish(Parent("a/0", plan.to_json(), 0.4, 1.0), 0.5, 0.5, 0.5, DEEP)
+    useless, dear, good, bad, better = (
         wish.score(cost * wish.cost, stray)
-        for cost, stray in ((1.1, 0.0), (1.0, 1.0), (1.0, math.nan), (0.5, 1.5))
+        for cost, stray in ((2.0, -1.0), (1.1, 0.0), (1.0, 1.0), (1.0, math.nan), (0.5, 1.5))
     )
-    assert better < good < bad < dear
+    # One that costs no less than its parent is of no use, however near it stays.
+    assert better < good < bad < dear < useless
+
+
+def test_a_band_that_is_too_narrow_for_what_a_child_should_save_is_widened() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    cost = DEEP.cost(DEEP.pick(plan))
+    parent = Parent("exploration/0", plan.to_json(), -2.0, cost)
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent], trials=3)
+    done = optuna.create_trial(values=[9.0, cost], system_attrs={"constraints": [8.0]})
+    # With the last round the band is at its narrowest.
+    narrow = DEEP.around([DEEP.pick(plan)], 0.125)
+    least = narrow.cost({name: min(x, key=lambda o: o.cost) for name, x in narrow.options.items()})
+    assert least > TOO_MUCH * STEPS[0] * cost
+    for number in (2, 3):
+        proposal = sampler.propose([done] * 3, number, 0, np.random.default_rng(0))
+        assert proposal.record["step"] == STEPS[0] and 0.125 < proposal.record["band"] <= 1
+        assert proposal.record["saved"] >= -math.log(TOO_MUCH * STEPS[0])
+    first = sampler.propose([], 2, 0, np.random.default_rng(0))
+    assert first.record["band"] == 0.5
+
+
+def test_more_is_planned_where_predicted_savings_did_not_come_true() -> None:
+    plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
+    cost = DEEP.cost(DEEP.pick(plan))
+    parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[parent])
+
+    def children(part: float, **more: Any) -> list[FrozenTrial]:
+        child = optuna.create_trial(
+            values=[0.5, cost * math.exp(-part * 0.5)],
+            user_attrs={PARENT: "exploration/0"},
+            system_attrs={KNOBS: {"kind": "greedy", "saved": 0.5, "step": 0.7}, **more},
+        )
+        return [child] * 4
+
+    part = {true: sampler._came_true([parent], children(true)) for true in (0.1, 0.6, 1.0, 1.5)}
+    assert part[1.0] == part[1.5] == 1 and 0.6 < part[0.6] < 0.8 and part[0.1] == LEAST_TRUE
+    assert sampler._came_true([parent], []) == 1
+    proposals = [
+        sampler.propose(children(true, constraints=[-0.5]), 3, 0, np.random.default_rng(0))
+        for true in (1.0, 0.6)
+    ]
+    steps, saved = zip(*((p.record["step"], p.record["saved"]) for p in proposals), strict=True)
+    assert saved[0] == pytest.approx(-math.log(steps[0]), rel=0.2)
+    assert saved[1] > -1.2 * math.log(steps[1])
 
 
 def test_where_the_parents_weights_are_gone_nothing_is_compared() -> None:

@@ -14,8 +14,8 @@ from test_importance import task_of
 from torch import nn
 
 from autocompress.allocator import ALONE, RULES, Knobs, allocate, decode
-from autocompress.channels import find_groups
 from autocompress.costs import spend
+from autocompress.grouping import find_groups
 from autocompress.importance import build_ladders
 from autocompress.layers import Cost, inspect_layers
 from autocompress.observation import observe_layers
