@@ -380,7 +380,9 @@ class AnnealingSampler(PlanSampler):
         """The trial within the aim whose child promises to be the cheapest, at times the second or
         third where theirs promise nearly as much; where none is within the aim, the nearest."""
         promise = {
-            p: p.cost * self._share(p, slope) for p in pool if self._expected(p) <= self._aim
+            p: p.cost * max(self._share(p, slope), STEPS[0])
+            for p in pool
+            if self._expected(p) <= self._aim
         }
         if not promise:
             return min(pool, key=self._expected)

@@ -445,6 +445,19 @@ def test_the_parent_is_the_one_whose_child_promises_to_be_cheapest() -> None:
     assert study.trials[0].user_attrs[PARENT] == "exploration/0"
 
 
+def test_a_child_promises_no_more_than_the_largest_step() -> None:
+    plans = [DEEP.plan(allocate(DEEP, Knobs(budget))) for budget in (0.5, 0.4)]
+    costs = [DEEP.cost(DEEP.pick(plan)) for plan in plans]
+    parents = [
+        Parent(f"exploration/{n}", plan.to_json(), drop, cost)
+        for n, (plan, drop, cost) in enumerate(zip(plans, (-9.0, 0.0), costs, strict=True))
+    ]
+    # However much the first has left, its child would cost more than one of the second.
+    study = make_study(AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=parents))
+    DEEP.suggest(study.ask())
+    assert study.trials[0].user_attrs[PARENT] == "exploration/1"
+
+
 def test_kinds_of_children_take_turns() -> None:
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     parent = Parent("exploration/0", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
