@@ -70,6 +70,8 @@ DOUBT = 0.1
 """Weight of the hope that predicted savings come true: that of one child that saved 27 %."""
 LEAST_TRUE = 0.5
 """No unlucky children make us plan for more than twice the saving."""
+FAR = "far"
+"""In a trial's record: whether there was no child of its parent that saves what it should."""
 
 Strays = Callable[[str, Sequence[Plan]], Sequence[float]]
 """How far children stray from the baseline before fine-tuning, by their parent's label and their
@@ -124,6 +126,7 @@ class _Wish:
         planned: The same, as costs are predicted: where less came true, more is planned.
         band: How far its rank fractions may lie from its parent's.
         space: The space at its parent's channels.
+        far: Whether nothing in the band saves so much.
     """
 
     parent: Parent
@@ -131,6 +134,7 @@ class _Wish:
     planned: float
     band: float
     space: SearchSpace
+    far: bool = False
 
     @cached_property
     def picked(self) -> dict[str, Option]:
@@ -266,8 +270,9 @@ class AnnealingSampler(PlanSampler):
         step = float(np.clip(step, *STEPS))
         planned = step ** (1 / self._came_true(pool, finished))
         wish = _Wish(parent, step, planned, band, self._space.of_plan(parent.plan))
-        while wish.band < 1 and self._is_out_of_reach(wish, rng):
+        while (far := self._is_out_of_reach(wish, rng)) and wish.band < 1:
             wish = replace(wish, band=2 * wish.band)
+        wish = replace(wish, far=far)
         if self._strays is None:
             return self._child(wish, kind, rng, attempt > 0)
         return self._least_astray(wish, kind, known_plans(others), rng, attempt > 0)
@@ -329,6 +334,7 @@ class AnnealingSampler(PlanSampler):
             "band": band,
             "channels": part,
             "impact": impact,
+            FAR: wish.far,
         }
         return Proposal(here, picked, record, wish.parent.label)
 
@@ -462,6 +468,11 @@ class AnnealingSampler(PlanSampler):
     def _share(self, parent: Parent, slope: float) -> float:
         """Share of its parent's cost at which a child is expected to reach the aim."""
         return math.exp(min(0.0, self._expected(parent) - self._aim) / slope)
+
+
+def at_the_end(trials: Sequence[FrozenTrial]) -> bool:
+    """Whether some trials of the annealing all asked for more than the space holds."""
+    return bool(trials) and all(t.system_attrs.get(KNOBS, {}).get(FAR, False) for t in trials)
 
 
 def _is_ripened(trial: FrozenTrial) -> bool:

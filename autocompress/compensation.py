@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 RIDGE = 1e-3
-"""Added to the remaining channels' covariance, as a share of its mean variance."""
+"""Added to the channels' covariance, as a share of its mean variance."""
 WIDEST = 4096
 """With more input channels, as behind a flattened feature map, nothing is made up for: their
 covariance would need gigabytes."""
@@ -43,6 +44,30 @@ class InputStatistics:
         covariance = centred @ centred.T / values.shape[1]
         return cls(mean.flatten().double(), covariance.double())
 
+    @cached_property
+    def _known(self) -> Tensor:
+        """The covariance with its ridge."""
+        ridge = RIDGE * self.covariance.diagonal().mean().clamp_min(1e-12)
+        return self.covariance + ridge * torch.eye(len(self.covariance), dtype=torch.float64)
+
+    @cached_property
+    def _precision(self) -> Tensor:
+        return torch.cholesky_inverse(torch.linalg.cholesky(self._known))
+
+    def mixing(self, removed: Tensor, remaining: Tensor) -> Tensor:
+        """How removed channels are predicted from those that remain, `removed x remaining`.
+
+        By the rows of the precision matrix that are removed, or, where fewer remain, by the rows of
+        the covariance that do: the same, from the smaller system of equations.
+        """
+        if len(removed) < len(remaining):
+            rows = self._precision[removed]
+            found: Tensor = -torch.linalg.solve(rows[:, removed], rows[:, remaining])
+        else:
+            rows = self._known[remaining]
+            found = torch.linalg.solve(rows[:, remaining], rows[:, removed]).T
+        return found
+
 
 def compensate(
     weight: Tensor, statistics: InputStatistics, kept: Sequence[int]
@@ -66,10 +91,7 @@ def compensate(
     removed = torch.tensor([c for c in range(weight.shape[1]) if c not in own], dtype=torch.long)
     if not len(removed):
         return weight, torch.zeros(len(weight), dtype=weight.dtype)
-    known = statistics.covariance[remaining][:, remaining]
-    ridge = RIDGE * known.diagonal().mean().clamp_min(1e-12)
-    known = known + ridge * torch.eye(len(known), dtype=known.dtype)
-    mixing = torch.linalg.solve(known, statistics.covariance[remaining][:, removed]).T
+    mixing = statistics.mixing(removed, remaining)
     shift = statistics.mean[removed] - mixing @ statistics.mean[remaining]
     lost = weight[:, removed].double().reshape(len(weight), len(removed), -1)
     gained = torch.einsum("ort,rk->okt", lost, mixing)

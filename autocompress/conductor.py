@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.annealing import at_the_end
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, bound_settings, flatten
 from autocompress.costs import OBJECTIVES
@@ -575,18 +576,22 @@ def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
             if not _rehearse(setting, bench, annealing, display):
                 break
         cost, left = standing(bench) or (math.inf, math.inf)
-        enough = left <= LEFT * config.delta and cost > PAID * least
+        ended = at_the_end(trials_spent(annealing)[-AT_A_TIME:])
+        enough = (ended or left <= LEFT * config.delta) and cost > PAID * least
         if enough and _rehearse(setting, bench, annealing, display, again=True):
             continue  # the second seed may spoil it
         given = annealing.user_attrs.get(EXTRA, 0)
         more = min(AT_A_TIME, config.search.extra_trials - given)
+        unused = f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
+        if enough and left > LEFT * config.delta:
+            display.say(
+                f"{unused}, but the search space holds nothing much cheaper. It is larger with "
+                "channels, more transforms or more layers: search.channels, search.transforms, "
+                "search.include."
+            )
         if more <= 0 or enough:
             return
-        why = (
-            f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
-            if math.isfinite(left)
-            else "No network is within delta yet"
-        )
+        why = unused if math.isfinite(left) else "No network is within delta yet"
         display.say(f"{why}: {more} more trials.")
         least = min(least, cost)
         annealing.set_user_attr(EXTRA, given + more)

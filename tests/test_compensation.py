@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autocompress.compensation import InputStatistics, compensate
+from autocompress.compensation import RIDGE, InputStatistics, compensate
 
 
 def mixed_inputs(taps: int) -> Tensor:
@@ -63,3 +63,21 @@ def test_channels_that_never_vary_are_no_trouble() -> None:
     inputs = torch.zeros(64, 4)
     new, shift = compensate(torch.ones(2, 4), InputStatistics.of(inputs), [0])
     assert new.isfinite().all() and not shift.any()
+
+
+@pytest.mark.parametrize("left", [1, 3, 4, 6])
+def test_it_is_least_squares_however_many_remain(left: int) -> None:
+    """Both ways of solving it give what the normal equations of the remaining channels do."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 7) @ torch.randn(7, 7) + torch.randn(7)
+    weight = torch.randn(3, 7)
+    statistics = InputStatistics.of(inputs)
+    kept, gone = list(range(left)), list(range(left, 7))
+    new, shift = compensate(weight, statistics, kept)
+    ridge = RIDGE * statistics.covariance.diagonal().mean() * torch.eye(left)
+    known = statistics.covariance[:left, :left] + ridge
+    mixing = statistics.covariance[gone][:, kept] @ known.inverse()
+    lost = weight[:, gone].double()
+    torch.testing.assert_close(new, (weight[:, kept] + lost @ mixing).float())
+    rest = statistics.mean[gone] - mixing @ statistics.mean[kept]
+    torch.testing.assert_close(shift, (lost @ rest).float())

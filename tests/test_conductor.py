@@ -16,6 +16,7 @@ from optuna.trial import TrialState
 
 import autocompress
 from autocompress import conductor, finals, formats, latency, objective, preparation
+from autocompress.annealing import AnnealingSampler
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.database import open_storage, sole
 from autocompress.errors import (
@@ -365,6 +366,21 @@ def test_the_annealing_goes_on_while_that_pays(
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
     assert ended(tmp_path / "tiny")["annealing"] == 10
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_the_annealing_ends_where_the_search_space_ends(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_the_end: bool
+) -> None:
+    monkeypatch.setattr(conductor, "standing", lambda bench: (100.0, 0.5 * bench.delta))
+    monkeypatch.setattr(AnnealingSampler, "_is_out_of_reach", lambda *_: at_the_end)
+    plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
+    config, display = tiny_config(tmp_path, **plan, **{"search.extra_trials": 4}), Recorder()
+    run_study(config, task, display)
+    # Without more to find one round of two is enough.
+    assert ended(tmp_path / "tiny")["annealing"] == (8 if at_the_end else 10)
+    said = [line for line in display.lines if "search space holds nothing much cheaper" in line]
+    assert len(said) == at_the_end
 
 
 def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from test_width import table_of
 from autocompress.allocator import ALONE, Knobs, allocate, decode
 from autocompress.annealing import (
     CANDIDATES,
+    FAR,
     LEAST_TRUE,
     STEPS,
     TOO_MUCH,
     AnnealingSampler,
     Parent,
     _Wish,
+    at_the_end,
 )
 from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
@@ -534,9 +536,18 @@ def test_a_band_that_is_too_narrow_for_what_a_child_should_save_is_widened() -> 
     for number in (2, 3):
         proposal = sampler.propose([done] * 3, number, 0, np.random.default_rng(0))
         assert proposal.record["step"] == STEPS[0] and 0.125 < proposal.record["band"] <= 1
+        assert not proposal.record[FAR]
         assert proposal.record["saved"] >= -math.log(TOO_MUCH * STEPS[0])
     first = sampler.propose([], 2, 0, np.random.default_rng(0))
     assert first.record["band"] == 0.5
+    # Of the cheapest network of all no child can save anything, and the trial says so.
+    least = {name: min(x, key=lambda o: o.cost) for name, x in DEEP.options.items()}
+    last = Parent("exploration/1", DEEP.plan(least).to_json(), -2.0, DEEP.cost(least))
+    sampler = AnnealingSampler(DEEP, 0, outlook=Outlook(1.0, {}), parents=[last])
+    record = sampler.propose([], 2, 0, np.random.default_rng(0)).record
+    trial = optuna.create_trial(values=[0.5, 1.0], system_attrs={KNOBS: record})
+    assert record["band"] == 1 and at_the_end([trial]) and not at_the_end([trial, done])
+    assert not at_the_end([])
 
 
 def test_more_is_planned_where_predicted_savings_did_not_come_true() -> None:
