@@ -116,22 +116,37 @@ class ChannelSpace:
     def _narrowed(self) -> dict[tuple[str, int, int], LayerSpec]:
         return {}
 
-    def remaining(self, kept: Kept) -> dict[str, LayerSpec]:
-        """All layers without the removed channels."""
-        gone = {name: (0, 0) for name in self.layers}
+    def _cost_without(self, layer: str, gone_in: int, gone_out: int) -> Cost:
+        """What a layer costs that lacks so many input and output channels."""
+        key = layer, gone_in, gone_out
+        if key not in self._costs:
+            self._costs[key] = self.cost_of(self.narrowed(layer, gone_in, gone_out))
+        return self._costs[key]
+
+    @cached_property
+    def _costs(self) -> dict[tuple[str, int, int], Cost]:
+        return {}
+
+    def _gone(self, kept: Kept) -> dict[str, tuple[int, int]]:
+        """The layers that lost channels: how many input and output channels each."""
+        gone: dict[str, tuple[int, int]] = {}
         for name, keep in kept.items():
             count = self.ladders[name].group.channels - keep
             for layer, each in self.reach[name].items():
-                gone[layer] = gone[layer][0] + count * each[0], gone[layer][1] + count * each[1]
-        return {name: self.narrowed(name, *fewer) for name, fewer in gone.items()}
+                inputs, outputs = gone.get(layer, (0, 0))
+                gone[layer] = inputs + count * each[0], outputs + count * each[1]
+        return gone
+
+    def remaining(self, kept: Kept) -> dict[str, LayerSpec]:
+        """All layers without the removed channels."""
+        gone = self._gone(kept)
+        return {name: self.narrowed(name, *gone.get(name, (0, 0))) for name in self.layers}
 
     def cost(self, kept: Kept) -> Cost:
         """Cost of the network without the removed channels."""
         params, macs, ms = self.full.params, self.full.macs, self.full.ms
-        for name, layer in self.remaining(kept).items():
-            if layer is self.layers[name]:
-                continue
-            before, after = self.cost_of(self.layers[name]), self.cost_of(layer)
+        for name, fewer in self._gone(kept).items():
+            before, after = self._cost_without(name, 0, 0), self._cost_without(name, *fewer)
             params -= before.params - after.params
             macs -= before.macs - after.macs
             if ms is not None and before.ms is not None and after.ms is not None:
