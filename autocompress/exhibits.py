@@ -32,15 +32,16 @@ ARTIFACT = "artifacts:"
 MOST_BARS = 40
 """Layers with a bar of their own; of a larger network the smaller ones are drawn as one."""
 
-_COLOURS = {
-    "svd": "#2a86c4",
+COLOURS = {
+    "svd": "#0072b2",
     "spatial_svd": "#56b4e9",
     "tucker2": "#009e73",
-    "cp": "#cc79a7",
-    "tt": "#e69f00",
-    "channels": "#7a6fac",
-    "kept": "#8a8a8a",
+    "cp": "#e69f00",
+    "tt": "#cc79a7",
+    "channels": "#8a6d3b",
+    "kept": "#c3cad2",
 }
+"""Colours of what was done to a layer, those of the report (`templates/report.html.j2`)."""
 # Widths of the columns of the picture, in pixels: name, what was done, bar, numbers.
 _COLUMNS = (230, 250, 280, 190)
 _ROW = 22
@@ -136,7 +137,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, str, f
     """Name, what was done, cost before and after, colour; the smallest layers as one."""
     found = [
         (str(row["name"]), _done(row), float(row[key][0] or 0), float(row[key][1] or 0),
-         _COLOURS.get(kind_of(row), "#444444"))
+         COLOURS.get(kind_of(row), "#444444"))
         for row in rows
     ]  # fmt: skip
     if len(found) <= MOST_BARS:
@@ -144,7 +145,7 @@ def _bars(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, str, f
     large = set(sorted(range(len(found)), key=lambda i: -found[i][2])[: MOST_BARS - 1])
     small = [bar for i, bar in enumerate(found) if i not in large]
     before, after = sum(bar[2] for bar in small), sum(bar[3] for bar in small)
-    rest = (f"{len(small)} smaller layers", "", before, after, _COLOURS["kept"])
+    rest = (f"{len(small)} smaller layers", "", before, after, COLOURS["kept"])
     return [bar for i, bar in enumerate(found) if i in large] + [rest]
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
 
+from autocompress import exhibits
 from autocompress.exhibits import (
+    COLOURS,
     MOST_BARS,
     artifact_ids,
     layer_picture,
@@ -20,6 +23,7 @@ from autocompress.exhibits import (
     trial_name,
 )
 from autocompress.scale import ACCURACY
+from autocompress.transforms import TRANSFORMS
 
 SPEC = {"kind": "conv", "in_channels": 3, "out_channels": 8, "kernel_size": [3, 3]}
 FACTS = {
@@ -75,6 +79,15 @@ def test_a_picture_of_many_layers_draws_the_small_ones_as_one() -> None:
     assert f"{100 - MOST_BARS + 1} smaller layers" in texts
     assert str(sum(range(100 - MOST_BARS + 1))).startswith("1") and "1.83 k" in texts
     ElementTree.fromstring(layer_picture([], "params", (0, 0)))
+
+
+def test_a_change_has_one_colour_in_pictures_and_in_reports() -> None:
+    template = Path(exhibits.__file__).parent / "templates" / "report.html.j2"
+    style = template.read_text(encoding="utf-8")
+    values = dict(re.findall(r"--(\w+): (#\w{6})", style.partition("@media")[0]))
+    classes = dict(re.findall(r"\.k-(\w+) { background: var\(--(\w+)\)", style))
+    assert {name: values[variable] for name, variable in classes.items()} == COLOURS
+    assert {*TRANSFORMS, "channels", "kept"} == COLOURS.keys()
 
 
 def test_names_of_trials() -> None:
