@@ -37,8 +37,7 @@ class InputStatistics:
     @classmethod
     def of(cls, patches: Tensor) -> InputStatistics:
         """Of real inputs, `n x in x kh x kw` or `n x in`."""
-        values = patches.detach().cpu().float().reshape(len(patches), patches.shape[1], -1)
-        values = values.transpose(0, 1).flatten(1)
+        values = _by_channel(patches)
         mean = values.mean(dim=1, keepdim=True)
         centred = values - mean
         covariance = centred @ centred.T / values.shape[1]
@@ -51,7 +50,8 @@ class InputStatistics:
         return self.covariance + ridge * torch.eye(len(self.covariance), dtype=torch.float64)
 
     @cached_property
-    def _precision(self) -> Tensor:
+    def precision(self) -> Tensor:
+        """The inverse of the covariance with its ridge, `in x in`."""
         return torch.cholesky_inverse(torch.linalg.cholesky(self._known))
 
     def mixing(self, removed: Tensor, remaining: Tensor) -> Tensor:
@@ -61,12 +61,51 @@ class InputStatistics:
         the covariance that do: the same, from the smaller system of equations.
         """
         if len(removed) < len(remaining):
-            rows = self._precision[removed]
+            rows = self.precision[removed]
             found: Tensor = -torch.linalg.solve(rows[:, removed], rows[:, remaining])
         else:
             rows = self._known[remaining]
             found = torch.linalg.solve(rows[:, remaining], rows[:, removed]).T
         return found
+
+
+class Unexplained:
+    """What of a layer's input channels those that remain don't tell, when some are removed.
+
+    The same as the inputs minus what `compensate` predicts of them, without a pass over all
+    channels for each choice of them.
+
+    Args:
+        statistics: Of the layer's inputs.
+        patches: Real inputs, `n x in x kh x kw` or `n x in`.
+    """
+
+    def __init__(self, statistics: InputStatistics, patches: Tensor) -> None:
+        self._statistics = statistics
+        self._shape = (len(patches), *patches.shape[2:])
+        self._centred = _by_channel(patches).double() - statistics.mean[:, None]
+        self._told = statistics.precision @ self._centred
+
+    def __call__(self, removed: Tensor) -> Tensor:
+        """Of the removed channels, `n x removed x kh x kw` or `n x removed`."""
+        statistics = self._statistics
+        if 2 * len(removed) < len(statistics.mean):
+            own = statistics.precision[removed][:, removed]
+            rest: Tensor = torch.linalg.solve(own, self._told[removed])
+        else:
+            absent = torch.zeros(len(statistics.mean), dtype=torch.bool)
+            absent[removed] = True
+            remaining = (~absent).nonzero().flatten()
+            predicted = statistics.mixing(removed, remaining) @ self._centred[remaining]
+            rest = self._centred[removed] - predicted
+        count, *taps = self._shape
+        return rest.float().reshape(len(removed), count, *taps).transpose(0, 1)
+
+
+def _by_channel(patches: Tensor) -> Tensor:
+    """Real inputs as `in x (n x places of the kernel)`."""
+    values = patches.detach().cpu().float().reshape(len(patches), patches.shape[1], -1)
+    return values.transpose(0, 1).flatten(1)
 
 
 def compensate(

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.batch import samples_in, split_batch
 from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
-from autocompress.compensation import InputStatistics, compensate
+from autocompress.compensation import InputStatistics, Unexplained
 from autocompress.damage import damage
 from autocompress.observation import CHUNK, Observations, output_change
 from autocompress.task import Task
@@ -116,7 +116,7 @@ def build_ladders(
     """
     modules = dict(model.named_modules())
     by_loss = _gate_derivatives(model, task, groups) if importance == "taylor" else {}
-    ladders = {}
+    orders = {}
     for group in groups:
         if importance == "taylor":
             scores = by_loss[group.name]
@@ -125,12 +125,9 @@ def build_ladders(
         else:
             scores = _weight_scores(modules, group, importance)
         order = torch.argsort(scores, descending=True, stable=True).tolist()
-        ladder = ChannelLadder(group, tuple(order), ())
-        choices = _measure(modules, ladder, observations)
-        ladders[group.name] = replace(
-            ladder, choices=choices, params_each=_params_each(modules, group)
-        )
-    return ladders
+        each = _params_each(modules, group)
+        orders[group.name] = ChannelLadder(group, tuple(order), (), each)
+    return _measured(modules, orders, observations)
 
 
 def _params_each(modules: Mapping[str, nn.Module], group: ChannelGroup) -> int:
@@ -140,40 +137,64 @@ def _params_each(modules: Mapping[str, nn.Module], group: ChannelGroup) -> int:
     )
 
 
-def _measure(
-    modules: Mapping[str, nn.Module], ladder: ChannelLadder, observations: Observations
-) -> tuple[ChannelChoice, ...]:
-    """What the keep-counts break where the readers make up for it as well as they can."""
-    group = ladder.group
-    readers = [_Reader(modules[m.layer], m, observations) for m in group.of_side("in")]
-    found = []
-    for keep in keep_counts(group):
-        kept = ladder.kept(keep)
-        lost = [reader.without(kept) for reader in readers]
-        error = (sum(error**2 for error, _ in lost) / len(lost)) ** 0.5
-        impact = sum(impact for _, impact in lost)
-        found.append(ChannelChoice(keep, keep / group.channels, error, impact))
-    return tuple(found)
+def _measured(
+    modules: Mapping[str, nn.Module],
+    ladders: Mapping[str, ChannelLadder],
+    observations: Observations,
+) -> dict[str, ChannelLadder]:
+    """The ladders with what their keep-counts break, where the readers make up for it as well as
+    they can. Layer by layer, for one may read many groups."""
+    lost: dict[str, dict[int, list[tuple[float, float]]]] = {
+        name: {keep: [] for keep in keep_counts(ladder.group)} for name, ladder in ladders.items()
+    }
+    read: dict[str, list[str]] = {}
+    for name, ladder in ladders.items():
+        for member in ladder.group.of_side("in"):
+            read.setdefault(member.layer, []).append(name)
+    for layer, names in read.items():
+        reader = _Reader(layer, modules[layer], observations)
+        for name in names:
+            for keep, found in lost[name].items():
+                found.append(reader.without(ladders[name].kept(keep)))
+    return {
+        name: replace(
+            ladder,
+            choices=tuple(
+                ChannelChoice(
+                    keep,
+                    keep / ladder.group.channels,
+                    (sum(error**2 for error, _ in found) / len(found)) ** 0.5,
+                    sum(impact for _, impact in found),
+                )
+                for keep, found in lost[name].items()
+            ),
+        )
+        for name, ladder in ladders.items()
+    }
 
 
 class _Reader:
-    """A layer that reads a group's channels, and what it answers without some."""
+    """A layer that reads channel groups, and what it answers without some channels."""
 
-    def __init__(self, module: nn.Module, member: Member, observations: Observations) -> None:
+    def __init__(self, name: str, module: nn.Module, observations: Observations) -> None:
         self._weight = module.get_parameter("weight").detach().cpu().float()
         self._groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        self._name = member.layer
-        self._patches = observations.patches[member.layer]
-        self._gradients = observations.gradients.get(member.layer)
+        self._name = name
+        self._patches = observations.patches[name]
+        self._gradients = observations.gradients.get(name)
         self._exact = self._answer(range(self._patches.shape[1]))
-        self._statistics = InputStatistics.of_layer(module, self._patches)
+        statistics = InputStatistics.of_layer(module, self._patches)
+        self._unexplained = None if statistics is None else Unexplained(statistics, self._patches)
 
     def without(self, kept: KeptChannels) -> tuple[float, float]:
         """Relative error of its outputs, and the predicted change of the network's."""
-        inputs = kept_positions([kept], self._name, "in", self._patches.shape[1])
-        if self._statistics is not None:
-            weight, shift = compensate(self._weight, self._statistics, inputs)
-            left = self._patches[:, inputs].flatten(1) @ weight.flatten(1).T + shift
+        width = self._patches.shape[1]
+        inputs = kept_positions([kept], self._name, "in", width)
+        if self._unexplained is not None:
+            own = set(inputs)
+            removed = torch.tensor([place for place in range(width) if place not in own])
+            lost = self._unexplained(removed).flatten(1) @ self._weight[:, removed].flatten(1).T
+            left = self._exact - lost
         else:
             left = self._answer(inputs)
         error = float((self._exact - left).norm() / self._exact.norm().clamp_min(1e-12))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autocompress.compensation import RIDGE, InputStatistics, compensate
+from autocompress.compensation import RIDGE, InputStatistics, Unexplained, compensate
 
 
 def mixed_inputs(taps: int) -> Tensor:
@@ -81,3 +81,21 @@ def test_it_is_least_squares_however_many_remain(left: int) -> None:
     torch.testing.assert_close(new, (weight[:, kept] + lost @ mixing).float())
     rest = statistics.mean[gone] - mixing @ statistics.mean[kept]
     torch.testing.assert_close(shift, (lost @ rest).float())
+
+
+@pytest.mark.parametrize("left", [1, 3, 4, 6])
+@pytest.mark.parametrize("taps", [(), (3, 3)])
+def test_what_remaining_channels_do_not_tell(left: int, taps: tuple[int, ...]) -> None:
+    """The answers that a compensated layer misses, whichever way is shorter."""
+    torch.manual_seed(0)
+    patches = torch.einsum("nc...,cd->nd...", torch.randn(64, 7, *taps), torch.randn(7, 7)) + 1.0
+    weight = torch.randn(3, 7, *taps)
+    statistics = InputStatistics.of(patches)
+    kept, gone = list(range(left)), torch.arange(left, 7)
+    new, shift = compensate(weight, statistics, kept)
+    fewer = patches[:, kept].flatten(1) @ new.flatten(1).T + shift
+    rest = Unexplained(statistics, patches)(gone)
+    assert rest.shape == (64, 7 - left, *taps)
+    missed = rest.flatten(1) @ weight[:, gone].flatten(1).T
+    exact = patches.flatten(1) @ weight.flatten(1).T
+    torch.testing.assert_close(exact - missed, fewer, rtol=1e-4, atol=1e-3)
