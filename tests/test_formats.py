@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 from typing import get_args
 
@@ -17,8 +19,10 @@ from autocompress.errors import AutocompressError, ConfigError
 from autocompress.formats import (
     FORMATS,
     HALF_TOLERANCE,
+    TOLERANCE,
     Format,
     Source,
+    _difference,
     annotate_onnx,
     check,
     choose_formats,
@@ -62,6 +66,30 @@ def test_each_format_computes_what_the_network_does(
     other = apply_plan(TinyNet().eval(), Plan({"stem": SVD(4), "conv": Tucker2(8, 12)}))
     with pytest.raises(AutocompressError, match=f"{kind.file} differs from the network"):
         check(kind, tmp_path / kind.file, other, IMAGES)
+
+
+def test_a_network_that_rounds_much_may_differ_by_as_much() -> None:
+    class Cancels(nn.Module):
+        """Loses the last digits of its outputs, but in double precision."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.fc(x) + 2e4) - 2e4
+
+    images, model = torch.rand(4, 8), Cancels()
+    precise = copy.deepcopy(model).double()
+
+    def by(error: float) -> float:
+        return _difference("a", lambda x: precise(x.double()) + error, model, (images,), TOLERANCE)
+
+    assert by(0.0) > 2 * TOLERANCE * model(images).abs().max()
+    for error in (0.1, math.nan):
+        with pytest.raises(AutocompressError, match="a differs from the network"):
+            by(error)
 
 
 def test_half_precision_is_within_only(source: Source, tmp_path: Path) -> None:
