@@ -102,9 +102,9 @@ channel groups are analysed, half of the MACs are planned away by ranks and chan
 applied, runs forward and backward, is saved, is built again with identical outputs, and is
 exported to ONNX with matching outputs. Weights and images are random: this tells that it works,
 not what a trained network loses; where branches begin with weights of zero, cutting them breaks
-nothing, and more than half of the MACs goes. Of layers and groups: how many the plan changed, of how many
-that may change; params and MACs: how many times fewer; then the largest difference of the ONNX
-file's outputs, relative to the largest output, and seconds on one thread of a shared CPU.
+nothing, and more than half of the MACs goes. Of layers and groups: how many the plan changed, of
+how many that may change; params and MACs: how many times fewer; then the largest difference of the
+ONNX file's outputs, and seconds on one thread of a shared CPU.
 
 This page is made from `scripts/sweep.json`; a network that is missing has not been tried yet, and
 `--models NAME` tries it.
