@@ -66,10 +66,6 @@ LEAST_STEEP = 0.5
 TRUST = 0.01
 """Weight of `STEEP`: that of one child that saved 10 % of its cost."""
 
-DOUBT = 0.1
-"""Weight of the hope that predicted savings come true: that of one child that saved 27 %."""
-LEAST_TRUE = 0.5
-"""No unlucky children make us plan for more than twice the saving."""
 FAR = "far"
 """In a trial's record: whether there was no child of its parent that saves what it should."""
 
@@ -123,7 +119,6 @@ class _Wish:
     Attributes:
         parent: Its parent.
         step: Share of its parent's cost that it should have.
-        planned: The same, as costs are predicted: where less came true, more is planned.
         band: How far its rank fractions may lie from its parent's.
         space: The space at its parent's channels.
         far: Whether nothing in the band saves so much.
@@ -131,7 +126,6 @@ class _Wish:
 
     parent: Parent
     step: float
-    planned: float
     band: float
     space: SearchSpace
     far: bool = False
@@ -143,22 +137,18 @@ class _Wish:
 
     @cached_property
     def cost(self) -> float:
-        """What the child's cost should be predicted to be, as the space counts it."""
-        return self.planned * self.space.cost(self.picked)
+        """What the child should cost, as the space counts it."""
+        return self.step * self.space.cost(self.picked)
 
     def misses(self, cost: float) -> bool:
         """Whether a child of this cost costs too much."""
         return cost > TOO_MUCH * self.cost
 
-    def saved(self, cost: float) -> float:
-        """Natural logarithm of what a child of this cost saves."""
-        return -math.log(max(cost, 1e-9) * self.planned / self.cost)
-
     def score(self, cost: float, stray: float) -> tuple[bool, float, float]:
         """What children are compared by, the less the better: those that cost too much come last;
         then how far they stray for each unit of the logarithm of what they save; then their cost.
         """
-        saved = self.saved(cost)
+        saved = -math.log(max(cost, 1e-9) * self.step / self.cost)
         stray = max(stray, 0.0) / saved if math.isfinite(stray) and saved > 0 else math.inf
         return self.misses(cost), stray, cost
 
@@ -268,8 +258,7 @@ class AnnealingSampler(PlanSampler):
         parent = self._choose(pool, slope, rng)
         step = self._share(parent, slope) * math.exp(rng.normal(0.0, 0.1 * band))
         step = float(np.clip(step, *STEPS))
-        planned = step ** (1 / self._came_true(pool, finished))
-        wish = _Wish(parent, step, planned, band, self._space.of_plan(parent.plan))
+        wish = _Wish(parent, step, band, self._space.of_plan(parent.plan))
         while (far := self._is_out_of_reach(wish, rng)) and wish.band < 1:
             wish = replace(wish, band=2 * wish.band)
         wish = replace(wish, far=far)
@@ -330,7 +319,6 @@ class AnnealingSampler(PlanSampler):
         record = {
             "kind": kind,
             "step": wish.step,
-            "saved": wish.saved(here.cost(picked)),
             "band": band,
             "channels": part,
             "impact": impact,
@@ -358,7 +346,7 @@ class AnnealingSampler(PlanSampler):
         for part in PARTS if old.options else (1.0,):
             kept = old.kept
             if part:
-                kept = width.lighten(kept, wish.planned**part * dense, rng, noise, impact)
+                kept = width.lighten(kept, wish.step**part * dense, rng, noise, impact)
             here = self._space.at(kept)
             start = here.nearest(old.params(picked))
             lighter = here.around([start], wish.band).lighten(start, cost, rng, impact=impact)
@@ -445,25 +433,6 @@ class AnnealingSampler(PlanSampler):
             squares += fades * saving**2
             fades *= FADES
         return max(products / squares, LEAST_STEEP * unit)
-
-    def _came_true(self, pool: Sequence[Parent], finished: Sequence[FrozenTrial]) -> float:
-        """The part of the savings that children were predicted to make which they made.
-
-        Milliseconds are predicted layer by layer, and small layers take longer than that. Ridge
-        regression through the origin, of logarithms, towards 1.
-        """
-        known = {p.label: p for p in pool}
-        squares = products = DOUBT
-        fades = 1.0
-        for child in reversed(finished):
-            elder = known.get(child.user_attrs.get(PARENT, ""))
-            saved = child.system_attrs.get(KNOBS, {}).get("saved")
-            if elder is None or saved is None or child.state != TrialState.COMPLETE:
-                continue
-            products += fades * saved * math.log(elder.cost / child.values[1])
-            squares += fades * saved**2
-            fades *= FADES
-        return min(max(products / squares, LEAST_TRUE), 1.0)
 
     def _share(self, parent: Parent, slope: float) -> float:
         """Share of its parent's cost at which a child is expected to reach the aim."""
