@@ -30,9 +30,9 @@ from autocompress.channels import (
 from autocompress.errors import UnsupportedLayer
 from autocompress.layers import LayerSpec, is_depthwise
 
-MOST_POSITIONS = 2**18
-"""Positions of a group's channels in one layer, beyond which it is not followed: more than a flat
-feature map has."""
+MOST_POSITIONS = 2**19
+"""Positions of a group's channels in all layers, beyond which it is not followed: many more than
+flat feature maps have."""
 
 
 def find_groups(
@@ -173,7 +173,7 @@ def _follow(graph: Any, root: nn.Module) -> dict[tuple[Any, Any], dict[int, int]
         A node of the graph and what removes channels there, to positions and their channels.
 
     Raises:
-        UnsupportedLayer: If there are more than `MOST_POSITIONS` of them in a layer.
+        UnsupportedLayer: If there are more than `MOST_POSITIONS` of them.
     """
     from torch_pruning._helpers import _HybridIndex
 
@@ -181,6 +181,7 @@ def _follow(graph: Any, root: nn.Module) -> dict[tuple[Any, Any], dict[int, int]
     start = [_HybridIndex(channel, channel) for channel in range(pruner.get_out_channels(root))]
     met: dict[tuple[Any, Any], dict[int, int]] = {}
     followed: dict[tuple[Any, Any], set[Any]] = {}
+    total = 0
     waiting = [(graph.module2node[root], pruner.prune_out_channels, start)]
     while waiting:
         node, handler, arrived = waiting.pop()
@@ -189,6 +190,8 @@ def _follow(graph: Any, root: nn.Module) -> dict[tuple[Any, Any], dict[int, int]
         if not new:
             continue
         known.update(new)
+        total += len(new)
+        _need_few(total)
         places = met.setdefault((node, handler), {})
         for place in new:
             places.setdefault(place.idx, place.root_idx)
@@ -203,14 +206,16 @@ def _behind(edge: Any, places: list[Any]) -> list[Any]:
     for mapping in edge.index_mapping:
         if mapping is None:
             continue
-        repeat = 1 if mapping.reverse else getattr(mapping, "_stride", 1)
-        if len(places) * repeat > MOST_POSITIONS:
-            raise UnsupportedLayer(
-                f"its channels come to {len(places) * repeat:,} positions in a layer, more than "
-                f"the {MOST_POSITIONS:,} that are followed"
-            )
+        _need_few(len(places) * (1 if mapping.reverse else getattr(mapping, "_stride", 1)))
         places = mapping(places)
     return places
+
+
+def _need_few(positions: int) -> None:
+    if positions > MOST_POSITIONS:
+        raise UnsupportedLayer(
+            f"its channels come to more than {MOST_POSITIONS:,} positions in the layers behind them"
+        )
 
 
 def _first(items: Sequence[_Item], order: Mapping[str, int]) -> str:
