@@ -59,8 +59,7 @@ def find_groups(
     try:
         traced, refused = _trace(followed, inputs)
     except Exception as error:  # the graph's own code may stumble over any network
-        reason = f"{type(error).__name__}: {error}"
-        return (), {"*": f"Torch-Pruning's graph can't follow its channels ({reason})"}
+        return (), {"*": _not_followed(error)}
     groups: list[ChannelGroup] = []
     order = {name: place for place, name in enumerate(dict(followed.named_modules()))}
     for items in sorted(traced, key=lambda rows: order.get(_first(rows, order), 0)):
@@ -142,8 +141,8 @@ def _trace(
             continue
         try:
             met = _follow(graph, module)
-        except UnsupportedLayer as error:  # of one layer; the others' groups may be fine
-            refused[names[module]] = str(error)
+        except Exception as error:  # of one layer; the others' groups may be fine
+            refused[names[module]] = _not_followed(error)
             continue
         rows = []
         for (node, handler), channels in met.items():
@@ -156,6 +155,12 @@ def _trace(
             rows.append(_Item(name, node.module, side, list(channels), list(channels.values())))
         found.append(rows)
     return found, refused
+
+
+def _not_followed(error: Exception) -> str:
+    if isinstance(error, UnsupportedLayer):
+        return str(error)
+    return f"Torch-Pruning's graph can't follow its channels ({type(error).__name__}: {error})"
 
 
 def _follow(graph: Any, root: nn.Module) -> dict[tuple[Any, Any], dict[int, int]]:
@@ -206,7 +211,8 @@ def _behind(edge: Any, places: list[Any]) -> list[Any]:
     for mapping in edge.index_mapping:
         if mapping is None:
             continue
-        _need_few(len(places) * (1 if mapping.reverse else getattr(mapping, "_stride", 1)))
+        backward = getattr(mapping, "reverse", False)
+        _need_few(len(places) * (1 if backward else getattr(mapping, "_stride", 1)))
         places = mapping(places)
     return places
 
