@@ -86,20 +86,24 @@ class Unexplained:
         self._centred = _by_channel(patches).double() - statistics.mean[:, None]
         self._told = statistics.precision @ self._centred
 
-    def __call__(self, removed: Tensor) -> Tensor:
+    def __call__(self, removed: Tensor, remaining: Tensor) -> Tensor:
         """Of the removed channels, `n x removed x kh x kw` or `n x removed`."""
         statistics = self._statistics
-        if 2 * len(removed) < len(statistics.mean):
+        if len(removed) < len(remaining):
             own = statistics.precision[removed][:, removed]
             rest: Tensor = torch.linalg.solve(own, self._told[removed])
         else:
-            absent = torch.zeros(len(statistics.mean), dtype=torch.bool)
-            absent[removed] = True
-            remaining = (~absent).nonzero().flatten()
             predicted = statistics.mixing(removed, remaining) @ self._centred[remaining]
             rest = self._centred[removed] - predicted
         count, *taps = self._shape
         return rest.float().reshape(len(removed), count, *taps).transpose(0, 1)
+
+
+def split_channels(kept: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
+    """Which of a layer's `width` input channels are removed, and which remain."""
+    own = set(kept)
+    removed = [channel for channel in range(width) if channel not in own]
+    return torch.tensor(removed, dtype=torch.long), torch.tensor(list(kept))
 
 
 def _by_channel(patches: Tensor) -> Tensor:
@@ -125,9 +129,7 @@ def compensate(
     Returns:
         The kernel, `out x kept x ...`, and what to add to the layer's bias, `out`.
     """
-    own = set(kept)
-    remaining = torch.tensor(list(kept))
-    removed = torch.tensor([c for c in range(weight.shape[1]) if c not in own], dtype=torch.long)
+    removed, remaining = split_channels(kept, weight.shape[1])
     if not len(removed):
         return weight, torch.zeros(len(weight), dtype=weight.dtype)
     mixing = statistics.mixing(removed, remaining)

@@ -7,7 +7,7 @@ runs through.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
@@ -184,26 +184,30 @@ def _follow(graph: Any, root: nn.Module) -> dict[tuple[Any, Any], dict[int, int]
 
     pruner = graph.get_pruner_of_module(root)
     start = [_HybridIndex(channel, channel) for channel in range(pruner.get_out_channels(root))]
-    met: dict[tuple[Any, Any], dict[int, int]] = {}
-    followed: dict[tuple[Any, Any], set[Any]] = {}
+    met: dict[tuple[Any, Any], dict[Any, None]] = {}
     total = 0
     waiting = [(graph.module2node[root], pruner.prune_out_channels, start)]
     while waiting:
         node, handler, arrived = waiting.pop()
-        known = followed.setdefault((node, handler), set())
+        known = met.setdefault((node, handler), {})
         new = [place for place in arrived if place not in known]
         if not new:
             continue
-        known.update(new)
+        known |= dict.fromkeys(new)
         total += len(new)
         _need_few(total)
-        places = met.setdefault((node, handler), {})
-        for place in new:
-            places.setdefault(place.idx, place.root_idx)
         for edge in node.dependencies:
             if edge.is_triggered_by(handler):
                 waiting.append((edge.target, edge.handler, _behind(edge, new)))
-    return met
+    return {key: _first_at_each(places) for key, places in met.items() if places}
+
+
+def _first_at_each(places: Iterable[Any]) -> dict[int, int]:
+    """Position to channel; where several channels come to one it is the first one's."""
+    found: dict[int, int] = {}
+    for place in places:
+        found.setdefault(place.idx, place.root_idx)
+    return found
 
 
 def _behind(edge: Any, places: list[Any]) -> list[Any]:

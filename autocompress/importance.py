@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.batch import samples_in, split_batch
 from autocompress.channels import ChannelGroup, KeptChannels, Member, kept_positions
-from autocompress.compensation import InputStatistics, Unexplained
+from autocompress.compensation import InputStatistics, Unexplained, split_channels
 from autocompress.damage import damage
 from autocompress.observation import CHUNK, Observations, output_change
 from autocompress.task import Task
@@ -191,10 +191,9 @@ class _Reader:
         width = self._patches.shape[1]
         inputs = kept_positions([kept], self._name, "in", width)
         if self._unexplained is not None:
-            own = set(inputs)
-            removed = torch.tensor([place for place in range(width) if place not in own])
-            lost = self._unexplained(removed).flatten(1) @ self._weight[:, removed].flatten(1).T
-            left = self._exact - lost
+            removed, remaining = split_channels(inputs, width)
+            rest = self._unexplained(removed, remaining)
+            left = self._exact - rest.flatten(1) @ self._weight[:, removed].flatten(1).T
         else:
             left = self._answer(inputs)
         error = float((self._exact - left).norm() / self._exact.norm().clamp_min(1e-12))

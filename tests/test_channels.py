@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from conftest import TinyNet
 from torch import Tensor, nn
 
@@ -357,8 +358,7 @@ def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
 
 def test_of_a_network_that_counts_channels_in_circles_the_other_groups_remain() -> None:
     # Its attention repeats each channel, and a graph that goes on there never comes to an end.
-    timm = pytest.importorskip("timm")
-    network = timm.create_model("efficientformerv2_s0").eval()
+    network = torchvision.models.swin_t().eval()
     groups, refused = find_groups(network, (torch.randn(1, 3, 224, 224),))
     assert len(groups) > 10
     assert any(f"than {MOST_POSITIONS:,} positions" in reason for reason in refused.values())

@@ -94,7 +94,7 @@ def test_what_remaining_channels_do_not_tell(left: int, taps: tuple[int, ...]) -
     kept, gone = list(range(left)), torch.arange(left, 7)
     new, shift = compensate(weight, statistics, kept)
     fewer = patches[:, kept].flatten(1) @ new.flatten(1).T + shift
-    rest = Unexplained(statistics, patches)(gone)
+    rest = Unexplained(statistics, patches)(gone, torch.tensor(kept))
     assert rest.shape == (64, 7 - left, *taps)
     missed = rest.flatten(1) @ weight[:, gone].flatten(1).T
     exact = patches.flatten(1) @ weight.flatten(1).T
