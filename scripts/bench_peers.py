@@ -70,15 +70,20 @@ def main() -> None:
     def work(method: str, seed: int) -> dict[str, Any]:
         if method in OURS:
             return run_ours(arena, out, method, seed)
-        ours = out / f"autocompress-{seed}.json"
-        epochs = arena.planned_epochs
-        if ours.exists():
-            epochs = json.loads(ours.read_text(encoding="utf-8"))["epochs"]
-        return run_peer(arena, method, seed, epochs)
+        return run_peer(arena, method, seed, epochs_of_ours(out, seed) or arena.planned_epochs)
 
     results = run_all(methods, options.seeds, out, lambda _: settings_of(arena), work, result_line)
     write_text(out / "peers.json", json.dumps(results, indent=1))
     print("\n" + peers_table(results, options.seeds))
+
+
+def epochs_of_ours(out: Path, seed: int) -> float:
+    """The most epochs that one of the whole studies took with this seed; 0 if there is none yet."""
+    epochs = [0.0]
+    for path in (out / f"{name}-{seed}.json" for name in OURS):
+        if path.exists():
+            epochs.append(json.loads(path.read_text(encoding="utf-8"))["epochs"])
+    return max(epochs)
 
 
 def run_ours(arena: Arena, out: Path, method: str, seed: int) -> dict[str, Any]:

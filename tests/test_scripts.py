@@ -256,6 +256,15 @@ def test_peers_and_their_table(arena: ground.Arena) -> None:
     assert "ALDS" in text and "2.0 +/- 1.4" in text and "Seeds 0, 1" in text
 
 
+def test_other_methods_get_the_epochs_of_the_longest_study_of_ours(tmp_path: Path) -> None:
+    assert bench_peers.epochs_of_ours(tmp_path, 0) == 0
+    for name, epochs in (("autocompress-ranks-0", 3.0), ("autocompress-both-0", 7.5)):
+        (tmp_path / f"{name}.json").write_text(f'{{"epochs": {epochs}}}')
+    (tmp_path / "alds-0.json").write_text('{"epochs": 20.0}')
+    (tmp_path / "autocompress-both-1.json").write_text('{"epochs": 30.0}')
+    assert bench_peers.epochs_of_ours(tmp_path, 0) == 7.5
+
+
 def test_spread_says_what_is_missing() -> None:
     assert ground.spread([None]) == "-"
     assert ground.spread([2.0]) == "2.00"
