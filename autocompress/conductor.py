@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -180,8 +180,11 @@ def run_study(
     folder = StudyFolder(Path(config.run.out) / config.name)
     folder.create()
     url = folder.storage_url(config.run.storage)
-    with folder.lock(), log_of(config, folder, command):
-        storage = open_storage(url)
+    with (
+        folder.lock(),
+        log_of(config, folder, command),
+        closing(open_storage(url)) as storage,
+    ):
         storage.say = display.say
         with sole(storage, config.name) as hold:
             if config.run.storage is not None:

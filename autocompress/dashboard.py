@@ -157,8 +157,7 @@ class Reporter:
                 logger.warning("Notes and plots are not up to date: %s", error)
             self._over.wait(self._every)
         if storage is not None:
-            storage.remove_session()
-            storage.engine.dispose()
+            storage.close()
 
     def _look(self, storage: PatientStorage, seen: object) -> object:
         """Write what is new, if trials have ended since the last look; returns what was seen."""

@@ -9,8 +9,9 @@ import random
 import sqlite3
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from datetime import UTC, datetime
 from functools import wraps
@@ -116,7 +117,17 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str, patience: float = PATIENCE, **more: Any) -> None:
         self.say: Callable[[str], None] = logger.warning
         self._patience = patience
-        super().__init__(url, **more)
+        try:
+            super().__init__(url, **more)
+        finally:
+            if "engine" in vars(self):
+                # The pool would leave its connections open when nobody holds the storage any more.
+                weakref.finalize(self, self.engine.dispose)
+
+    def close(self) -> None:
+        """Close the connections that are not in use; a later call opens new ones."""
+        self.remove_session()
+        self.engine.dispose()
 
     def patiently(self, call: Callable[[], T]) -> T:
         """The call's result, as soon as the database is there.
@@ -321,9 +332,8 @@ def _open(url: str, patience: float) -> PatientStorage:
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             path = Path(str(parsed.database))
             path.parent.mkdir(parents=True, exist_ok=True)
-            with sqlite3.connect(path, timeout=60) as connection:
+            with closing(sqlite3.connect(path, timeout=60)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
-            connection.close()
         full = parsed.render_as_string(hide_password=False)
         return PatientStorage(full, patience, engine_kwargs=_engine_arguments(parsed))
 
@@ -707,7 +717,8 @@ def upgrade(url: str) -> str:
     try:
         with _explained(url):
             full = parsed.render_as_string(hide_password=False)
-            storage = RDBStorage(full, _engine_arguments(parsed), skip_compatibility_check=True)
+            arguments = _engine_arguments(parsed)
+            storage = PatientStorage(full, engine_kwargs=arguments, skip_compatibility_check=True)
     except _Away as error:
         raise ConfigError(str(error)) from error.__cause__
     try:
@@ -720,8 +731,7 @@ def upgrade(url: str) -> str:
             storage.upgrade()
         return f"{shown}: Optuna's schema {before} became {head}."
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        storage.close()
 
 
 @contextmanager

@@ -200,8 +200,7 @@ def conduct(
     found = tally(study, seconds)
     storage = study._storage._backend  # type: ignore[attr-defined]
     assert isinstance(storage, PatientStorage)
-    storage.remove_session()
-    storage.engine.dispose()
+    storage.close()
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -219,16 +220,15 @@ def closed_storages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No connection of this process is left open."""
     from autocompress.database import PatientStorage
 
-    made: list[PatientStorage] = []
+    made: WeakSet[PatientStorage] = WeakSet()
     init = PatientStorage.__init__
 
     def noted(self: PatientStorage, *args: Any, **kwargs: Any) -> None:
-        made.append(self)
+        made.add(self)
         init(self, *args, **kwargs)
 
     monkeypatch.setattr(PatientStorage, "__init__", noted)
     yield
-    for storage in made:
+    for storage in list(made):
         if hasattr(storage, "engine"):
-            storage.remove_session()
-            storage.engine.dispose()
+            storage.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sqlite3
 import subprocess
@@ -24,6 +25,7 @@ from optuna.storages._rdb.models import TrialParamModel
 from optuna.trial import TrialState, create_trial
 from postgres import Postgres
 from sqlalchemy import event, insert
+from sqlalchemy.pool import QueuePool
 
 from autocompress.database import (
     PatientStorage,
@@ -346,11 +348,25 @@ def test_a_proposal_that_a_lost_call_writes_only_now(url: str) -> None:
     assert opened(url).trials[0].params == {"a": 0.25}
 
 
+@pytest.mark.parametrize("by", ["closing", "letting go"])
+def test_a_storage_leaves_no_connection_open(tmp_path: Path, by: str) -> None:
+    storage: PatientStorage | None = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    assert storage is not None and not storage.get_all_studies()
+    pool = storage.engine.pool
+    assert isinstance(pool, QueuePool) and pool.checkedin() > 0
+    if by == "closing":
+        storage.close()
+        assert pool.checkedin() == 0
+        assert not storage.get_all_studies(), "it can be used again"
+    storage = None
+    gc.collect()
+    assert pool.checkedin() == 0
+
+
 def test_a_server_that_lets_nobody_in_is_not_away(server: Postgres) -> None:
     name = f"d{uuid4().hex}"
     study = opened(server.new_database(name))
-    backend(study).remove_session()
-    backend(study).engine.dispose()
+    backend(study).close()
     other = open_storage(server.new_database(f"d{uuid4().hex}")).engine
     with other.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(f"ALTER DATABASE {name} RENAME TO {name}2")
