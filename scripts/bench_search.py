@@ -116,7 +116,7 @@ def run_family(arena: Arena, method: str, seed: int) -> dict[str, Any]:
     finetune, search = arena.recipe, arena.config.search
     before = arena.counter.epochs
     if method == "allocator":
-        families = {method: allocator(arena)}
+        families = {method: allocator(arena, search.channels)}
     else:
         families = {name: uniform(arena, name) for name in search.transforms}
     attempts = bisect_family(

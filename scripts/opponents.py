@@ -100,9 +100,14 @@ def table_space(arena: Arena, channels: bool = False) -> tuple[SearchSpace, Fact
     return SearchSpace.from_table(layer_table, config.objective, full), cache
 
 
-def allocator(arena: Arena) -> Make:
-    """The study's own knapsack over its layer table, with no knob but the budget."""
-    space, cache = table_space(arena)
+def allocator(arena: Arena, channels: bool = False) -> Make:
+    """The study's own knapsack over its layer table, with no knob but the budget.
+
+    Args:
+        arena: The network.
+        channels: Whether it may remove channels as well.
+    """
+    space, cache = table_space(arena, channels)
 
     def make(dial: float) -> nn.Module:
         return apply_plan(arena.baseline.model, space.plan(allocate(space, Knobs(dial))), cache)

@@ -44,6 +44,7 @@ FAMILIES = {
     "uniform svd": lambda a: opponents.uniform(a, "svd"),
     "uniform tt": lambda a: opponents.uniform(a, "tt"),
     "allocator": opponents.allocator,
+    "allocator, channels too": lambda a: opponents.allocator(a, channels=True),
     "vbmf": opponents.tucker_vbmf,
     "alds": opponents.alds,
     "pruning": opponents.pruning,
