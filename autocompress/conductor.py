@@ -68,6 +68,7 @@ from autocompress.store import (
     StudyFolder,
     check_same,
     excuse,
+    folder_of,
     load_study,
     open_study,
     trials_spent,
@@ -134,7 +135,7 @@ def check_places(config: StudyConfig) -> None:
     """
     Deployment.from_config(config.latency)
     choose_formats(config.run.formats)
-    folder = StudyFolder(Path(config.run.out) / config.name)
+    folder = folder_of(config)
     folder.create()
     url = config.run.storage
     if url is None and not folder.database.exists():
@@ -177,7 +178,7 @@ def run_study(
     task.example()
     _check_training(config, task)
     _check_workers(config, task)
-    folder = StudyFolder(Path(config.run.out) / config.name)
+    folder = folder_of(config)
     folder.create()
     url = folder.storage_url(config.run.storage)
     with (

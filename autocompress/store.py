@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from autocompress.artifacts import open_artifacts, write_text
-from autocompress.config import differences
+from autocompress.config import StudyConfig, differences
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.scale import ACCURACY
 from autocompress.trials import EXCUSED, counted
@@ -128,6 +128,11 @@ class StudyFolder:
         place = str(exploration.user_attrs.get(PLACE, self.artifacts))
         elsewhere = "://" in place or not self.artifacts.exists()
         return open_artifacts(place if elsewhere else str(self.artifacts), writes=False)
+
+
+def folder_of(config: StudyConfig) -> StudyFolder:
+    """The folder of the study with these settings, whether it is there yet or not."""
+    return StudyFolder(Path(config.run.out) / config.name)
 
 
 def study_name(name: str, stage: str) -> str:

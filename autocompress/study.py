@@ -26,7 +26,6 @@ from autocompress.voice import (
 )
 
 if TYPE_CHECKING:
-    from optuna.study import Study
     from rich.table import Table
     from torch import Tensor, nn
 
@@ -192,7 +191,9 @@ def run(
     from autocompress.conductor import check_places, log_of, run_study
     from autocompress.config import own_code
     from autocompress.endings import outcome_document, say_outcome
+    from autocompress.naming import config_of, modules_of
     from autocompress.sources import task_from_config
+    from autocompress.store import folder_of
     from autocompress.watch import Watch
 
     voice = Voice(quiet, verbose, json)
@@ -207,15 +208,15 @@ def run(
         "run.storage": storage,
         "run.out": out,
     }
-    config = _config(study, overrides)
-    folder = _folder(config)
+    config = config_of(study, overrides)
+    folder = folder_of(config)
     command = "python -m autocompress.study " + shlex.join(sys.argv[1:])
     check_places(config)
     watch = Watch()
     with voice.hearing(), watch.orders.listening(_tell):
         try:
             with log_of(config, folder, command), voice.display() as display:
-                modules = _modules(study)
+                modules = modules_of(study)
                 for line in own_code(config):
                     display.say(f"The study runs code of its own: {line}.")
                 task = task_from_config(config, modules)
@@ -329,9 +330,11 @@ def upgrade(study: StudyArgument = None, storage: StorageOption = None) -> None:
       python -m autocompress.study upgrade my.toml
     """
     from autocompress.database import upgrade as upgrade_database
+    from autocompress.naming import config_of
+    from autocompress.store import folder_of
 
-    config = _config(study, {"run.storage": storage})
-    Voice().say(upgrade_database(_folder(config).storage_url(config.run.storage)))
+    config = config_of(study, {"run.storage": storage})
+    Voice().say(upgrade_database(folder_of(config).storage_url(config.run.storage)))
 
 
 @app.command(short_help="Say how far a study is, and who does what.")
@@ -360,16 +363,18 @@ def status(
     """
     from rich.console import Console
 
+    from autocompress.naming import begun_config, studies_of
     from autocompress.situation import Situation, place_of, read_situation, watch_study
+    from autocompress.store import folder_of
 
     voice = Voice(verbose=verbose, json=json)
-    config = _begun_config(study, storage, out)
-    folder = _folder(config)
+    config = begun_config(study, storage, out)
+    folder = folder_of(config)
     place = place_of(folder.path, config.run.storage)
-    studies = _studies(config)
+    studies = studies_of(config)
 
     def read() -> Situation:
-        known = studies if len(studies) > 1 else _studies(config)
+        known = studies if len(studies) > 1 else studies_of(config)
         return read_situation(config, known, place, folder.result.exists())
 
     try:
@@ -408,15 +413,16 @@ def profile(
 
     from autocompress.compatible import compatible_profile
     from autocompress.latency import Deployment, LatencyMeter, describe
+    from autocompress.naming import config_of, modules_of
     from autocompress.profiler import profile_model
     from autocompress.scope import bound_text, check_names, prospects
     from autocompress.sources import task_from_config
     from autocompress.task import check_outputs
 
     voice = Voice(json=json)
-    config = _config(study, {"run.device": device})
+    config = config_of(study, {"run.device": device})
     deployment = Deployment.from_config(config.latency)
-    task = task_from_config(config, _modules(study))
+    task = task_from_config(config, modules_of(study))
     check_names(task.model, config.search)
     check_outputs(task)
     example = task.example()
@@ -519,13 +525,15 @@ def report(
     """
     from json import loads
 
+    from autocompress.naming import config_of, studies_of
     from autocompress.report import write_report
+    from autocompress.store import folder_of
 
-    config = _config(study, {"run.storage": storage, "run.out": out})
-    folder = _folder(config)
+    config = config_of(study, {"run.storage": storage, "run.out": out})
+    folder = folder_of(config)
     if not folder.result.exists():
         raise ConfigError(f"There is no result in {folder.path} yet; run the study to its end.")
-    studies = _studies(config)
+    studies = studies_of(config)
     summary = loads(folder.result.read_text(encoding="utf-8"))
     write_report(summary, studies.get("exploration"), studies.get("annealing"), folder.report)
     voice = Voice(json=json)
@@ -570,15 +578,17 @@ def export(
     from autocompress.config import DEFAULT_FORMATS
     from autocompress.formats import choose_formats
     from autocompress.handout import export_trial, quantizer_of, read_task
+    from autocompress.naming import config_of, modules_of, studies_of
     from autocompress.sources import load_transforms, task_from_config
+    from autocompress.store import folder_of
 
     names = choose_formats(formats or DEFAULT_FORMATS)
-    config = _config(study, {"run.storage": storage, "run.out": out})
-    load_transforms(config, _modules(study))
-    folder = _folder(config)
+    config = config_of(study, {"run.storage": storage, "run.out": out})
+    modules = modules_of(study)
+    load_transforms(config, modules)
+    folder = folder_of(config)
     target = Path(to) if to is not None else folder.path / "exports" / trial.replace("/", "-")
-    studies = _studies(config)
-    modules = _modules(study)
+    studies = studies_of(config)
     quantizer = None
     if int8:
         quantizer = quantizer_of(config, folder, task_from_config(config, modules))
@@ -630,13 +640,15 @@ def dashboard(
     import warnings
 
     from autocompress.dashboard import LOOPBACK, artifact_place, find_artifacts, serve
+    from autocompress.naming import begun_config, studies_of
+    from autocompress.store import folder_of
 
     _hide_url(storage)
     warnings.filterwarnings("ignore", module="optuna")
     voice = Voice()
-    config = _begun_config(study, storage, out)
-    _studies(config)
-    folder = _folder(config)
+    config = begun_config(study, storage, out)
+    studies_of(config)
+    folder = folder_of(config)
     url = folder.storage_url(config.run.storage)
     place = artifact_place(url, config.name)
     store = find_artifacts(place, folder.artifacts, artifacts)
@@ -870,107 +882,12 @@ def _hide_url(storage: str | None) -> None:
     os.execve(sys.executable, command, environment)
 
 
-def _modules(study: str | None) -> Path | None:
-    """Where modules of the user are looked for: beside the study file, a ready one's too; for a
-    study's folder beside the file that it was run from."""
-    from autocompress.config import ready_folder
-    from autocompress.store import StudyFolder
-
-    if study is None:
-        return None
-    if Path(study).is_dir():
-        return StudyFolder(Path(study)).modules or ready_folder()
-    return Path(study).absolute().parent if Path(study).is_file() else ready_folder()
-
-
-def _config(study: str | None, overrides: dict[str, Any]) -> StudyConfig:
-    """The checked settings of a study file, or of a study's folder."""
-    from autocompress.config import load_config
-
-    if study is not None and Path(study).is_dir():
-        stored = Path(study) / "study.json"
-        if not stored.exists():
-            raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
-        place = str(Path(study).resolve().parent)
-        config = _stored(
-            stored, {"run.out": place} | {k: v for k, v in overrides.items() if v is not None}
-        )
-        if ":***@" in str(config.run.storage):
-            raise ConfigError(
-                f"The study in {study} is in the database {config.run.storage}, whose password "
-                "is not kept in files; give --storage with the whole URL."
-            )
-        return config
-    return load_config(study, overrides)
-
-
-def _begun_config(study: str | None, storage: str | None, out: str | None) -> StudyConfig:
-    """The settings that a study was last run with, which the command line may have changed.
-
-    They are in the study's folder, or where that is not here in the database.
-    """
-    import os
-
-    from autocompress.config import flatten, parse_config
-    from autocompress.database import open_storage
-    from autocompress.process import STORAGE_VARIABLE
-    from autocompress.store import settings_in
-
-    url = storage or os.environ.get(STORAGE_VARIABLE)
-    try:
-        config = _config(study, {"run.storage": storage, "run.out": out})
-    except ConfigError:
-        if study is None or url is None or Path(study).exists():
-            raise
-        kept = settings_in(open_storage(url), study)
-        if kept is None:
-            raise
-        return parse_config(
-            flatten(kept) | {"run.storage": url} | ({"run.out": out} if out else {})
-        )
-    places = {"run.storage": config.run.storage, "run.out": config.run.out}
-    stored = _folder(config).config
-    return _stored(stored, places) if stored.exists() else config
-
-
-def _stored(path: Path, changes: dict[str, Any]) -> StudyConfig:
-    """The settings that a study was last run with."""
-    import json
-
-    from autocompress.config import flatten, parse_config
-
-    return parse_config(flatten(json.loads(path.read_text(encoding="utf-8"))) | changes)
-
-
-def _folder(config: StudyConfig) -> StudyFolder:
-    from autocompress.store import StudyFolder
-
-    return StudyFolder(Path(config.run.out) / config.name)
-
-
-def _studies(config: StudyConfig) -> dict[str, Study]:
-    """The stages of a study that has begun, for reading."""
-    from autocompress.database import open_storage
-    from autocompress.store import load_stages
-
-    folder = _folder(config)
-    if config.run.storage is None and not folder.database.exists():
-        raise ConfigError(
-            f"Study '{config.name}' has not begun: there is no {folder.database}. Run it first, or "
-            "give --out or --storage."
-        )
-    storage = open_storage(folder.storage_url(config.run.storage))
-    present = load_stages(storage, config.name)
-    if not present:
-        raise ConfigError(f"Study '{config.name}' has not begun; run it first.")
-    return present
-
-
 def _say_kept(config: StudyConfig, folder: StudyFolder, voice: Voice) -> None:
+    from autocompress.naming import studies_of
     from autocompress.store import trials_spent
 
     try:
-        ended = {name: len(trials_spent(study)) for name, study in _studies(config).items()}
+        ended = {name: len(trials_spent(study)) for name, study in studies_of(config).items()}
     except ConfigError:
         ended = {}
     counts = ", ".join(f"{count} of {name}" for name, count in ended.items()) or "no trial yet"
