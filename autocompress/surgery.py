@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -20,12 +20,44 @@ OUTPUT_AWARE = ("svd", "tucker2")
 """Methods whose cut loses less of the network's outputs where a layer's outputs are weighted by
 what these make of them: on three networks 5 to 13 % (svd) and 3 to 9 % (tucker2) less squared
 change; spatial_svd and cp lost up to 2 % more."""
+KEPT_BYTES = 4 * 2**30
+"""Memory that the factors of a network's layers may take: all of them up to some 100 million
+parameters. Of larger networks those that were used last are kept."""
 IMPULSES = 1024
 """Unit impulses that go through a replacement at once: bounds memory for wide Linear layers."""
 
 
+class LatestTensors:
+    """Tensors that can be made again, of which those that were used last are kept.
+
+    Args:
+        limit: Bytes that they may take; what was used last is kept in any case.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._bytes = 0
+
+    def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What is kept under `key`, or what `make` gives, which is kept then."""
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = make()
+            self._bytes += _bytes_of(found)
+        # Those at the front have not been used for longest.
+        self._kept[key] = found
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= _bytes_of(self._kept.pop(next(iter(self._kept))))
+        return found
+
+
+def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
 class FactorCache:
-    """Factorizations of a network's layers, each made once at full rank and cut to any rank.
+    """Factorizations of a network's layers, made at full rank and cut to any rank.
 
     Args:
         model: The network; its weights must not change while the cache is used.
@@ -45,19 +77,19 @@ class FactorCache:
         self._patches = patches or {}
         self._output_weights = output_weights or {}
         self._inputs: dict[str, InputStatistics | None] = {}
-        self._factors: dict[tuple[str, str], Factors] = {}
-        self._kernels: dict[tuple[str, Transform], tuple[Tensor, ...]] = {}
+        self._made = LatestTensors(KEPT_BYTES)
 
     def kernels(self, name: str, transform: Transform) -> tuple[Tensor, ...]:
         """The weights of the replacement's layers, on the CPU."""
-        found = self._kernels.get((name, transform))
-        if found is None:
-            found = transform.kernels(self._full(name, transform))
-            importance = self._importance(name, transform)
-            if importance is not None:
-                found = (*found[:-1], found[-1] / _by_output(importance, found[-1]))
-            if transform.name in SLOW_TO_CUT:
-                self._kernels[name, transform] = found
+        if transform.name in SLOW_TO_CUT:
+            return self._made.get((name, transform), lambda: self._cut(name, transform))
+        return self._cut(name, transform)
+
+    def _cut(self, name: str, transform: Transform) -> tuple[Tensor, ...]:
+        found = transform.kernels(self._full(name, transform))
+        importance = self._importance(name, transform)
+        if importance is not None:
+            found = (*found[:-1], found[-1] / _by_output(importance, found[-1]))
         return found
 
     def without_channels(self, plan: Plan) -> FactorCache:
@@ -106,19 +138,19 @@ class FactorCache:
         return self._inputs[name]
 
     def _full(self, name: str, transform: Transform) -> Factors:
-        key = (name, transform.name)
-        if key not in self._factors:
-            module = self._modules[name]
-            weight = module.get_parameter("weight").detach().cpu().float()
-            groups = module.groups if isinstance(module, nn.Conv2d) else 1
-            patches = self._patches.get(name)
-            if patches is not None:
-                patches = patches.detach().cpu().float()
-            importance = self._importance(name, transform)
-            if importance is not None:
-                weight = weight * _by_output(importance, weight)
-            self._factors[key] = transform.factorize(weight, groups, patches)
-        return self._factors[key]
+        return self._made.get((name, transform.name), lambda: self._factorize(name, transform))
+
+    def _factorize(self, name: str, transform: Transform) -> Factors:
+        module = self._modules[name]
+        weight = module.get_parameter("weight").detach().cpu().float()
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        patches = self._patches.get(name)
+        if patches is not None:
+            patches = patches.detach().cpu().float()
+        importance = self._importance(name, transform)
+        if importance is not None:
+            weight = weight * _by_output(importance, weight)
+        return transform.factorize(weight, groups, patches)
 
     def _importance(self, name: str, transform: Transform) -> Tensor | None:
         return self._output_weights.get(name) if transform.name in OUTPUT_AWARE else None

@@ -25,6 +25,7 @@ from autocompress.annealing import (
     _Wish,
     at_the_end,
 )
+from autocompress.database import open_storage
 from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
@@ -80,12 +81,12 @@ def best(values: list[tuple[float, float]], delta: float = 1.0) -> float:
     return min(cost for drop, cost in values if drop <= delta)
 
 
-def make_study(sampler: optuna.samplers.BaseSampler, storage: str | None = None) -> optuna.Study:
+def make_study(sampler: optuna.samplers.BaseSampler, url: str | None = None) -> optuna.Study:
     return optuna.create_study(
         study_name="test",
         directions=["minimize", "minimize"],
         sampler=sampler,
-        storage=storage,
+        storage=None if url is None else open_storage(url),
         load_if_exists=True,
     )
 

@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from autocompress.config import StudyConfig
+from autocompress.database import open_storage
 from autocompress.news import DOING, NEWS, SILENT
 from autocompress.situation import Situation, read_situation, watch_study
 from autocompress.slots import WORKER
@@ -32,7 +33,7 @@ def config(tmp_path: Path) -> StudyConfig:
 
 @pytest.fixture
 def study() -> optuna.Study:
-    storage: Any = optuna.storages.RDBStorage("sqlite:///:memory:")
+    storage = open_storage("sqlite:///:memory:")
     found = open_study(storage, "tiny", "exploration", bound={}, cost_name="parameters")
     found.set_user_attr("baseline", BASELINE)
     return found

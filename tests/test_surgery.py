@@ -15,6 +15,7 @@ from autocompress.plan import Plan
 from autocompress.surgery import (
     ErrorMeter,
     FactorCache,
+    LatestTensors,
     apply_plan,
     build_plan,
     dense_weight,
@@ -114,6 +115,33 @@ def test_the_cache_factors_once_per_layer_and_method() -> None:
     cache.kernels("fc", _Counted(2))
     assert _Counted.calls == 2
     assert cache.kernels("conv", CP(4)) is cache.kernels("conv", CP(4))
+
+
+def test_the_tensors_used_last_are_kept() -> None:
+    made = []
+    kept = LatestTensors(limit=3 * 40)
+
+    def get(key: str, count: int = 10) -> None:
+        def make() -> tuple[torch.Tensor, ...]:
+            made.append(key)
+            return (torch.zeros(count),)
+
+        assert kept.get(key, make)[0].shape == (count,)
+
+    for key in "abcabc":
+        get(key)
+    assert made == list("abc")
+    get("d")  # in place of a, which was not used for longest
+    for key in "bcd":
+        get(key)
+    assert made == list("abcd")
+    get("large", 100)  # kept, though it is too large by itself
+    get("large", 100)
+    get("a")
+    assert made == [*"abcd", "large", "a"]
+    for key in "bca":
+        get(key)
+    assert made == [*"abcd", "large", *"abc"]
 
 
 def test_apply_plan_uses_the_patches_of_its_cache() -> None:
