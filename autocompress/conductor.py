@@ -36,7 +36,7 @@ from autocompress.exhibits import publish
 from autocompress.finals import FINALS, rehearse, standing
 from autocompress.formats import choose_formats
 from autocompress.heartbeat import StaleWatch
-from autocompress.joining import Place, start_workers
+from autocompress.joining import Place
 from autocompress.latency import Deployment
 from autocompress.logs import study_log
 from autocompress.models import load_state
@@ -59,6 +59,7 @@ from autocompress.progress import Display
 from autocompress.report import write_report
 from autocompress.scope import check_names
 from autocompress.selection import conclude, finished_result
+from autocompress.serving import start_workers
 from autocompress.slots import WORKER, cut_off_gone, host_name, running, top_up
 from autocompress.space import SearchSpace
 from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage

@@ -289,8 +289,9 @@ def worker(
     import os
 
     from autocompress.config import parse_pairs
-    from autocompress.joining import Place, serve
+    from autocompress.joining import Place
     from autocompress.process import STORAGE_VARIABLE
+    from autocompress.serving import serve
 
     url = storage or os.environ.get(STORAGE_VARIABLE)
     if url is None:

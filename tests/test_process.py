@@ -15,11 +15,11 @@ import pytest
 from conftest import tiny_config
 
 from autocompress.conductor import _show_others
-from autocompress.joining import _log_of
 from autocompress.logs import attached, warnings_in_log
 from autocompress.news import DOING
 from autocompress.process import EventDisplay, EventHandler
 from autocompress.progress import NullDisplay
+from autocompress.serving import _log_of
 from autocompress.slots import WORKER, worker_name
 from autocompress.store import StudyFolder
 from autocompress.workers import Pool

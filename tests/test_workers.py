@@ -18,7 +18,7 @@ import typer
 from conftest import tiny_config
 from optuna.trial import TrialState
 
-from autocompress import joining
+from autocompress import joining, serving
 from autocompress import study as command_line
 from autocompress.artifacts import FolderStore, save_text
 from autocompress.database import open_storage
@@ -324,7 +324,7 @@ def test_latencies_on_the_cpu_are_measured_by_one_worker(tmp_path: Path) -> None
     def count(**settings: Any) -> int:
         config = tiny_config(tmp_path, **{"run.device": "cpu", **settings})
         place = Place("sqlite:///x.db", "tiny", device="cpu")
-        pool = joining.start_workers(place, config, study, lambda: [], tmp_path, Said(), True)
+        pool = serving.start_workers(place, config, study, lambda: [], tmp_path, Said(), True)
         assert isinstance(pool, Pool)
         return len(pool._places)
 
