@@ -20,8 +20,11 @@ def say_outcome(config: StudyConfig, outcome: Outcome, voice: Voice) -> None:
     if outcome.met:
         voice.say(comparison_table(rows_of(outcome.summary)))
         best = outcome.summary["best"]
+        # An older version didn't tell it.
+        expected = best.get("val_drop_expected", best["val_drop"])
         voice.say(
-            f"Drop on validation data {scale.difference(best['val_drop'])}, at most "
+            f"Drop on validation data {scale.difference(best['val_drop'])}; on new images "
+            f"{scale.number(expected)} is to be expected, and at most "
             f"{scale.number(best['val_drop_bound'])} at confidence {config.confidence:g}; "
             f"{scale.number(best['tolerance_unused'])} of {config.delta:g} unused."
         )
@@ -49,6 +52,7 @@ def outcome_document(outcome: Outcome, code: int) -> dict[str, Any]:
         "trial",
         "val_score",
         "val_drop",
+        "val_drop_expected",
         "val_drop_bound",
         "tolerance_unused",
         "test_score",

@@ -40,7 +40,9 @@ class Finalist:
         plan: What was done to it.
         val: Its scores on the validation data.
         drop: The drop on them that it is judged by, on the metric's scale.
-        bound: Upper confidence bound of that drop.
+        expected: The drop that new images should show: the mean of all that the plan came to. The
+            better of two seeds is chosen on these very images, which flatters it.
+        bound: Upper confidence bound of the expected drop.
         epochs: Length of the final fine-tuning that its weights had.
         seeds: The bounds that the final fine-tuning reached, by its seed.
     """
@@ -50,6 +52,7 @@ class Finalist:
     plan: Plan
     val: Evaluation
     drop: float
+    expected: float
     bound: float
     epochs: float = 0.0
     seeds: Mapping[int, float] = field(default_factory=dict)
@@ -83,15 +86,28 @@ def choose_finalists(
     for label in sorted(labelled, key=lambda label: labelled[label].values[1]):
         if len(found) == 2:
             break
-        options = tuned.networks(label)
-        ends = tuned.bounds(label).values()
-        if _stands(labelled[label], statistics.mean(ends) if ends else None, config.delta):
+        options, ends = tuned.networks(label), tuned.ends(label)
+        mean = statistics.mean(one.bound for one in ends.values()) if ends else None
+        if _stands(labelled[label], mean, config.delta):
             options = [*options, *_before(bench, label, display)]
         options = [option for option in options if option.bound <= config.delta]
         if options:
             best = min(options, key=lambda option: option.bound)
-            found.append(replace(best, seeds=tuned.bounds(label)))
+            found.append(_fair(best, ends))
     return found
+
+
+def _fair(chosen: Finalist, ends: Mapping[int, Finalist]) -> Finalist:
+    """The network that was chosen, and what to expect of it by all that its plan came to."""
+    if not ends:
+        return chosen
+    expected = statistics.mean(one.drop for one in ends.values())
+    bound = statistics.mean(one.bound for one in ends.values())
+    if not chosen.epochs:
+        # The trial's own weights count as much as both seeds, as in `_stands`.
+        expected, bound = (chosen.drop + expected) / 2, (chosen.bound + bound) / 2
+    seeds = {seed: one.bound for seed, one in ends.items()}
+    return replace(chosen, expected=expected, bound=bound, seeds=seeds)
 
 
 def rehearse(
@@ -223,10 +239,10 @@ class Finals:
         """The networks of a trial that met delta, with both seeds or with the one that it had."""
         return [one for one in self._tuned[label] if one] if self._met(label) else []
 
-    def bounds(self, label: str) -> dict[int, float]:
-        """Seed to the bound that the trial's network came to with it."""
+    def ends(self, label: str) -> dict[int, Finalist]:
+        """Seed to the network that the trial came to with it, where that did not diverge."""
         done = zip(self._seeds, self._tuned.get(label, []), strict=False)
-        return {seed: one.bound for seed, one in done if one is not None}
+        return {seed: one for seed, one in done if one is not None}
 
     def _met(self, label: str) -> bool:
         done = self._tuned.get(label, [])
@@ -276,7 +292,8 @@ def _before(bench: Bench, label: str, display: Display) -> list[Finalist]:
         display.say(f"{label} is passed over: {error}")
         return []
     val = evaluate(model, bench.task, bench.task.val)
-    return [Finalist(label, model, plan, val, *bench.judge(model, val))]
+    drop, bound = bench.judge(model, val)
+    return [Finalist(label, model, plan, val, drop, drop, bound)]
 
 
 def _final_fit(
@@ -336,4 +353,4 @@ def _final_fit(
         f"{task.scale.number(bound)} at confidence {config.confidence:g}"
         f"{' (in int8)' if bench.int8 else ''}."
     )
-    return Finalist(label, model, plan, val, drop, bound, recipe.final_epochs, {seed: bound})
+    return Finalist(label, model, plan, val, drop, drop, bound, recipe.final_epochs, {seed: bound})

@@ -201,8 +201,10 @@ def _headline(view: View) -> dict[str, Any]:
     if bound is not None and confidence is not None and confidence > 0.5:
         verdict += (
             f" With a confidence of {100 * confidence:g} % the drop on new images is at most "
-            f"{scale.difference(bound)}{', in int8' if _judged_in_int8(view) else ''}."
+            f"{scale.difference(bound)}{', in int8' if _judged_in_int8(view) else ''}"
         )
+        expected = chosen.get("val_drop_expected")
+        verdict += "." if expected is None else f"; {scale.number(expected)} is to be expected."
     title = f"{ratio_text(ratio)} {goal.gain}" if ratio else "Compressed model"
     if view.result.get("val_seen"):
         verdict += (

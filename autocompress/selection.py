@@ -221,6 +221,7 @@ def _describe_finalist(
         "compatible": _compatible(bench, finalist.model),
         "val_score": finalist.val.score,
         "val_drop": drop,
+        "val_drop_expected": drop + finalist.expected - finalist.drop,
         "val_drop_bound": finalist.bound,
         "tolerance_unused": config.delta - finalist.bound,
         "final_bounds": {str(seed): bound for seed, bound in finalist.seeds.items()},

@@ -70,14 +70,18 @@ def main() -> None:
                 flush=True,
             )
     header = ["confidence", "studies", "kept delta on test data", "test drop, mean (sd; largest)"]
-    header += ["more than on validation", "unused", "after exploration", "params", "MACs"]
+    header += ["more than on validation", "more than expected", "unused", "after exploration"]
+    header += ["params", "MACs"]
     print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for confidence, results in rows.items():
         met = [one for one in results if one["met"]]
         drops = np.array([one["best"]["test_drop"] for one in met])
         # A study that found nothing hands out nothing, and so breaks no promise.
         kept = int((drops <= options.delta).sum()) + len(results) - len(met)
-        more = np.mean([one["best"]["test_drop"] - one["best"]["val_drop"] for one in met])
+        more, surprise = (
+            np.mean([one["best"]["test_drop"] - one["best"][key] for one in met])
+            for key in ("val_drop", "val_drop_expected")
+        )
         unused = np.mean([one["best"]["tolerance_unused"] for one in met])
         ratios: list[Callable[[dict[str, Any]], float]]
         ratios = [explored, ratio, partial(ratio, cost="macs")]
@@ -85,7 +89,7 @@ def main() -> None:
         print(
             f"| {confidence:g} | {len(results)} | {kept} | "
             f"{drops.mean():.2f} ({drops.std():.2f}; {drops.max():.2f}) | {more:.2f} | "
-            f"{unused:.2f} | {' | '.join(f'{mean:.2f}x' for mean in means)} |"
+            f"{surprise:.2f} | {unused:.2f} | {' | '.join(f'{mean:.2f}x' for mean in means)} |"
         )
 
 

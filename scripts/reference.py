@@ -87,10 +87,10 @@ named here stay.
 
 **run**: `study`, `folder`, `exit_code`, `met`, `objective`, `delta`, `confidence`, `metric` (name,
 unit, higher_is_better), `trials` and `seconds` (by stage), `best` (null if nothing met delta;
-`stage`, `trial`, `val_score`, `val_drop`, `val_drop_bound`, `tolerance_unused`, `test_score`,
-`test_drop`, `test_drop_interval`), `comparison` (rows of `metric`, `unit`, `before`, `after`,
-`ratio`), `nearest` (likewise, where nothing met delta), `int8`, and the paths `result`
-(result.json, which has all the rest), `report`, `network`.
+`stage`, `trial`, `val_score`, `val_drop`, `val_drop_expected`, `val_drop_bound`,
+`tolerance_unused`, `test_score`, `test_drop`, `test_drop_interval`), `comparison` (rows of
+`metric`, `unit`, `before`, `after`, `ratio`), `nearest` (likewise, where nothing met delta),
+`int8`, and the paths `result` (result.json, which has all the rest), `report`, `network`.
 
 **status**: `study`, `place`, `state` (running, silent: no sign of life, interrupted, failed,
 finished, unknown), `heard_seconds_ago`, `conducted_by`, `objective`, `delta`, `confidence`,

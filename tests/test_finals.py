@@ -56,7 +56,7 @@ class Fits:
         bound = self.bound(label, seed)
         if bound is None:
             return None
-        return Finalist(label, nn.Identity(), Plan({}), EMPTY, bound, bound, 2.0, {seed: bound})
+        return Finalist(label, nn.Identity(), Plan({}), EMPTY, *3 * (bound,), 2.0, {seed: bound})
 
 
 EMPTY = Evaluation(torch.ones(8))
@@ -72,7 +72,7 @@ def choose(
 ) -> list[Finalist]:
     def before(bench: Any, label: str, display: Any) -> list[Finalist]:
         lost = DELTA + (known or found)[label].system_attrs["constraints"][0]
-        return [Finalist(label, nn.Identity(), Plan({}), EMPTY, lost, lost)]
+        return [Finalist(label, nn.Identity(), Plan({}), EMPTY, lost, lost, lost)]
 
     monkeypatch.setattr(finals, "_final_fit", fits)
     monkeypatch.setattr(finals, "_before", before)
@@ -116,27 +116,30 @@ def test_after_failures_the_cheapest_within_delta_is_tuned(
 
 
 @pytest.mark.parametrize(
-    ("lost", "again", "handed_out"),
+    ("lost", "again", "handed_out", "expected"),
     [
-        (6.0, 3.0, 3.0),  # the better of two seeds
-        (2.0, 3.0, 2.0),  # or the trial's own weights, where they are better
-        (6.0, 6.0, 4.0),  # a mean of exactly delta is within it
-        (6.0, 6.1, None),  # one seed's luck is no winner
-        (4.5, 6.1, 4.5),  # then the trial's own weights, if these are within delta
-        (4.9, 8.0, None),  # unless the two tell that these were lucky, too
-        (6.0, None, None),  # the fine-tuning diverged
+        (6.0, 3.0, 3.0, 3.5),  # the better of two seeds, of which their mean is expected
+        (2.0, 3.0, 2.0, 2.75),  # or the trial's own weights, where they are better
+        (6.0, 6.0, 4.0, 5.0),  # a mean of exactly delta is within it
+        (6.0, 6.1, None, None),  # one seed's luck is no winner
+        (4.5, 6.1, 4.5, 4.775),  # then the trial's own weights, if these are within delta
+        (4.9, 8.0, None, None),  # unless the two tell that these were lucky, too
+        (6.0, None, None, None),  # the fine-tuning diverged
     ],
 )
 def test_a_winner_is_within_delta_with_two_seeds(
     lost: float,
     again: float | None,
     handed_out: float | None,
+    expected: float | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = Fits(lambda label, seed: 4.0 if seed == 0 else again)
     found = choose(trials((10, lost)), fits, tmp_path, monkeypatch)
-    assert (found[0].bound if found else None) == handed_out
+    assert (found[0].drop if found else None) == handed_out
+    assert (found[0].expected if found else None) == expected
+    assert (found[0].bound if found else None) == expected
     assert fits.calls == [("annealing/0", 0), ("annealing/0", 1)]
 
 

@@ -78,7 +78,7 @@ def step(
     monkeypatch.setattr(Quantizer, "best", lambda self, *args: rounds(self, *args))
     monkeypatch.setattr(int8, "_fit_rounded", lambda bench, folder, one, *_: one.model)
     finalists = [
-        Finalist(f"annealing/{number}", Named(number), Plan({}), EMPTY, 4.0, 4.0)
+        Finalist(f"annealing/{number}", Named(number), Plan({}), EMPTY, 4.0, 4.0, 4.0)
         for number in range(count)
     ]
     bench = SimpleNamespace(
@@ -144,7 +144,7 @@ def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
     task: Task, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0, 4.0)
+    finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0, 4.0, 4.0)
     before = {key: value.clone() for key, value in task.model.state_dict().items()}
     bench = SimpleNamespace(
         task=task,
