@@ -43,16 +43,19 @@ class InputStatistics:
         covariance = centred @ centred.T / values.shape[1]
         return cls(mean.flatten().double(), covariance.double())
 
-    @cached_property
-    def _known(self) -> Tensor:
-        """The covariance with its ridge."""
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes with its precision matrix."""
+        return 2 * self.covariance.untyped_storage().nbytes()
+
+    def _with_ridge(self) -> Tensor:
         ridge = RIDGE * self.covariance.diagonal().mean().clamp_min(1e-12)
         return self.covariance + ridge * torch.eye(len(self.covariance), dtype=torch.float64)
 
     @cached_property
     def precision(self) -> Tensor:
         """The inverse of the covariance with its ridge, `in x in`."""
-        return torch.cholesky_inverse(torch.linalg.cholesky(self._known))
+        return torch.cholesky_inverse(torch.linalg.cholesky(self._with_ridge()))
 
     def mixing(self, removed: Tensor, remaining: Tensor) -> Tensor:
         """How removed channels are predicted from those that remain, `removed x remaining`.
@@ -64,7 +67,7 @@ class InputStatistics:
             rows = self.precision[removed]
             found: Tensor = -torch.linalg.solve(rows[:, removed], rows[:, remaining])
         else:
-            rows = self._known[remaining]
+            rows = self._with_ridge()[remaining]
             found = torch.linalg.solve(rows[:, remaining], rows[:, removed]).T
         return found
 

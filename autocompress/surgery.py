@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import deepcopy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from autocompress.errors import ConfigError, UnsupportedLayer, did_you_mean
 from autocompress.plan import Plan
 from autocompress.transforms.base import Factors, Transform
 
+T = TypeVar("T")
+
 SLOW_TO_CUT = ("cp", "tt")
 """Methods whose kernels are kept for each rank; the others' are cut anew in no time."""
 OUTPUT_AWARE = ("svd", "tucker2")
@@ -21,14 +24,14 @@ OUTPUT_AWARE = ("svd", "tucker2")
 what these make of them: on three networks 5 to 13 % (svd) and 3 to 9 % (tucker2) less squared
 change; spatial_svd and cp lost up to 2 % more."""
 KEPT_BYTES = 4 * 2**30
-"""Memory that the factors of a network's layers may take: all of them up to some 100 million
-parameters. Of larger networks those that were used last are kept."""
+"""Memory that may be taken by what is known of a network's layers: all of their factors up to some
+100 million parameters. Of larger networks what was used last is kept."""
 IMPULSES = 1024
 """Unit impulses that go through a replacement at once: bounds memory for wide Linear layers."""
 
 
-class LatestTensors:
-    """Tensors that can be made again, of which those that were used last are kept.
+class Latest:
+    """What can be made again: tuples of tensors and such, of which those used last are kept.
 
     Args:
         limit: Bytes that they may take; what was used last is kept in any case.
@@ -36,12 +39,12 @@ class LatestTensors:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._kept: dict[Hashable, tuple[Tensor, ...]] = {}
+        self._kept: dict[Hashable, Any] = {}
         self._bytes = 0
 
-    def get(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
         """What is kept under `key`, or what `make` gives, which is kept then."""
-        found = self._kept.pop(key, None)
+        found: T | None = self._kept.pop(key, None)
         if found is None:
             found = make()
             self._bytes += _bytes_of(found)
@@ -52,8 +55,10 @@ class LatestTensors:
         return found
 
 
-def _bytes_of(tensors: tuple[Tensor, ...]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+def _bytes_of(found: Any) -> int:
+    if found is None or isinstance(found, InputStatistics):
+        return 0 if found is None else found.nbytes
+    return sum(tensor.untyped_storage().nbytes() for tensor in found)
 
 
 class FactorCache:
@@ -76,8 +81,7 @@ class FactorCache:
         self._modules = dict(model.named_modules())
         self._patches = patches or {}
         self._output_weights = output_weights or {}
-        self._inputs: dict[str, InputStatistics | None] = {}
-        self._made = LatestTensors(KEPT_BYTES)
+        self._made = Latest(KEPT_BYTES)
 
     def kernels(self, name: str, transform: Transform) -> tuple[Tensor, ...]:
         """The weights of the replacement's layers, on the CPU."""
@@ -130,12 +134,12 @@ class FactorCache:
 
     def _statistics(self, name: str) -> InputStatistics | None:
         """How a layer's inputs go together; None where that isn't known or of no use."""
-        if name not in self._patches:
+        patches = self._patches.get(name)
+        if patches is None:
             return None
-        if name not in self._inputs:
-            known = InputStatistics.of_layer(self._modules[name], self._patches[name])
-            self._inputs[name] = known
-        return self._inputs[name]
+        return self._made.get(
+            (name, "inputs"), lambda: InputStatistics.of_layer(self._modules[name], patches)
+        )
 
     def _full(self, name: str, transform: Transform) -> Factors:
         return self._made.get((name, transform.name), lambda: self._factorize(name, transform))

@@ -269,6 +269,7 @@ def compress(
     plan = here.plan(picked)
     note("apply")
     small = apply_plan(model, plan, cache)
+    del cache, seen  # gigabytes, of the largest networks
     after = profile_model(small, example, latency=False)
     row |= ratios(before.cost, after.cost)
     row |= {"changed": len(plan.layers), "narrowed": len(plan.channels)}

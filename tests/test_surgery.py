@@ -15,7 +15,7 @@ from autocompress.plan import Plan
 from autocompress.surgery import (
     ErrorMeter,
     FactorCache,
-    LatestTensors,
+    Latest,
     apply_plan,
     build_plan,
     dense_weight,
@@ -117,9 +117,9 @@ def test_the_cache_factors_once_per_layer_and_method() -> None:
     assert cache.kernels("conv", CP(4)) is cache.kernels("conv", CP(4))
 
 
-def test_the_tensors_used_last_are_kept() -> None:
+def test_what_was_used_last_is_kept() -> None:
     made = []
-    kept = LatestTensors(limit=3 * 40)
+    kept = Latest(limit=3 * 40)
 
     def get(key: str, count: int = 10) -> None:
         def make() -> tuple[torch.Tensor, ...]:
