@@ -95,6 +95,12 @@ class _Connection(sqlite3.Connection):
         super().__init__(*args, **kwargs)
         self.execute("PRAGMA synchronous=NORMAL")
 
+    def __del__(self) -> None:
+        # One that was in use when its pool was closed comes back to nobody. A thread may not close
+        # what is another's.
+        with suppress(sqlite3.Error):
+            self.close()
+
 
 class PatientStorage(RDBStorage):
     """Optuna's storage, which waits while the database is away and then goes on.

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -363,12 +365,28 @@ def test_a_storage_leaves_no_connection_open(tmp_path: Path, by: str) -> None:
     assert pool.checkedin() == 0
 
 
+def test_a_connection_in_use_is_closed_when_it_comes_back(tmp_path: Path) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
+    connection = storage.engine.connect()
+    raw = connection.connection.dbapi_connection
+    assert isinstance(raw, sqlite3.Connection)
+    closed = []
+    weakref.finalize(raw, closed.append, True)
+    storage.close()
+    connection.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        del raw, connection
+        gc.collect()
+    assert closed
+
+
 def test_a_server_that_lets_nobody_in_is_not_away(server: Postgres) -> None:
     name = f"d{uuid4().hex}"
     study = opened(server.new_database(name))
     backend(study).close()
-    other = open_storage(server.new_database(f"d{uuid4().hex}")).engine
-    with other.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    other = open_storage(server.new_database(f"d{uuid4().hex}"))
+    with other.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql(f"ALTER DATABASE {name} RENAME TO {name}2")
     with pytest.raises(StorageInternalError) as error:
         study.set_user_attr("a", 1)
@@ -417,7 +435,8 @@ def test_what_a_url_says_of_the_connection_goes_before_our_own(server: Postgres)
     url = server.new_database(f"d{uuid4().hex}")
     query = "SELECT application_name FROM pg_stat_activity WHERE pid = pg_backend_pid()"
     for asked, name in (("", "autocompress"), ("?application_name=mine", "mine")):
-        with open_storage(url + asked).engine.connect() as connection:
+        storage = open_storage(url + asked)
+        with storage.engine.connect() as connection:
             assert connection.exec_driver_sql(query).scalar() == name
 
 
@@ -448,7 +467,8 @@ def test_an_upgrade_leaves_logging_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_newer_schema_is_refused(url: str) -> None:
-    with open_storage(url).engine.begin() as connection:
+    storage = open_storage(url)
+    with storage.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v99.0.0.a'")
     for call in (open_storage, upgrade):
         with pytest.raises(ConfigError, match="newer Optuna than the one here: pip install"):
