@@ -371,11 +371,11 @@ class StudyConfig(_Section):
         description="Largest accepted drop, in the metric's unit: points of accuracy by default.",
     )
     confidence: float = Field(
-        default=0.95,
+        default=0.975,
         ge=0.5,
         lt=1,
-        description="How sure the drop on new images must be within delta; 0.5 trusts the "
-        "measured drop.",
+        description="How sure the drop on new images must be within delta: the upper end of a "
+        "two-sided 95 % interval by default; 0.5 trusts the measured drop.",
     )
     objective: Literal[
         "params", "size", "macs", "latency", "params+macs", "params+latency", "params+macs+latency"

@@ -142,7 +142,7 @@ class Board:
     @property
     def confidence(self) -> str:
         """How sure the study must be that a drop is within delta: "95 %"."""
-        return f"{100 * (self.facts.get('config') or {}).get('confidence', 0.95):g} %"
+        return f"{100 * (self.facts.get('config') or {}).get('confidence', 0.975):g} %"
 
     def address(self, label: str) -> str:
         """Where the dashboard shows a trial, "annealing/7"; "" for stages that are not there."""

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, nargs=2, default=[8, 4], help="of both stages")
     parser.add_argument("--extra-trials", type=int, default=8, help="search.extra_trials")
     parser.add_argument("--delta", type=float, default=2.0)
-    parser.add_argument("--confidences", type=float, nargs="+", default=[0.95, 0.5])
+    parser.add_argument("--confidences", type=float, nargs="+", default=[0.975, 0.5])
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the studies"
     )
