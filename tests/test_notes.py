@@ -38,7 +38,7 @@ def note_of(studies: dict[str, optuna.Study], stage: str, number: int) -> str:
 def test_a_trials_note_has_before_and_after(studies: dict[str, optuna.Study]) -> None:
     note = note_of(studies, "annealing", 1)
     assert note.startswith("## annealing/1: 5.40x fewer parameters\n")
-    assert "Accuracy drop 0.70 points, at most 0.70 at 95 % confidence: **within**" in note
+    assert "Accuracy drop 0.70 points, at most 0.70 at 97.5 % confidence: **within**" in note
     assert "| parameters | 270 k | 50.0 k | 5.40x |" in note
     assert "| latency, ONNX Runtime 1.32.0, batch 1, 2 threads | 2.50 ms | – |  |" in note
     assert "| `layer1.0\\|x` | svd (rank 12) | 0.125 |" in note
@@ -73,7 +73,7 @@ def test_a_stopped_trials_note_says_why(studies: dict[str, optuna.Study]) -> Non
 def test_a_studys_note_says_how_far_it_is(studies: dict[str, optuna.Study]) -> None:
     note = study_note(board_of({"exploration": studies["exploration"]}), "exploration")
     assert note.startswith("## demo: exploration, stage 1 of 2\n")
-    assert "a drop in accuracy of at most 1.00 points on validation data, at 95 %" in note
+    assert "a drop in accuracy of at most 1.00 points on validation data, at 97.5 %" in note
     assert "**Trials:** 5: 3 within delta, 1 not surely within it, 1 stopped early." in note
     assert "**Other stage:** annealing, not begun." in note
     assert "/trials?numbers=1): 5.40x fewer parameters, accuracy drop 0.70 points." in note

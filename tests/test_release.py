@@ -117,7 +117,9 @@ def test_pythons_are_the_same_everywhere() -> None:
     matrix = workflow("ci.yml")["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"] == classified
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert re.findall(r"^ARG PYTHON=(.*)$", dockerfile, flags=re.MULTILINE) == classified[-1:]
+    (image,) = re.findall(r"^ARG PYTHON=(.*)$", dockerfile, flags=re.MULTILINE)
+    # The newest two: libraries follow a new Python late.
+    assert image in classified[-2:]
 
 
 def test_the_dockerfile_fits_the_project() -> None:
