@@ -138,7 +138,7 @@ class FactorCache:
         if patches is None:
             return None
         return self._made.get(
-            (name, "inputs"), lambda: InputStatistics.of_layer(self._modules[name], patches)
+            (name, InputStatistics), lambda: InputStatistics.of_layer(self._modules[name], patches)
         )
 
     def _full(self, name: str, transform: Transform) -> Factors:
