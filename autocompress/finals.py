@@ -104,8 +104,7 @@ def _fair(chosen: Finalist, ends: Mapping[int, Finalist]) -> Finalist:
     expected = statistics.mean(one.drop for one in ends.values())
     bound = statistics.mean(one.bound for one in ends.values())
     if not chosen.epochs:
-        # The trial's own weights count as much as both seeds, as in `_stands`.
-        expected, bound = (chosen.drop + expected) / 2, (chosen.bound + bound) / 2
+        expected, bound = _both(chosen.drop, expected), _both(chosen.bound, bound)
     seeds = {seed: one.bound for seed, one in ends.items()}
     return replace(chosen, expected=expected, bound=bound, seeds=seeds)
 
@@ -176,7 +175,12 @@ def _stands(trial: FrozenTrial, end: float | None, delta: float) -> bool:
     (None: it had none), the mean of both must be within.
     """
     bound = lost(trial, delta)
-    return within_delta(trial) and (end is None or (bound + end) / 2 <= delta)
+    return within_delta(trial) and (end is None or _both(bound, end) <= delta)
+
+
+def _both(own: float, end: float) -> float:
+    """What a trial's own weights and its long fine-tuning tell together, of a drop or a bound."""
+    return (own + end) / 2
 
 
 def candidates(bench: Bench) -> dict[str, FrozenTrial]:

@@ -29,7 +29,7 @@ def config_of(study: str | None, overrides: Mapping[str, Any]) -> StudyConfig:
     """
     if study is None or not Path(study).is_dir():
         return load_config(study, overrides)
-    stored = Path(study) / "study.json"
+    stored = StudyFolder(Path(study)).config
     if not stored.exists():
         raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
     given = {key: value for key, value in overrides.items() if value is not None}

@@ -9,6 +9,7 @@ from typing import Any
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.config import StudyConfig
 from autocompress.costs import OBJECTIVES
 from autocompress.exhibits import PICTURE, artifact_ids, trial_name
 from autocompress.process import SEARCHING
@@ -142,7 +143,9 @@ class Board:
     @property
     def confidence(self) -> str:
         """How sure the study must be that a drop is within delta: "95 %"."""
-        return f"{100 * (self.facts.get('config') or {}).get('confidence', 0.975):g} %"
+        settings = self.facts.get("config") or {}
+        default = StudyConfig.model_fields["confidence"].default
+        return f"{100 * settings.get('confidence', default):g} %"
 
     def address(self, label: str) -> str:
         """Where the dashboard shows a trial, "annealing/7"; "" for stages that are not there."""

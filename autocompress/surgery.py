@@ -56,9 +56,9 @@ class Latest:
 
 
 def _bytes_of(found: Any) -> int:
-    if found is None or isinstance(found, InputStatistics):
-        return 0 if found is None else found.nbytes
-    return sum(tensor.untyped_storage().nbytes() for tensor in found)
+    if isinstance(found, InputStatistics):
+        return found.nbytes
+    return sum(tensor.untyped_storage().nbytes() for tensor in found or ())
 
 
 class FactorCache:
