@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -29,6 +28,7 @@ from postgres import Postgres
 from sqlalchemy import event, insert
 from sqlalchemy.pool import QueuePool
 
+from autocompress import database
 from autocompress.database import (
     PatientStorage,
     end_if,
@@ -365,20 +365,29 @@ def test_a_storage_leaves_no_connection_open(tmp_path: Path, by: str) -> None:
     assert pool.checkedin() == 0
 
 
-def test_a_connection_in_use_is_closed_when_it_comes_back(tmp_path: Path) -> None:
+def test_a_connection_in_use_is_closed_when_it_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+
+    def close(connection: sqlite3.Connection) -> None:
+        closed.append(id(connection))
+        sqlite3.Connection.close(connection)
+
+    monkeypatch.setattr(database._Connection, "close", close, raising=False)
     storage = open_storage(f"sqlite:///{tmp_path / 'study.db'}")
     connection = storage.engine.connect()
     raw = connection.connection.dbapi_connection
     assert isinstance(raw, sqlite3.Connection)
-    closed = []
-    weakref.finalize(raw, closed.append, True)
+    known = id(raw)
     storage.close()
     connection.close()
+    assert known not in closed
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
         del raw, connection
         gc.collect()
-    assert closed
+    assert known in closed
 
 
 def test_a_server_that_lets_nobody_in_is_not_away(server: Postgres) -> None:
