@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 from safetensors.torch import load_file
 from torch import nn
 
-from autocompress.artifacts import replacing
 from autocompress.cache import keep
 from autocompress.checkpoint import Checkpoint
 from autocompress.config import cache_folder
@@ -110,7 +108,7 @@ def train_baseline(
         learning_rate=recipe.learning_rate,
         seed=seed,
         on_step=on_step,
-        checkpoint=None if path is None else _checkpoint(_state_of(path)),
+        checkpoint=None if path is None else Checkpoint.in_file(_state_of(path)),
     )
     display.say(
         f"Trained the baseline for {recipe.epochs:g} epochs in {result.seconds:.0f} s "
@@ -148,18 +146,3 @@ def kept_baseline(task: Task, recipe: BaselineRecipe, seed: int) -> Path | None:
 def _state_of(path: Path) -> Path:
     """The checkpoint of the run that will make a file of weights."""
     return path.with_suffix(".checkpoint")
-
-
-def _checkpoint(path: Path) -> Checkpoint:
-    """Keeps the state of a run in a file."""
-
-    def put(source: Path) -> None:
-        with replacing(path) as beside:
-            shutil.copyfile(source, beside)
-
-    def fetch(target: Path) -> bool:
-        if path.exists():
-            shutil.copyfile(path, target)
-        return target.exists()
-
-    return Checkpoint(put, fetch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autocompress.artifacts import replacing
 from autocompress.errors import DamagedArtifact
 
 logger = logging.getLogger("autocompress")
@@ -42,6 +44,26 @@ class Checkpoint:
         self._keep, self._fetch = keep, fetch
         self._every, self._clock = every, clock
         self._last = clock()
+
+    @classmethod
+    def in_file(cls, path: Path, every: float = 180.0) -> Checkpoint:
+        """One in a file, which whoever made it deletes when the run has ended.
+
+        Args:
+            path: Of the file.
+            every: Seconds between two states.
+        """
+
+        def put(source: Path) -> None:
+            with replacing(path) as beside:
+                shutil.copyfile(source, beside)
+
+        def fetch(target: Path) -> bool:
+            if path.exists():
+                shutil.copyfile(path, target)
+            return target.exists()
+
+        return cls(put, fetch, every)
 
     def due(self) -> bool:
         """Whether it is time for the next state."""

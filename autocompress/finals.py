@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.checkpoint import Checkpoint
 from autocompress.config import StudyConfig
 from autocompress.errors import DamagedArtifact, TrainingDiverged
 from autocompress.evaluation import Evaluation, evaluate
@@ -329,6 +330,7 @@ def _final_fit(
         load_state(model, load_file(path))
     else:
         display.stage("final", 1)
+        state = path.with_suffix(".checkpoint")
 
         def on_step(done: float, total: float, loss: float) -> None:
             display.step("fine-tune", done, total, f"loss {loss:.3f}")
@@ -344,11 +346,14 @@ def _final_fit(
                 teacher=bench.baseline.model,
                 distillation=recipe.distillation,
                 on_step=on_step,
+                checkpoint=Checkpoint.in_file(state, bench.checkpoint_every),
             )
         except TrainingDiverged as error:
+            state.unlink(missing_ok=True)
             display.say(f"The final fine-tuning of {label} failed: {error}")
             return None
         write_weights(path, portable_state(model))
+        state.unlink(missing_ok=True)
     val = evaluate(model, task, task.val)
     drop, bound = bench.judge(model, val)
     display.say(

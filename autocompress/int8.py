@@ -15,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from autocompress.checkpoint import Checkpoint
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
 from autocompress.finals import Finalist
 from autocompress.formats import INT8_FILE, export_onnx
@@ -204,6 +205,7 @@ def _fit_rounded(
         kept = deepcopy(finalist.model)
         load_state(kept, load_file(path))
         return kept
+    state = path.with_suffix(".checkpoint")
     tuned = fit_rounded(
         finalist.model,
         bench.task,
@@ -215,8 +217,10 @@ def _fit_rounded(
         on_step=lambda done, total, loss: display.step(
             "fine-tune with rounding", done, total, f"loss {loss:.3f}"
         ),
+        checkpoint=Checkpoint.in_file(state, bench.checkpoint_every),
     )
     write_weights(path, portable_state(tuned))
+    state.unlink(missing_ok=True)
     return tuned
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from autocompress.checkpoint import Checkpoint
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.evaluation import Evaluation, drop_bound, evaluate, metric_drop
 from autocompress.formats import INT8_FILE, export_onnx
@@ -288,6 +289,7 @@ def fit_rounded(
     teacher: nn.Module | None = None,
     distillation: float = 0.0,
     on_step: Callable[[float, float, float], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """A copy of a network, fine-tuned with int8's rounding in place (quantization-aware).
 
@@ -318,6 +320,7 @@ def fit_rounded(
             teacher=teacher,
             distillation=distillation,
             on_step=on_step,
+            checkpoint=checkpoint,
         )
     return own.eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.checkpoint import Checkpoint
 from autocompress.config import DEFAULT_FORMATS, StudyConfig, parse_config
+from autocompress.progress import NullDisplay
 from autocompress.task import Loader, Task
 
 CLASSES = 4
@@ -112,14 +112,24 @@ def count_reads(loader: Loader) -> tuple[Loader, list[str]]:
 
 def kept_in(folder: Path, **settings: Any) -> Checkpoint:
     """A checkpoint in a folder."""
-    place = folder / "kept.pt"
+    return Checkpoint.in_file(folder / "kept.pt", **settings)
 
-    def fetch(path: Path) -> bool:
-        if place.exists():
-            shutil.copy(place, path)
-        return place.exists()
 
-    return Checkpoint(lambda path: shutil.copy(path, place) and None, fetch, **settings)
+class Stopping(NullDisplay):
+    """Remembers how far a training's steps were, and interrupts it at the first.
+
+    Args:
+        stops: Whether it does that.
+    """
+
+    def __init__(self, stops: bool = True) -> None:
+        self._stops = stops
+        self.done: list[float] = []
+
+    def step(self, phase: str, done: float, *rest: Any, **more: Any) -> None:
+        self.done.append(done)
+        if self._stops:
+            raise KeyboardInterrupt
 
 
 def watch_fits(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import Stopping, tiny_config, tiny_task
 from optuna.trial import FrozenTrial, create_trial
 from torch import nn
 
@@ -22,6 +22,8 @@ from autocompress.outlook import REHEARSALS, Outlook, Step
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
 from autocompress.store import StudyFolder
+from autocompress.training import Recipe
+from autocompress.watch import Watch
 
 DELTA = 5.0
 OUTLOOK = Outlook(DELTA, {"annealing": Step(2.756)})
@@ -227,6 +229,38 @@ def test_nothing_stands_where_nothing_is_within_delta() -> None:
     study = SimpleNamespace(get_trials=lambda deepcopy: list(trials((60, 6.0)).values()))
     parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "delta": DELTA}
     assert standing(cast(Bench, SimpleNamespace(**parts))) is None
+
+
+def test_a_long_fine_tuning_goes_on_where_it_was_interrupted(
+    trained_state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = SimpleNamespace(
+        baseline=SimpleNamespace(model=tiny_task(trained_state).model),
+        identity="x",
+        finetune=Recipe(1.0, 2.0, 0.05, 0.05, 0.5, 50.0),
+        watch=Watch(),
+        checkpoint_every=1e9,
+        judge=lambda model, val: (0.0, 0.0),
+        int8=False,
+    )
+    config = tiny_config(tmp_path)
+
+    def tune(place: str, display: NullDisplay) -> nn.Module:
+        bench.task = tiny_task(trained_state)
+        monkeypatch.setattr(finals, "load_trial_model", lambda *_: (bench.task.model, Plan({})))
+        folder = StudyFolder(tmp_path / place)
+        found = finals._final_fit(config, cast(Bench, bench), folder, "annealing/3", 0, display)
+        assert found is not None
+        return found.model
+
+    first, rest = Stopping(), Stopping(stops=False)
+    with pytest.raises(KeyboardInterrupt):
+        tune("a", first)
+    found = tune("a", rest).state_dict()
+    assert rest.done[0] > first.done[0] > 0, "it goes on where it was interrupted"
+    assert [path.suffix for path in (tmp_path / "a").rglob("*.*")] == [".safetensors"]
+    for key, value in tune("b", NullDisplay()).state_dict().items():
+        torch.testing.assert_close(found[key], value)
 
 
 def test_where_no_trial_promises_anything_nothing_is_rehearsed(

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from conftest import TinyNet, count_reads, tiny_config
+from conftest import Stopping, TinyNet, count_reads, tiny_config, tiny_task
 from torch import nn
 
 import autocompress
@@ -141,27 +141,38 @@ def test_fine_tuning_with_rounding_is_a_part_of_the_winners() -> None:
 
 
 def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
-    task: Task, tmp_path: Path
+    trained_state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0, 4.0, 4.0)
-    before = {key: value.clone() for key, value in task.model.state_dict().items()}
     bench = SimpleNamespace(
-        task=task,
         baseline=Baseline(TinyNet(), EMPTY, cast(Any, None), ""),
         identity="x",
         seed=0,
         finetune=Recipe(1.0, 1.0, 0.01, 0.01, 0.0, 50.0),
+        checkpoint_every=1e9,
     )
-    folder = StudyFolder(tmp_path)
-    arguments = cast(Bench, bench), folder, finalist, 1.0, NullDisplay()
-    tuned = int8._fit_rounded(*arguments)
-    bench.task = None  # nothing is trained again
-    again = int8._fit_rounded(*arguments)
-    for key, value in tuned.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value)
-        assert torch.equal(task.model.state_dict()[key], before[key])
-    assert not torch.equal(tuned.state_dict()["conv.weight"], before["conv.weight"])
+
+    def fit(place: str, display: NullDisplay | None = None) -> dict[str, torch.Tensor]:
+        bench.task = task = tiny_task(trained_state)
+        finalist = Finalist("annealing/3", task.model, Plan({}), EMPTY, 4.0, 4.0, 4.0)
+        arguments = cast(Bench, bench), StudyFolder(tmp_path / place), finalist, 1.0
+        tuned = int8._fit_rounded(*arguments, display or NullDisplay())
+        for key, value in task.model.state_dict().items():
+            assert torch.equal(value, trained_state[key])
+        return tuned.state_dict()
+
+    first, rest = Stopping(), Stopping(stops=False)
+    with pytest.raises(KeyboardInterrupt):
+        fit("a", first)
+    tuned = fit("a", rest)
+    assert rest.done[0] > first.done[0] > 0, "it goes on where it was interrupted"
+    assert [path.suffix for path in (tmp_path / "a").rglob("*.*")] == [".safetensors"]
+    whole, unused = fit("b"), Stopping()
+    again = fit("a", unused)
+    assert not unused.done, "nothing is trained again"
+    for key, value in tuned.items():
+        torch.testing.assert_close(again[key], value)
+        torch.testing.assert_close(whole[key], value)
+    assert not torch.equal(tuned["conv.weight"], trained_state["conv.weight"])
 
 
 def int8_config(out: Path, **settings: Any) -> StudyConfig:
