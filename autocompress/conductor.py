@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,19 @@ from autocompress.crew import Crew, Solo, Team
 from autocompress.database import hide_password, open_storage, sole
 from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
 from autocompress.exhibits import publish
-from autocompress.finals import FINALS, rehearse, standing
+from autocompress.finals import ROUND, Finals, standing
 from autocompress.formats import choose_formats
 from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place
 from autocompress.latency import Deployment
 from autocompress.logs import study_log
+from autocompress.longfits import Order, order
+from autocompress.longtrial import announce_long
 from autocompress.models import load_state
 from autocompress.news import Bulletin, doing_of
 from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, announce, best_so_far, timed
-from autocompress.outlook import EPOCHS, NEARLY, REHEARSALS, annealing_epochs, rehearsals_of
+from autocompress.outlook import EPOCHS, NEARLY, annealing_epochs
 from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
@@ -60,10 +61,17 @@ from autocompress.report import write_report
 from autocompress.scope import check_names
 from autocompress.selection import conclude, finished_result
 from autocompress.serving import start_workers
-from autocompress.slots import WORKER, cut_off_gone, host_name, running, top_up
+from autocompress.slots import WORKER, bring_back, cut_off_gone, host_name, running, top_up
 from autocompress.space import SearchSpace
-from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
+from autocompress.stages import (
+    PARENTS,
+    Stage,
+    annealing_stage,
+    exploration_stage,
+    finals_stage,
+)
 from autocompress.store import (
+    FINALS,
     PLACE,
     SETTINGS,
     StudyFolder,
@@ -77,7 +85,7 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
-from autocompress.trials import EXTRA, TRACEBACK, has_weights, violation, within_delta
+from autocompress.trials import EXTRA, TRACEBACK, counted, has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
 
@@ -91,7 +99,8 @@ With fewer, too few come after it."""
 REHEARSED_AFTER = 4
 """It is done after one in so many of its trials."""
 AT_A_TIME = 2
-"""By so many trials an annealing goes on beyond the planned ones; then the finals are rehearsed."""
+"""By so many trials an annealing goes on beyond the planned ones, or by one for each worker, if
+these are more; then the finals are rehearsed."""
 LEFT = 0.1
 """It does so while the network that would be handed out leaves more than this of delta, or there
 is none,"""
@@ -271,14 +280,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
         DATA: task.fingerprint,
         WEIGHTS: state_digest(task.model.state_dict()),
     }
-    exploration = open_study(
-        setting.storage,
-        config.name,
-        "exploration",
-        bound=bound,
-        drop_name=task.scale.drop_name,
-        cost_name=OBJECTIVES[config.objective].label,
-    )
+    exploration = _open(setting, "exploration", bound)
     folder.claim(exploration)
     folder.remember(setting.modules)
     if config.search.stage == "annealing" and not trials_spent(exploration):
@@ -306,11 +308,12 @@ def _conduct(
     bench.watch = watch
     with timed(seconds, "probe"):
         bench.finetune = settle(bench, space, config.finetune, exploration)
-    _bury(exploration, "exploration", display)
+    if bench.finetune.final_epochs > 0:
+        finals_stage(bench, _open(setting, FINALS, bound))
     stored = load_study(setting.storage, config.name, "annealing")
     if stored is not None:
         bench.studies["annealing"] = stored
-        _bury(stored, "annealing", display)
+    _bury(bench, display)
     annealing = None
     with _crew(setting, bench) as crew:
         if config.search.stage != "annealing":
@@ -321,13 +324,13 @@ def _conduct(
             _run_stage(setting, bench, exploration_stage(bench, config, space), crew, later)
         if bench.annealed:
             annealing = _anneal(setting, bench, space, bound, prepared.facts, crew)
+        if finished_result(config, bench, folder) is None:
+            _fit_long(setting, bench, crew, again=True)
         exploration.set_user_attr(SEARCHING, False)
     annealing = annealing or bench.studies.get("annealing")
     seconds["exploration"] = _spent(exploration)
     seconds["annealing"] = _spent(annealing) if annealing is not None else 0.0
-    rehearsals = rehearsals_of(bench.studies)
-    if rehearsals:
-        seconds["rehearsals"] = round(sum(one["seconds"] for one in rehearsals), 2)
+    seconds["finals"] = round(sum(fit.seconds for fit in bench.long_fits), 2)
     summary = conclude(config, bench, folder, display, seconds, command)
     write_report(summary, exploration, annealing, folder.report)
     display.say(f"Report: {folder.report}")
@@ -388,7 +391,7 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
             place,
             config,
             exploration,
-            lambda: list(bench.studies.values()),
+            lambda: bench.all_studies.values(),
             setting.folder.path / "cluster",
             setting.display,
             conducts=True,
@@ -397,7 +400,7 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
         if workers is None:
             yield Solo(bench)
             return
-        team = Team(workers, setting.display)
+        team = Team(workers)
         try:
             yield team
         except BaseException:
@@ -407,46 +410,86 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
             team.close()
 
 
+class _Post:
+    """What the conductor sees to in one stage while trials run.
+
+    Args:
+        setting: Where the study runs.
+        bench: All that is known.
+        stage: The stage.
+    """
+
+    def __init__(self, setting: _Setting, bench: Bench, stage: Stage) -> None:
+        self.stage = stage
+        self._display, self._bench = setting.display, bench
+        self._stale, self._looked = StaleWatch(), -LOOK
+        self._others: dict[str, int] = {}
+        self._shown = {trial.number for trial in trials_spent(stage.study)}
+
+    def attend(self) -> list[FrozenTrial]:
+        """Let trials wait, and tell of those that have ended; gives these in that order."""
+        study, ordered = self.stage.study, self.stage.space is None
+        if ordered:
+            bring_back(study)
+        else:
+            top_up(study, self.stage.total)
+        ended = sorted(trials_spent(study), key=_end_of)
+        for trial in ended:
+            if trial.number not in self._shown:
+                if ordered:
+                    announce_long(self._bench, trial)
+                else:
+                    announce(self._bench, trial)
+                _log_failure(trial)
+                self._shown.add(trial.number)
+        return ended
+
+    def look_out(self) -> None:
+        """See to what happens on other machines, now and then."""
+        if time.monotonic() - self._looked > LOOK:
+            self._looked = time.monotonic()
+            self._stale.cut_off_stale(self.stage.study)
+            _show_others(self.stage.study, self._display, self._others)
+
+
 def _run_stage(
     setting: _Setting,
     bench: Bench,
     stage: Stage,
     crew: Crew,
     later: float = 0.0,
-    between: Callable[[int], bool] = lambda spent: False,
+    between: Callable[[int], None] = lambda spent: None,
 ) -> None:
     """Let trials run until exactly as many as planned have ended by themselves.
 
-    Before each, `between` is told how many have, and says whether it used the display meanwhile.
+    Long fine-tunings that were ordered are carried out meanwhile. Before each look, `between` is
+    told how many trials have ended.
     """
-    study, display, orders = stage.study, bench.display, bench.watch.orders
-    # The winner's fine-tuning, with two seeds, counts as the trials that would take as long.
-    later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage.name), 0.1)
-
-    def show() -> None:
-        display.stage(
-            stage.name,
-            stage.total,
-            len(trials_spent(study)),
-            delta=bench.delta,
-            objective=bench.objective,
-            best=best_so_far(bench),
-            later=later,
-            scale=bench.task.scale,
-        )
-
-    show()
-    stale, looked = StaleWatch(), -LOOK
-    others: dict[str, int] = {}
-    shown = {trial.number for trial in trials_spent(study)}
+    display, orders = bench.display, bench.watch.orders
+    own = _Post(setting, bench, stage)
+    posts = [own]
+    if bench.finals is not None and stage.space is not None:
+        posts.insert(0, _Post(setting, bench, finals_stage(bench, bench.finals)))
+        # The winner's fine-tuning, with two seeds, counts as the trials that would take as long.
+        later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage.name), 0.1)
+    spent = len(trials_spent(stage.study))
+    # Of the long fine-tunings only those are counted that are ordered now.
+    total, done = (stage.total, spent) if stage.space else (stage.total - spent, 0)
+    display.stage(
+        stage.name,
+        total,
+        done,
+        delta=bench.delta,
+        objective=bench.objective,
+        best=best_so_far(bench),
+        later=later,
+        scale=bench.task.scale,
+    )
+    held = -LOOK
     while True:
-        top_up(study, stage.total)
-        ended = sorted(trials_spent(study), key=_end_of)
-        for trial in ended:
-            if trial.number not in shown:
-                announce(bench, trial)
-                _log_failure(trial)
-                shown.add(trial.number)
+        ended = own.attend()
+        for other in posts[:-1]:
+            other.attend()
         _check_failures(stage, ended)
         if len(ended) >= stage.total:
             return
@@ -454,14 +497,44 @@ def _run_stage(
             crew.drain()
             if orders.stop or not crew.alive:
                 raise KeyboardInterrupt
-        if between(len(ended)):
-            show()
-        crew.tend(stage)
-        if time.monotonic() - looked > LOOK:
-            looked = time.monotonic()
+        between(len(ended))
+        crew.tend([post.stage for post in posts])
+        if time.monotonic() - held > LOOK:
+            held = time.monotonic()
             setting.hold()
-            stale.cut_off_stale(study)
-            _show_others(study, display, others)
+        for post in posts:
+            post.look_out()
+
+
+def _fit_long(setting: _Setting, bench: Bench, crew: Crew, again: bool = False) -> bool:
+    """Fine-tune at length what promises to come within delta by it, `ROUND` networks at most.
+
+    As many at a time as there are workers. What is ordered already is waited for.
+
+    Args:
+        setting: Where the study runs.
+        bench: All that is known.
+        crew: Those who do it.
+        again: Whether the best is repeated with a second seed, too.
+
+    Returns:
+        Whether there was anything to fine-tune.
+    """
+    finals, spent = bench.finals, 0
+    if finals is None:
+        return False
+    while True:
+        bring_back(finals)
+        if len(counted(finals)) > len(trials_spent(finals)):
+            _run_stage(setting, bench, finals_stage(bench, finals), crew)
+        room = min(max(1, crew.alive), ROUND - spent)
+        orders: list[Order] = []
+        if room > 0:
+            orders = Finals.of(bench).wanted(room, again, sure=again and spent >= ROUND - 2)
+        if not orders:
+            return spent > 0
+        order(finals, orders, bench.finetune)
+        spent += len(orders)
 
 
 def _show_others(study: Study, display: Display, shown: dict[str, int]) -> None:
@@ -534,14 +607,7 @@ def _anneal(
     if not labels:
         display.say("No trial of the exploration can be annealed: none was fine-tuned.")
         return None
-    annealing = open_study(
-        setting.storage,
-        config.name,
-        "annealing",
-        bound=bound,
-        drop_name=setting.task.scale.drop_name,
-        cost_name=OBJECTIVES[config.objective].label,
-    )
+    annealing = _open(setting, "annealing", bound)
     if EPOCHS not in annealing.user_attrs:
         # As final_epochs may change later, and the trials of one study must be alike.
         annealing.set_user_attr(EPOCHS, annealing_epochs(bench.finetune))
@@ -550,16 +616,15 @@ def _anneal(
     # From now on workers know the stage.
     annealing.set_user_attr(PARENTS, list(labels))
     longer = bench.finetune.final_epochs > annealing.user_attrs[EPOCHS]
-
     longer = longer and stage.total >= REHEARSED_FROM
 
-    def rehearse_early(spent: int) -> bool:
+    def rehearse(spent: int) -> None:
+        finals = bench.finals
         due = longer and spent >= stage.total // REHEARSED_AFTER
-        if not due or rehearsals_of(bench.studies):
-            return False
-        return crew.beside(partial(_rehearse, setting, bench, annealing))
+        if due and finals is not None and not counted(finals):
+            order(finals, Finals.of(bench).wanted(room=1), bench.finetune)
 
-    _run_stage(setting, bench, stage, crew, between=rehearse_early)
+    _run_stage(setting, bench, stage, crew, between=rehearse)
     finished = finished_result(config, bench, setting.folder)
     allowed = config.search.extra_trials
     if finished is not None:
@@ -573,20 +638,16 @@ def _anneal(
 def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
     """Trials beyond those planned, while they pay or the tolerance is far from spent."""
     config, display, annealing = setting.config, setting.display, stage.study
-    # No trial runs meanwhile: what is done beside ends first.
-    crew.wait()
     least = math.inf
     while True:
-        for _ in range(FINALS):
-            if not _rehearse(setting, bench, annealing, display):
-                break
+        _fit_long(setting, bench, crew)
         cost, left = standing(bench) or (math.inf, math.inf)
         ended = at_the_end(trials_spent(annealing)[-AT_A_TIME:])
         enough = (ended or left <= LEFT * config.delta) and cost > PAID * least
-        if enough and _rehearse(setting, bench, annealing, display, again=True):
+        if enough and _fit_long(setting, bench, crew, again=True):
             continue  # the second seed may spoil it
         given = annealing.user_attrs.get(EXTRA, 0)
-        more = min(AT_A_TIME, config.search.extra_trials - given)
+        more = min(max(AT_A_TIME, crew.alive), config.search.extra_trials - given)
         unused = f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
         if enough and left > LEFT * config.delta:
             display.say(
@@ -602,20 +663,6 @@ def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
         annealing.set_user_attr(EXTRA, given + more)
         stage = replace(stage, total=stage.total + more)
         _run_stage(setting, bench, stage, crew)
-
-
-def _rehearse(
-    setting: _Setting, bench: Bench, annealing: Study, display: Display, again: bool = False
-) -> bool:
-    """Whether there was something to rehearse; `again` as in `finals.rehearse`."""
-    start = time.perf_counter()
-    found = rehearse(setting.config, bench, setting.folder, display, again)
-    if found is None:
-        return False
-    seconds = round(time.perf_counter() - start, 2)
-    known = rehearsals_of(bench.studies)
-    annealing.set_user_attr(REHEARSALS, [*known, {**found, "seconds": seconds}])
-    return True
 
 
 def annealing_length(finetune: Recipe, trials: int) -> float:
@@ -656,14 +703,26 @@ def _outcome(summary: Mapping[str, Any], bench: Bench, folder: StudyFolder) -> O
     return Outcome(model.cpu().eval(), plan, summary, folder.path)
 
 
-def _bury(study: Study, stage: str, display: Display) -> None:
+def _open(setting: _Setting, stage: str, bound: Mapping[str, Any]) -> Study:
+    """The Optuna study of a stage, made now or earlier."""
+    return open_study(
+        setting.storage,
+        setting.config.name,
+        stage,
+        bound=bound,
+        drop_name=setting.task.scale.drop_name,
+        cost_name=OBJECTIVES[setting.config.objective].label,
+    )
+
+
+def _bury(bench: Bench, display: Display) -> None:
     """End the trials whose workers are gone."""
-    dead = cut_off_gone(study)
-    spent = len(trials_spent(study))
-    if dead:
-        display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")
-    if spent:
-        display.say(f"Going on with the {stage} after {spent} trials.")
+    for stage, study in bench.all_studies.items():
+        dead, spent = cut_off_gone(study), len(trials_spent(study))
+        if dead:
+            display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")
+        if spent:
+            display.say(f"Going on with the {stage} after {spent} trials.")
 
 
 def _spent(study: Study) -> float:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from threading import Thread
+from collections.abc import Sequence
 from typing import Protocol
-
-import torch
 
 from autocompress.launchers import Workers
 from autocompress.objective import Bench
 from autocompress.process import PAUSE
-from autocompress.progress import Beside, Display
 from autocompress.slots import take
 from autocompress.stages import Stage
 from autocompress.worker import perform
@@ -20,32 +16,17 @@ from autocompress.worker import perform
 TURNS = 5
 """Turns of looking after workers for each look into the database, which takes longer."""
 
-Work = Callable[[Display], object]
-
 
 class Crew(Protocol):
     """Those who carry out the trials."""
 
     @property
     def alive(self) -> int:
-        """How many of them work."""
+        """How many of them work in other processes."""
         ...
 
-    def tend(self, stage: Stage) -> None:
-        """Give them time to work on a stage, a moment or a trial long."""
-        ...
-
-    def beside(self, work: Work) -> bool:
-        """Do something besides the trials, which is told a display; once, if it is asked again
-        meanwhile.
-
-        Returns:
-            Whether it is done and has used the whole display.
-        """
-        ...
-
-    def wait(self) -> None:
-        """Wait for what is done beside."""
+    def tend(self, stages: Sequence[Stage]) -> None:
+        """Give them time to work, a moment or a trial long; on the first of the stages first."""
         ...
 
     def drain(self) -> None:
@@ -65,21 +46,14 @@ class Solo:
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
 
-    def tend(self, stage: Stage) -> None:
+    def tend(self, stages: Sequence[Stage]) -> None:
         """Carry out one trial, if one waits."""
-        trial = take(stage.study)
-        if trial is None:  # workers elsewhere have them all
-            time.sleep(PAUSE)
-            return
-        perform(self._bench, stage, trial)
-
-    def beside(self, work: Work) -> bool:
-        """Do it between two trials."""
-        work(self._bench.display)
-        return True
-
-    def wait(self) -> None:
-        """It is done whenever it is asked."""
+        for stage in stages:
+            trial = take(stage.study)
+            if trial is not None:
+                perform(self._bench, stage, trial)
+                return
+        time.sleep(PAUSE)  # workers elsewhere have them all
 
     def drain(self) -> None:
         """Its trial is over whenever it is asked."""
@@ -90,58 +64,28 @@ class Team:
 
     Args:
         workers: They.
-        display: Shows what they do.
     """
 
-    def __init__(self, workers: Workers, display: Display) -> None:
-        self._workers, self._display = workers, display
-        self._other: Thread | None = None
-        self._error: BaseException | None = None
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
 
     @property
     def alive(self) -> int:
         """How many work."""
         return self._workers.alive
 
-    def tend(self, stage: Stage) -> None:
+    def tend(self, stages: Sequence[Stage]) -> None:
         """See to them until a trial has ended, for about a second at most."""
         before = self._workers.finished
         for _ in range(TURNS):
             self._workers.tend()
-            if self._error is not None:
-                raise self._error
             if self._workers.finished > before:
                 return
-
-    def beside(self, work: Work) -> bool:
-        """Do it on another thread, while they go on; not again if it is being or was done."""
-        if self._other is None:
-            self._other = Thread(target=self._do, args=(work,), name="beside", daemon=True)
-            self._other.start()
-        return False
-
-    def wait(self) -> None:
-        """Wait for what is done beside, and see to the workers meanwhile."""
-        while self._other is not None and self._other.is_alive():
-            self._workers.tend()
-        if self._error is not None:
-            raise self._error
 
     def drain(self) -> None:
         """Let them end after their trials."""
         self._workers.drain()
 
     def close(self) -> None:
-        """End them, and wait for what is done beside."""
+        """End them."""
         self._workers.stop()
-        if self._other is not None:
-            self._other.join()
-
-    def _do(self, work: Work) -> None:
-        # Several threads that wait for each other beside busy processes are slower than one.
-        torch.set_num_threads(1)
-        with Beside(self._display, "rehearsal") as display:
-            try:
-                work(display)
-            except BaseException as error:
-                self._error = error

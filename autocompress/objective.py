@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,10 +39,11 @@ from autocompress.facts import costs_of, facts_of
 from autocompress.gates import RUNGS, Gate, Record
 from autocompress.inheritance import Elder
 from autocompress.latency import LatencyMeter
+from autocompress.longfits import LongFit, long_fits
 from autocompress.models import load_state
 from autocompress.news import Phase
 from autocompress.observation import Observations
-from autocompress.outlook import EPOCHS, Outlook, outlook_of, rehearsals_of
+from autocompress.outlook import EPOCHS, Outlook, outlook_of
 from autocompress.plan import Plan
 from autocompress.profiler import Profile, profile_model
 from autocompress.progress import Display
@@ -50,7 +51,7 @@ from autocompress.quantization import Quantizer
 from autocompress.samplers import trial_seed
 from autocompress.slots import cut_off
 from autocompress.space import SearchSpace
-from autocompress.store import STAGES
+from autocompress.store import FINALS, STAGES
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
 from autocompress.training import Recipe, fit
@@ -105,7 +106,8 @@ class Bench:
         identity: Ties what is kept in the study's folder to the study.
         display: Told about the progress.
         rejected_as_complete: Whether trials that the gate stops are told as complete.
-        studies: The Optuna studies by stage; a child finds its parent there.
+        studies: The Optuna studies of the search by stage; a child finds its parent there.
+        finals: The Optuna study of the long fine-tunings, as soon as there is one.
         meter: Times networks on the runtime that the study names; None where the baseline doesn't
             run there, which only a study of latency can't do without.
         annealed: Whether an annealing follows the exploration.
@@ -131,6 +133,7 @@ class Bench:
     display: Display
     rejected_as_complete: bool = False
     studies: dict[str, Study] = field(default_factory=dict)
+    finals: Study | None = None
     meter: LatencyMeter | None = None
     annealed: bool = False
     int8: bool = False
@@ -165,7 +168,19 @@ class Bench:
     @property
     def outlook(self) -> Outlook:
         """What is expected of trials, by all that the study has seen by now."""
-        return outlook_of(self.studies, self.finetune, self.delta, self.annealed)
+        return outlook_of(self.studies, self.finetune, self.delta, self.annealed, self.long_fits)
+
+    @property
+    def all_studies(self) -> dict[str, Study]:
+        """The Optuna studies by stage, that of the long fine-tunings last."""
+        return self.studies | ({} if self.finals is None else {FINALS: self.finals})
+
+    @property
+    def long_fits(self) -> list[LongFit]:
+        """The long fine-tunings that have ended by now."""
+        if self.finals is None:
+            return []
+        return long_fits(self.finals, self.studies, self.delta, self.finetune.gate)
 
     def epochs(self, stage: str) -> float:
         """Passes over the training data in each trial of a stage."""
@@ -201,11 +216,28 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> FrozenTrial | None:
-    """Carry out a trial of a stage's study, and tell the study how it went.
+    """Carry out a trial of a stage's study, and tell the study how it went, as `see_through`."""
+    bench.display.trial_started(trial.number)
+    return see_through(bench, trial, stage, lambda: _carry_out(bench, stage, space, trial))
+
+
+def see_through(
+    bench: Bench,
+    trial: Trial,
+    stage: str,
+    work: Callable[[], tuple[tuple[float, float], str | None]],
+) -> FrozenTrial | None:
+    """Carry out a trial, and tell its study how it went.
 
     Every end is recorded: complete; stopped at the gate (PRUNED, with the constraint's value, or
     complete for the samplers that learn only from those); failed with its reason. A trial that is
     interrupted from outside is marked so, does not count, and the interruption goes on.
+
+    Args:
+        bench: All that it needs.
+        trial: The trial.
+        stage: Its stage, for the log.
+        work: Carries it out; gives its values and, if it was stopped at the gate, the reason.
 
     Returns:
         The ended trial; None where others have ended it, who took this process for dead.
@@ -213,14 +245,13 @@ def run_trial(bench: Bench, stage: str, space: SearchSpace, trial: Trial) -> Fro
     Raises:
         AutocompressError: If the disk is full. The trial doesn't count then.
     """
-    study = bench.studies[stage]
-    bench.display.trial_started(trial.number)
+    study = trial.study
     values: tuple[float, float] | None = None
     reason: str | None = None
     state = TrialState.COMPLETE
     try:
         try:
-            values, reason = _carry_out(bench, stage, space, trial)
+            values, reason = work()
             if reason is not None and not bench.rejected_as_complete:
                 state = TrialState.PRUNED
         except (UpdateFinishedTrialError, DatabaseLost):
@@ -312,7 +343,7 @@ def _carry_out(
     full = bench.baseline.profile
     cost = cost_of(bench.objective, profile, latency, full)
 
-    checkpoint = _checkpoint(bench, trial)
+    checkpoint = checkpoint_of(bench, trial)
     gate = _gate(bench, stage, trial)
     closed = False
     if not gate.drops:
@@ -342,7 +373,7 @@ def _carry_out(
             "seed": seed,
         }
         # The other processes of a group, which know nothing of trials, train along.
-        share({"plan": plan.to_json(), "fit": job})
+        share({"plan": plan.to_json(), "fit": job, "rungs": RUNGS})
         result = fit(
             model,
             task,
@@ -370,7 +401,7 @@ def _carry_out(
     drop, bound = bench.judge(model, after)
     watch.lap("evaluate")
     set_constraint(trial, bound - bench.delta)
-    trial.set_user_attr(WEIGHTS, _keep_weights(model, trial, bench.store))
+    trial.set_user_attr(WEIGHTS, keep_weights(model, trial, bench.store))
     _exhibit(bench, stage, trial, plan, replace(profile, score=after.score))
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
@@ -384,7 +415,7 @@ def train_along(bench: Bench, job: Mapping[str, Any]) -> None:
     model = build_plan(bench.baseline.model, Plan.from_json(job["plan"])).to(bench.task.device)
     # Rank 0 has the weights, the rungs and the checkpoint, and records how it ends.
     with suppress(AutocompressError, KeyboardInterrupt):
-        fit(model, bench.task, teacher=bench.baseline.model, rungs=RUNGS, **job["fit"])
+        fit(model, bench.task, teacher=bench.baseline.model, rungs=job["rungs"], **job["fit"])
 
 
 def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
@@ -413,7 +444,7 @@ def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
     return latency.median_ms
 
 
-def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
+def keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
     """Upload a trial's weights, which cost too much to be lost with a bucket that is away."""
     for pause in UPLOAD_PAUSES:
         try:
@@ -448,7 +479,7 @@ def _name(bench: Bench, stage: str, trial: Trial, drop: float, cost: float, when
     trial.set_user_attr(RATIO, round(ratio, 4))
 
 
-def _checkpoint(bench: Bench, trial: Trial) -> Checkpoint:
+def checkpoint_of(bench: Bench, trial: Trial) -> Checkpoint:
     """Keeps the trial's fine-tuning in the artifact store, where its next worker finds it."""
 
     def keep(path: Path) -> None:
@@ -531,12 +562,23 @@ def find_trial(studies: Mapping[str, Study], label: str) -> FrozenTrial:
     return studies[stage].get_trials(deepcopy=False)[int(number)]
 
 
-def load_trial_model(bench: Bench, label: str) -> tuple[nn.Module, Plan]:
-    """The fine-tuned network of a trial, on the task's device, and its plan."""
+def load_trial_model(
+    bench: Bench, label: str, weights: str | None = None
+) -> tuple[nn.Module, Plan]:
+    """The fine-tuned network of a trial, on the task's device, and its plan.
+
+    Args:
+        bench: Knows the study.
+        label: "<stage>/<number>".
+        weights: The artifact of the weights; None for those that the trial left.
+
+    Raises:
+        DamagedArtifact: If the weights can't be read any more.
+    """
     trial = find_trial(bench.studies, label)
     plan = Plan.from_json(trial.user_attrs["plan"])
     model = build_plan(bench.baseline.model, plan)
-    load_state(model, fetch_weights(trial.user_attrs[WEIGHTS], bench.store))
+    load_state(model, fetch_weights(weights or trial.user_attrs[WEIGHTS], bench.store))
     return model.to(bench.task.device).eval(), plan
 
 
@@ -546,11 +588,9 @@ def load_elder(bench: Bench, label: str) -> Elder:
     Raises:
         DamagedArtifact: If its weights can't be read any more.
     """
-    model, plan = load_trial_model(bench, label)
-    own = [one for one in rehearsals_of(bench.studies) if one["trial"] == label and one["weights"]]
-    if own:
-        best = min(own, key=lambda one: float(one["after"]))
-        load_state(model, fetch_weights(best["weights"], bench.store))
+    own = [fit for fit in bench.long_fits if fit.trial == label and fit.after < fit.before]
+    best = min(own, key=lambda fit: fit.after, default=None)
+    model, plan = load_trial_model(bench, label, None if best is None else best.weights)
     return Elder(model, plan, bench.baseline.model, bench.observations)
 
 

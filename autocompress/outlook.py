@@ -19,17 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import mean
-from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from autocompress.longfits import LongFit, mean_bound
 from autocompress.training import Recipe
 from autocompress.trials import PARENT, lost, stage_of
 
-REHEARSALS = "rehearsals"
-"""The annealing's attribute that holds the trials of `finals.rehearse`, and what they came to."""
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
 
@@ -167,7 +164,11 @@ def annealing_epochs(recipe: Recipe) -> float:
 
 
 def outlook_of(
-    studies: Mapping[str, Study], recipe: Recipe, delta: float, annealed: bool
+    studies: Mapping[str, Study],
+    recipe: Recipe,
+    delta: float,
+    annealed: bool,
+    fits: Sequence[LongFit] = (),
 ) -> Outlook:
     """What a study expects of its trials by all that it has seen.
 
@@ -176,34 +177,29 @@ def outlook_of(
         recipe: The lengths of fine-tuning.
         delta: The tolerance, in points.
         annealed: Whether an annealing follows, or followed, the exploration.
+        fits: The long fine-tunings that have ended; those of another length tell nothing.
     """
+    found = Outlook(delta, _steps(studies, recipe, annealed))
+    ends: dict[str, list[LongFit]] = {}
+    for fit in fits:
+        if fit.of_recipe(recipe):
+            found = found.having_seen(stage_of(fit.trial), fit.before, fit.after)
+            ends.setdefault(fit.trial, []).append(fit)
+    return replace(found, ends={label: mean_bound(own) for label, own in ends.items()})
+
+
+def _steps(studies: Mapping[str, Study], recipe: Recipe, annealed: bool) -> dict[str, Step]:
+    """Stage to the step that follows its trials, by what the trials alone tell."""
     annealing = studies.get("annealing")
     if not annealed and annealing is None:
-        return Outlook(delta, {"exploration": Step(_times(recipe.final_epochs, recipe.epochs))})
+        return {"exploration": Step(_times(recipe.final_epochs, recipe.epochs))}
     middle = annealing_epochs(recipe)
     if annealing is not None:
         middle = float(annealing.user_attrs.get(EPOCHS, middle))
-    found = Outlook(
-        delta,
-        {
-            "exploration": Step(_times(middle, recipe.epochs), _ripened(studies)),
-            "annealing": Step(_times(recipe.final_epochs, middle)),
-        },
-    )
-    known = rehearsals_of(studies)
-    for rehearsal in known:
-        stage = stage_of(rehearsal["trial"])
-        found = found.having_seen(stage, rehearsal["before"], rehearsal["after"])
-    ends: dict[str, list[float]] = {}
-    for rehearsal in known:
-        ends.setdefault(rehearsal["trial"], []).append(rehearsal["bound"])
-    return replace(found, ends={trial: mean(bounds) for trial, bounds in ends.items()})
-
-
-def rehearsals_of(studies: Mapping[str, Study]) -> list[Mapping[str, Any]]:
-    """What `finals.rehearse` found, one after the other, and the "seconds" that it took."""
-    annealing = studies.get("annealing")
-    return [] if annealing is None else list(annealing.user_attrs.get(REHEARSALS, ()))
+    return {
+        "exploration": Step(_times(middle, recipe.epochs), _ripened(studies)),
+        "annealing": Step(_times(recipe.final_epochs, middle)),
+    }
 
 
 def _after(drop: float, kept: float, gained: float) -> float:

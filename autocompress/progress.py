@@ -349,28 +349,6 @@ class NullDisplay:
         self.close()
 
 
-class Beside(NullDisplay):
-    """The part of a display for work that goes on beside the trials: a row of its own.
-
-    Args:
-        display: The display.
-        name: The row's name.
-    """
-
-    def __init__(self, display: Display, name: str) -> None:
-        self._display, self._name = display, name
-
-    def say(self, message: str) -> None:
-        self._display.say(message)
-
-    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
-        self._display.step(phase, done, total, note, self._name)
-
-    def close(self) -> None:
-        """Take the row away."""
-        self._display.step("", 0, 0, worker=self._name)
-
-
 def make_display(
     console: Console | None = None, environ: Mapping[str, str] | None = None
 ) -> Display:

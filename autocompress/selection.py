@@ -1,4 +1,4 @@
-"""The end of a study: choose on validation data, fine-tune at length, read test data, hand out."""
+"""The end of a study: choose on validation data, read test data, hand out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from autocompress.int8 import Int8, make_int8, measure_int8, score_int8
 from autocompress.latency import describe
 from autocompress.layermap import layer_rows
 from autocompress.objective import Bench, pace, timed
-from autocompress.outlook import rehearsals_of
 from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.review import Predictions, class_changes, write_lost_images
@@ -47,7 +46,7 @@ def conclude(
     seconds: dict[str, float],
     command: str,
 ) -> dict[str, Any]:
-    """Choose on validation data, fine-tune the winner at length, read test data, export.
+    """Choose on validation data, read test data, export.
 
     Where an earlier run concluded over the same trials, its result stands and nothing is done.
 
@@ -73,8 +72,8 @@ def conclude(
     )
     summary = _facts(config, bench, labelled, seconds, command)
     summary["stage_best"] = _stage_best(bench, within)
-    with timed(seconds, "final"):
-        winners = choose_finalists(config, bench, folder, labelled, display)
+    with timed(seconds, "selection"):
+        winners = choose_finalists(bench, labelled, display)
     if winners:
         summary["met"] = True
         summary["best"] = best = _describe_finalist(bench, winners[0], config, display)
@@ -158,7 +157,7 @@ def _facts(
         "int8": None,
         "nearest": None,
         "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
-        "rehearsals": rehearsals_of(bench.studies),
+        "long_fits": [asdict(fit) for fit in bench.long_fits],
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,
         "final_learning_rate": bench.finetune.final_learning_rate,

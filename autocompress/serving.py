@@ -26,7 +26,7 @@ from autocompress.process import STORAGE_VARIABLE, EventDisplay, EventHandler, f
 from autocompress.progress import Display, make_display
 from autocompress.slots import host_name
 from autocompress.sources import pick_device
-from autocompress.store import StudyFolder, folder_of, load_stages
+from autocompress.store import StudyFolder, folder_of, load_all
 from autocompress.watch import Orders, Watch
 from autocompress.worker import Worker, follow_first
 from autocompress.workers import Launch, Pool, cores, count_workers, shares, visible_gpus
@@ -77,7 +77,7 @@ def serve(place: Place, child: bool, display: Display | None = None) -> int:
                 place,
                 config,
                 study,
-                lambda: load_stages(study._storage, config.name).values(),
+                lambda: load_all(study._storage, config.name).values(),
                 folder,
                 display,
                 conducts=False,

@@ -17,7 +17,16 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from autocompress.database import end_if, take_waiting
-from autocompress.trials import CHECKPOINT, EARLY, INTERRUPTED, PARENT, SEED, counted
+from autocompress.trials import (
+    CHECKPOINT,
+    EARLY,
+    INTERRUPTED,
+    LENGTH,
+    PARENT,
+    RATE,
+    SEED,
+    counted,
+)
 
 AHEAD = 64
 """How many trials wait at most: workers go on with so many should the conductor be gone, and each
@@ -33,7 +42,7 @@ STOPPED, DIED = "stopped", "died"
 """Why a trial was cut off: its worker was told to end, or it died."""
 
 _COPIED_SYSTEM = ("autocompress:knobs",)
-_COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY)
+_COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY, LENGTH, RATE)
 
 
 def host_name() -> str:
@@ -85,11 +94,25 @@ def top_up(study: Study, total: int) -> int:
         surplus = waiting[missing:]
         return -sum(_end(study, trial, TrialState.WAITING, STOPPED) for trial in surplus)
     missing = min(missing, AHEAD - len(waiting))
-    new = [_repeated(dead) for dead in _unrepeated(trials)[: max(0, missing)]]
-    new += [create_trial(state=TrialState.WAITING) for _ in range(missing - len(new))]
-    for trial in new:
-        study.add_trial(trial)
-    return len(new)
+    again = _bring_back(study, _unrepeated(trials)[: max(0, missing)])
+    for _ in range(missing - again):
+        study.add_trial(create_trial(state=TrialState.WAITING))
+    return max(0, missing)
+
+
+def bring_back(study: Study) -> int:
+    """Let trials that were cut off wait again. Only for the process that conducts the study.
+
+    Returns:
+        How many.
+    """
+    return _bring_back(study, _unrepeated(study.get_trials(deepcopy=False)))
+
+
+def _bring_back(study: Study, dead: Sequence[FrozenTrial]) -> int:
+    for trial in dead:
+        study.add_trial(_repeated(trial))
+    return len(dead)
 
 
 def take(study: Study) -> Trial | None:
@@ -145,14 +168,15 @@ def _end(
 
 
 def _unrepeated(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Trials that were cut off with a plan, and whose plan has not come again."""
+    """Trials that were cut off, and of which is known what they were; not those that have come
+    again."""
     repeated = {trial.user_attrs[RETRY]["of"] for trial in trials if RETRY in trial.user_attrs}
     return [
         trial
         for trial in trials
         if trial.state == TrialState.FAIL
         and INTERRUPTED in trial.user_attrs
-        and "plan" in trial.user_attrs
+        and ("plan" in trial.user_attrs or PARENT in trial.user_attrs)
         and trial.number not in repeated
     ]
 

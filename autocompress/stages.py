@@ -1,4 +1,4 @@
-"""The two stages, as every process that runs trials has them: a study with its sampler, a space.
+"""The stages, as every process that runs trials has them: a study with its sampler, a space.
 
 All of it follows from the study file, the layer table and the database, so that workers on other
 machines propose what the conductor would.
@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from optuna.samplers import RandomSampler
 from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial
 
 from autocompress.annealing import AnnealingSampler, Parent
 from autocompress.audition import strays
 from autocompress.config import StudyConfig
-from autocompress.objective import Bench, find_trial
+from autocompress.longtrial import run_long_trial
+from autocompress.objective import Bench, find_trial, run_trial
 from autocompress.samplers import make_sampler
 from autocompress.space import SearchSpace
-from autocompress.trials import EXTRA, stage_of
+from autocompress.store import FINALS
+from autocompress.trials import EXTRA, counted, stage_of
 
 PARENTS = "parents"
 """User attribute of the annealing: labels of the exploration's trials where it starts."""
@@ -29,16 +33,22 @@ class Stage:
     """One stage of a study.
 
     Attributes:
-        name: "exploration" or "annealing".
+        name: "exploration", "annealing" or "finals".
         study: Its Optuna study, with the sampler that proposes.
-        space: What is proposed.
+        space: What is proposed; None for the finals, whose trials are ordered.
         total: Its trials, in all.
     """
 
     name: str
     study: Study
-    space: SearchSpace
+    space: SearchSpace | None
     total: int
+
+    def carry_out(self, bench: Bench, trial: Trial) -> FrozenTrial | None:
+        """Carry out a trial that was taken; None if others have ended it."""
+        if self.space is None:
+            return run_long_trial(bench, trial)
+        return run_trial(bench, self.name, self.space, trial)
 
     def refresh(self, bench: Bench) -> None:
         """Let the sampler know what the study has learned of what trials lose in the end."""
@@ -100,6 +110,18 @@ def annealing_stage(
     )
     total = config.search.annealing_trials + study.user_attrs.get(EXTRA, 0)
     return Stage("annealing", study, narrowed, total)
+
+
+def finals_stage(bench: Bench, study: Study) -> Stage:
+    """The long fine-tunings that are ordered by now.
+
+    Args:
+        bench: Learns of them.
+        study: The finals.
+    """
+    bench.finals = study
+    study.sampler = RandomSampler()
+    return Stage(FINALS, study, None, len(counted(study)))
 
 
 def _parents(bench: Bench, labels: Sequence[str]) -> list[Parent]:

@@ -28,6 +28,9 @@ PLACE = "artifacts"
 SETTINGS = "settings"
 """User attribute of the exploration: the settings that it was last run with, as JSON."""
 STAGES = ("exploration", "annealing")
+"""The stages of the search, each an Optuna study."""
+FINALS = "finals"
+"""The Optuna study of the long fine-tunings, whose trials are ordered, not proposed."""
 
 
 class StudyFolder:
@@ -154,7 +157,7 @@ def open_study(
     Args:
         storage: The database.
         name: The study's name, without the stage.
-        stage: "exploration" or "annealing".
+        stage: "exploration", "annealing" or "finals".
         bound: The settings that the study stands for, flat.
         cost_name: Name of the second objective, with its unit.
         drop_name: Name of the first.
@@ -206,6 +209,12 @@ def load_stages(storage: BaseStorage, name: str) -> dict[str, Study]:
     """The Optuna studies of both stages by stage, as far as there are any."""
     found = {stage: load_study(storage, name, stage) for stage in STAGES}
     return {stage: one for stage, one in found.items() if one is not None}
+
+
+def load_all(storage: BaseStorage, name: str) -> dict[str, Study]:
+    """The Optuna studies by stage, that of the long fine-tunings last, as far as there are any."""
+    finals = load_study(storage, name, FINALS)
+    return load_stages(storage, name) | ({} if finals is None else {FINALS: finals})
 
 
 def settings_in(storage: BaseStorage, name: str) -> dict[str, Any] | None:

@@ -113,6 +113,7 @@ class Watch:
     clock: Clock = time.monotonic
     _began: float | None = None
     _moved: float = 0.0
+    _limited: bool = True
     _taken: Callable[[], bool] = lambda: False
 
     def set_limits(self, run: RunConfig) -> None:
@@ -135,14 +136,16 @@ class Watch:
             return
         if self._taken():
             raise TrialTaken
-        if self.limit is not None and self._moved - self._began > self.limit:
-            raise TrialTimeout(self._too_long())
+        limit = self._limit()
+        if limit is not None and self._moved - self._began > limit:
+            raise TrialTimeout(_too_long(limit))
 
     @contextmanager
     def over(
         self,
         taken: Callable[[], bool] = lambda: False,
         hung: Callable[[str], None] | None = None,
+        limited: bool = True,
     ) -> Iterator[None]:
         """The block carries out a trial.
 
@@ -150,7 +153,9 @@ class Watch:
             taken: Tells whether others have ended it.
             hung: Called on another thread with the reason, if the trial makes no step for too
                 long; it should record that and end the process. None: nobody looks.
+            limited: Whether the limit of a trial's length counts.
         """
+        self._limited = limited
         self._began = self._moved = self.clock()
         self._taken = taken
         end = Event()
@@ -180,10 +185,14 @@ class Watch:
                 "that waits for ever does that."
             )
         # A step that is merely long gets to say so itself first.
-        if self.limit is not None and now - began > self.limit + max(60.0, self.limit / 10):
-            return self._too_long()
+        limit = self._limit()
+        if limit is not None and now - began > limit + max(60.0, limit / 10):
+            return _too_long(limit)
         return None
 
-    def _too_long(self) -> str:
-        assert self.limit is not None
-        return f"it took more than {self.limit / 60:g} minutes (run.trial_limit)."
+    def _limit(self) -> float | None:
+        return self.limit if self._limited else None
+
+
+def _too_long(limit: float) -> str:
+    return f"it took more than {limit / 60:g} minutes (run.trial_limit)."

@@ -14,12 +14,18 @@ from autocompress.config import StudyConfig
 from autocompress.database import end_if
 from autocompress.distributed import share
 from autocompress.heartbeat import Heartbeat
-from autocompress.objective import Bench, announce, run_trial, train_along
+from autocompress.objective import Bench, announce, train_along
 from autocompress.process import EXIT_HUNG, SEARCHING, work
 from autocompress.slots import take, worker_name
 from autocompress.space import SearchSpace
-from autocompress.stages import PARENTS, Stage, annealing_stage, exploration_stage
-from autocompress.store import load_study
+from autocompress.stages import (
+    PARENTS,
+    Stage,
+    annealing_stage,
+    exploration_stage,
+    finals_stage,
+)
+from autocompress.store import FINALS, load_study
 
 WAIT, END = "wait", "end"
 """What rank 0 of a group tells the others besides the fine-tunings."""
@@ -50,9 +56,12 @@ def perform(
 
     with (
         Heartbeat(stage.study, trial._trial_id, doing=lambda: bench.doing) as beat,
-        bench.watch.over(lambda: beat.taken, None if hung is None else end),
+        # How long a trial of the search may take says nothing of a long fine-tuning.
+        bench.watch.over(
+            lambda: beat.taken, None if hung is None else end, limited=stage.space is not None
+        ),
     ):
-        return run_trial(bench, stage.name, stage.space, trial)
+        return stage.carry_out(bench, trial)
 
 
 def end_process(stage: Stage, trial: Trial, reason: str) -> None:
@@ -99,7 +108,9 @@ class Worker:
         self._bench, self._config, self._space = bench, config, space
         self._patience = patience
         number = zlib.crc32(worker_name().encode())
-        self._stages = [exploration_stage(bench, config, space, number)]
+        self._exploration = exploration_stage(bench, config, space, number)
+        self._annealing: Stage | None = None
+        self._finals: Stage | None = None
 
     def run(self) -> int:
         """Work; returns how many trials ended here."""
@@ -110,7 +121,7 @@ class Worker:
             share(END)
 
     def _over(self) -> bool:
-        return not self._exploration.user_attrs.get(SEARCHING, False)
+        return not self._exploration.study.user_attrs.get(SEARCHING, False)
 
     def _carry_out(self, found: tuple[Stage, Trial]) -> bool:
         ended = perform(self._bench, *found, end_process)
@@ -126,25 +137,27 @@ class Worker:
         return found
 
     def _take(self) -> tuple[Stage, Trial] | None:
-        """A waiting trial, those of the later stage first."""
-        self._look_for_annealing()
-        for stage in reversed(self._stages):
-            trial = take(stage.study)
-            if trial is not None:
+        """A waiting trial, those of later stages first."""
+        self._look_for_others()
+        for stage in (self._finals, self._annealing, self._exploration):
+            trial = None if stage is None else take(stage.study)
+            if stage is not None and trial is not None:
                 return stage, trial
         return None
 
-    def _look_for_annealing(self) -> None:
-        if len(self._stages) > 1:
-            return
-        study = load_study(self._exploration._storage, self._config.name, "annealing")
-        if study is not None and PARENTS in study.user_attrs:
-            self._stages.append(
-                annealing_stage(
-                    self._bench, self._config, self._space, study, study.user_attrs[PARENTS]
+    def _look_for_others(self) -> None:
+        """Look for the stages that have begun since."""
+        if self._annealing is None:
+            study = self._study("annealing")
+            if study is not None and PARENTS in study.user_attrs:
+                parents = study.user_attrs[PARENTS]
+                self._annealing = annealing_stage(
+                    self._bench, self._config, self._space, study, parents
                 )
-            )
+        if self._finals is None:
+            study = self._study(FINALS)
+            if study is not None:
+                self._finals = finals_stage(self._bench, study)
 
-    @property
-    def _exploration(self) -> Study:
-        return self._bench.studies["exploration"]
+    def _study(self, stage: str) -> Study | None:
+        return load_study(self._exploration.study._storage, self._config.name, stage)

@@ -15,7 +15,7 @@ from conftest import EXPORTED, TinyNet, count_reads, make_loader, tiny_config, t
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import conductor, finals, formats, latency, objective, preparation
+from autocompress import conductor, formats, latency, longtrial, objective, preparation
 from autocompress.annealing import AnnealingSampler
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.database import open_storage, sole
@@ -272,23 +272,23 @@ def test_an_interrupted_study_goes_on_to_the_same_total(
         assert all(t.state == TrialState.FAIL for t in lost) and len(lost) <= 1
 
 
-def test_the_finals_are_rehearsed_early_in_a_long_annealing(task: Task, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("trials", "early"), [(5, False), (7, True)])
+def test_in_a_long_annealing_one_is_fine_tuned_at_length_early(
+    trials: int, early: bool, task: Task, tmp_path: Path
+) -> None:
     longer: dict[str, Any] = {"trials": 2, "finetune.final_epochs": 2.0}
     longer |= {"search.extra_trials": 0}
-    short = run_study(tiny_config(tmp_path, annealing_trials=5, **longer), task, NullDisplay())
-    assert short.summary["rehearsals"] == []
-    # The same study goes on, and now there are trials for which it is worth it.
     display = Recorder()
-    outcome = run_study(tiny_config(tmp_path, annealing_trials=7, **longer), task, display)
-    [found, *_] = outcome.summary["rehearsals"]
-    stage, number = found["trial"].split("/")
-    assert number in map(str, range(5)) and found["after"] <= 100.0
-    study = studies_of(tmp_path / "tiny")["annealing"]
-    assert study.user_attrs["rehearsals"][0] == found
-    assert outcome.summary["seconds"]["rehearsals"] > 0
-    name = f"-{stage}-{number}-2-"
-    weights = [path.name for path in outcome.folder.joinpath("finals").iterdir()]
-    assert any(name in one for one in weights)
+    outcome = run_study(tiny_config(tmp_path, annealing_trials=trials, **longer), task, display)
+    [found, *_] = outcome.summary["long_fits"]
+    assert found["epochs"] == 2.0 and found["seed"] == 0 and found["seconds"] > 0
+    assert outcome.summary["seconds"]["finals"] > 0
+    assert any(f"Fine-tuned {found['trial']} for 2 epochs, seed 0" in s for s in display.lines)
+    finals = load_study(open_storage(f"sqlite:///{outcome.folder / 'study.db'}"), "tiny", "finals")
+    assert finals is not None
+    annealing = studies_of(tmp_path / "tiny")["annealing"].trials
+    first, last = finals.trials[0].datetime_complete, annealing[-1].datetime_start
+    assert first is not None and last is not None and (first < last) == early
 
 
 def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
@@ -344,16 +344,16 @@ def test_enough_is_spent_only_if_the_second_seed_says_so_too(
     asked: list[int] = []
 
     def stand(bench: Bench) -> tuple[float, float]:
-        rehearsals = bench.studies["annealing"].user_attrs["rehearsals"]
-        asked.append(len(rehearsals))
-        twice = len({one["trial"] for one in rehearsals}) < len(rehearsals)
+        fits = bench.long_fits
+        asked.append(len(fits))
+        twice = len({fit.trial for fit in fits}) < len(fits)
         return 100.0, (0.3 if twice and len(asked) < 4 else 0.05) * bench.delta
 
     monkeypatch.setattr(conductor, "standing", stand)
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     outcome = run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
-    rehearsed = [one["trial"] for one in outcome.summary["rehearsals"]]
-    assert len(rehearsed) > len(set(rehearsed)), "one was rehearsed with both seeds"
+    tuned = [one["trial"] for one in outcome.summary["long_fits"]]
+    assert len(tuned) > len(set(tuned)), "one was fine-tuned with both seeds"
     assert asked[2] == asked[1] + 1 and ended(tmp_path / "tiny")["annealing"] > 8
 
 
@@ -384,19 +384,18 @@ def test_the_annealing_ends_where_the_search_space_ends(
 
 
 def test_a_finalist_of_damaged_weights_is_passed_over(task: Task, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"annealing_trials": 0, "search.stage": "exploration"}
-    first = run_study(tiny_config(tmp_path, trials=4, **settings), task, NullDisplay())
-    assert first.met
+    settings: dict[str, Any] = {"trials": 4, "annealing_trials": 0, "search.stage": "exploration"}
+    brief = {**settings, "finetune.final_epochs": 0.0}
+    first = run_study(tiny_config(tmp_path, **brief), task, NullDisplay())
+    assert first.met and not first.summary["long_fits"]
     best = first.summary["best"]["trial"]
     study = studies_of(tmp_path / "tiny")["exploration"]
     artifact = tmp_path / "tiny" / "artifacts" / study.trials[best].user_attrs["weights"]
     artifact.write_bytes(artifact.read_bytes()[:1000])
-    for path in (tmp_path / "tiny" / "finals").iterdir():
-        path.unlink()
-    (tmp_path / "tiny" / "result.json").unlink()
-    second = run_study(tiny_config(tmp_path, trials=4, **settings), task, NullDisplay())
+    second = run_study(tiny_config(tmp_path, **settings), task, NullDisplay())
     assert second.met and second.summary["best"]["trial"] != best
     log = (tmp_path / "tiny" / "study.log").read_text()
+    assert f"The long fine-tuning of exploration/{best} failed: DamagedArtifact" in log
     assert f"exploration/{best} is passed over: The weights in artifact" in log
 
 
@@ -661,7 +660,7 @@ def test_a_final_fit_that_diverges_leaves_the_trials_weights(
     def diverges(*_: Any, **__: Any) -> None:
         raise TrainingDiverged("the loss became nan")
 
-    monkeypatch.setattr(finals, "fit", diverges)
+    monkeypatch.setattr(longtrial, "fit", diverges)
     said = Recorder()
     outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=1), task, said)
     assert outcome.met and outcome.summary["best"]["final_epochs"] == 0
@@ -711,7 +710,7 @@ def test_a_network_that_guesses_is_not_compressed(task: Task, tmp_path: Path) ->
 def test_the_winner_may_have_a_learning_rate_of_its_own(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fits = watch_fits(monkeypatch, finals)
+    fits = watch_fits(monkeypatch, longtrial)
     settings = {"finetune.learning_rate": 0.01, "finetune.final_epochs": 0.5}
     for rate in (None, 0.02, 0.02):
         more = {**settings, "finetune.final_learning_rate": rate}

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from conftest import Stopping, tiny_config, tiny_task
 from optuna.trial import FrozenTrial, create_trial
 from torch import nn
 
 from autocompress import finals
 from autocompress.evaluation import Evaluation
-from autocompress.finals import FINALS, Finalist, choose_finalists, rehearse, standing
+from autocompress.finals import ROUND, Finalist, Finals, choose_finalists, standing
+from autocompress.longfits import LongFit, mean_bound
 from autocompress.objective import Bench
-from autocompress.outlook import REHEARSALS, Outlook, Step
+from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
-from autocompress.store import StudyFolder
-from autocompress.training import Recipe
-from autocompress.watch import Watch
 
 DELTA = 5.0
 OUTLOOK = Outlook(DELTA, {"annealing": Step(2.756)})
@@ -44,76 +40,100 @@ def trials(*pairs: tuple[float, float]) -> dict[str, FrozenTrial]:
     return found
 
 
+EMPTY = Evaluation(torch.ones(8))
+
+
+def long_fit(label: str, seed: int, bound: float | None, before: float = 0.0) -> LongFit:
+    """A long fine-tuning that came to a drop of `bound`; that failed where it is None."""
+    end = 100.0 if bound is None else bound
+    return LongFit(label, seed, 2.0, 0.1, before, end, end, None if bound is None else "w", 1.0)
+
+
 class Fits:
-    """Stands for the long fine-tuning: the bound that each trial comes to, by label and seed."""
+    """Stands for long fine-tunings: the bound that each trial comes to, by label and seed."""
 
     def __init__(self, bound: Callable[[str, int], float | None]) -> None:
         self.bound = bound
         self.calls: list[tuple[str, int]] = []
 
-    def __call__(
-        self, config: Any, bench: Any, folder: Any, label: str, seed: int, display: Any
-    ) -> Finalist | None:
-        self.calls.append((label, seed))
-        bound = self.bound(label, seed)
-        if bound is None:
-            return None
-        return Finalist(label, nn.Identity(), Plan({}), EMPTY, *3 * (bound,), 2.0, {seed: bound})
-
-
-EMPTY = Evaluation(torch.ones(8))
+    def run(
+        self, found: dict[str, FrozenTrial], room: int = 1, again: bool = True
+    ) -> list[LongFit]:
+        """Carry out what is wanted, as the conductor does."""
+        fits: list[LongFit] = []
+        while len(fits) < ROUND:
+            outlook = OUTLOOK
+            for fit in fits:
+                outlook = outlook.having_seen("annealing", fit.before, fit.after)
+            own = {fit.trial: [one for one in fits if one.trial == fit.trial] for fit in fits}
+            ends = {label: mean_bound(several) for label, several in own.items()}
+            finals = Finals(found, replace(outlook, ends=ends), 0, fits)
+            sure = again and len(fits) >= ROUND - 2
+            orders = finals.wanted(min(room, ROUND - len(fits)), again, sure)
+            if not orders:
+                break
+            self.calls += orders
+            fits += [
+                long_fit(label, seed, self.bound(label, seed), found[label].values[0])
+                for label, seed in orders
+            ]
+        return fits
 
 
 def choose(
     found: dict[str, FrozenTrial],
     fits: Fits,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    final_epochs: float = 2.0,
     known: dict[str, FrozenTrial] | None = None,
+    done: list[LongFit] | None = None,
 ) -> list[Finalist]:
     def before(bench: Any, label: str, display: Any) -> list[Finalist]:
         lost = DELTA + (known or found)[label].system_attrs["constraints"][0]
         return [Finalist(label, nn.Identity(), Plan({}), EMPTY, lost, lost, lost)]
 
-    monkeypatch.setattr(finals, "_final_fit", fits)
+    def after(bench: Any, fit: LongFit, display: Any) -> Finalist:
+        ends = {fit.seed: fit.bound}
+        return Finalist(fit.trial, nn.Identity(), Plan({}), EMPTY, *3 * (fit.bound,), 2.0, ends)
+
+    monkeypatch.setattr(finals, "_after", after)
     monkeypatch.setattr(finals, "_before", before)
-    settings = SimpleNamespace(final_epochs=final_epochs)
-    bench = cast(Bench, SimpleNamespace(finetune=settings, studies={}, outlook=OUTLOOK))
-    config = tiny_config(tmp_path, delta=DELTA)
-    return choose_finalists(config, bench, StudyFolder(tmp_path), found, NullDisplay())
+    fitted = fits.run(found) if done is None else done
+    recipe = SimpleNamespace(final_epochs=2.0, final_learning_rate=0.1)
+    parts = {"long_fits": fitted, "outlook": OUTLOOK, "seed": 0, "delta": DELTA}
+    bench = cast(Bench, SimpleNamespace(finetune=recipe, **parts))
+    return choose_finalists(bench, found, NullDisplay())
 
 
 def test_the_cheapest_that_promises_to_come_within_delta_is_tuned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = trials((100, 4.0), (60, 7.0), (40, 9.0))
     fits = Fits(lambda label, seed: 4.9)
-    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    winner, second = choose(found, fits, monkeypatch)
     assert fits.calls == [("annealing/1", 0), ("annealing/1", 1)]
     assert winner.label == "annealing/1" and winner.seeds == {0: 4.9, 1: 4.9}
     assert (second.label, second.epochs) == ("annealing/0", 0.0)
 
 
 def test_after_a_success_with_room_a_cheaper_trial_is_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = trials((100, 4.0), (60, 7.0), (40, 9.0))
     # A trial keeps 0.3 of what it lost; so one that lost 9 promises to come within 5.
     fits = Fits(lambda label, seed: {"annealing/1": 2.1, "annealing/2": 3.0}[label])
-    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    winner, second = choose(found, fits, monkeypatch)
     assert winner.label == "annealing/2" and second.label == "annealing/1"
     assert fits.calls == [("annealing/1", 0), ("annealing/2", 0), ("annealing/2", 1)]
 
 
 def test_after_failures_the_cheapest_within_delta_is_tuned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = trials((100, 4.0), (99, 5.1), (98, 5.2), (97, 5.3), (96, 5.4), (95, 7.4))
     fits = Fits(lambda label, seed: 3.0 if label == "annealing/0" else 5.2)
-    winner = choose(found, fits, tmp_path, monkeypatch)[0]
+    winner = choose(found, fits, monkeypatch)[0]
     first = [label for label, _ in fits.calls]
-    assert len(first) == FINALS and first[0] == "annealing/5"
+    assert len(first) == ROUND and first[0] == "annealing/5"
     assert first[-2:] == ["annealing/0"] * 2 and winner.bound == 3.0
 
 
@@ -134,11 +154,10 @@ def test_a_winner_is_within_delta_with_two_seeds(
     again: float | None,
     handed_out: float | None,
     expected: float | None,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = Fits(lambda label, seed: 4.0 if seed == 0 else again)
-    found = choose(trials((10, lost)), fits, tmp_path, monkeypatch)
+    found = choose(trials((10, lost)), fits, monkeypatch)
     assert (found[0].drop if found else None) == handed_out
     assert (found[0].expected if found else None) == expected
     assert (found[0].bound if found else None) == expected
@@ -146,62 +165,30 @@ def test_a_winner_is_within_delta_with_two_seeds(
 
 
 def test_a_plan_that_one_seed_favoured_gives_way_to_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = trials((100, 4.5), (60, 6.0), (40, 7.0))
     fits = Fits(lambda label, seed: 4.5 if label == "annealing/1" else 4.0 + 4 * seed)
-    winner, second = choose(found, fits, tmp_path, monkeypatch)
+    winner, second = choose(found, fits, monkeypatch)
     assert fits.calls == [(f"annealing/{n}", seed) for n in (2, 1) for seed in (0, 1)]
     assert winner.label == "annealing/1" and winner.seeds == {0: 4.5, 1: 4.5}
     assert second.label == "annealing/0" and second.seeds == {}
 
 
-@pytest.mark.parametrize(("bound", "after"), [(3.0, 3.0), (-1.0, -1.0), (6.5, 6.5), (None, 100.0)])
-def test_a_rehearsal_tells_what_the_end_wins_back(
-    bound: float | None, after: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # 7.5 is the most that promises to come within 5 by what is assumed before.
+def test_before_the_end_of_the_search_none_is_repeated() -> None:
     found = trials((100, 4.0), (60, 6.0), (40, 8.0))
-    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
-    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "store": None}
-    parts["finetune"] = SimpleNamespace(gate=50.0)
-    bench = cast(Bench, SimpleNamespace(**parts))
-    fits = Fits(lambda label, seed: bound)
-    monkeypatch.setattr(finals, "save_weights", lambda model, owner, store: "annealing's")
-    monkeypatch.setattr(finals, "_final_fit", fits)
-    config = tiny_config(tmp_path, delta=DELTA)
-    done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay())
-    assert done == {
-        "trial": "annealing/1",
-        "before": 6.0,
-        "after": after,
-        "bound": after,
-        "weights": "annealing's" if after < 6.0 else None,
-    }
-    assert fits.calls == [("annealing/1", 0)]
+    fits = Fits(lambda label, seed: 3.0)
+    [first, second] = fits.run(found, again=False)
+    assert fits.calls == [("annealing/1", 0), ("annealing/2", 0)]
+    assert (first.before, second.before) == (6.0, 8.0)
 
 
-def test_a_rehearsal_is_repeated_with_the_second_seed_and_never_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = trials((100, 4.0))
-    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
-    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "store": None}
-    bench = cast(Bench, SimpleNamespace(**parts, finetune=SimpleNamespace(gate=50.0)))
-    fits = Fits(lambda label, seed: 3.0 + seed)
-    monkeypatch.setattr(finals, "save_weights", lambda model, owner, store: "annealing's")
-    monkeypatch.setattr(finals, "_final_fit", fits)
-    config = tiny_config(tmp_path, delta=DELTA)
-
-    def again(yes: bool) -> float | None:
-        done = rehearse(config, bench, StudyFolder(tmp_path), NullDisplay(), yes)
-        if done is not None:
-            study.user_attrs.setdefault(REHEARSALS, []).append(done)
-        return None if done is None else float(done["bound"])
-
-    assert again(True) is None
-    assert [again(False), again(False), again(True), again(True)] == [3.0, None, 4.0, None]
-    assert fits.calls == [("annealing/0", 0), ("annealing/0", 1)]
+def test_several_are_fine_tuned_at_the_same_time() -> None:
+    found = trials((100, 4.0), (60, 7.0), (50, 7.1), (40, 9.0))
+    fits = Fits(lambda label, seed: 4.9)
+    fits.run(found, room=2)
+    # The two cheapest that promise it; then, as none is cheaper, the second seed.
+    assert fits.calls == [("annealing/2", 0), ("annealing/1", 0), ("annealing/2", 1)]
 
 
 @pytest.mark.parametrize(
@@ -231,63 +218,26 @@ def test_nothing_stands_where_nothing_is_within_delta() -> None:
     assert standing(cast(Bench, SimpleNamespace(**parts))) is None
 
 
-def test_a_long_fine_tuning_goes_on_where_it_was_interrupted(
-    trained_state: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = SimpleNamespace(
-        baseline=SimpleNamespace(model=tiny_task(trained_state).model),
-        identity="x",
-        finetune=Recipe(1.0, 2.0, 0.05, 0.05, 0.5, 50.0),
-        watch=Watch(),
-        checkpoint_every=1e9,
-        judge=lambda model, val: (0.0, 0.0),
-        int8=False,
-    )
-    config = tiny_config(tmp_path)
-
-    def tune(place: str, display: NullDisplay) -> nn.Module:
-        bench.task = tiny_task(trained_state)
-        monkeypatch.setattr(finals, "load_trial_model", lambda *_: (bench.task.model, Plan({})))
-        folder = StudyFolder(tmp_path / place)
-        found = finals._final_fit(config, cast(Bench, bench), folder, "annealing/3", 0, display)
-        assert found is not None
-        return found.model
-
-    first, rest = Stopping(), Stopping(stops=False)
-    with pytest.raises(KeyboardInterrupt):
-        tune("a", first)
-    found = tune("a", rest).state_dict()
-    assert rest.done[0] > first.done[0] > 0, "it goes on where it was interrupted"
-    assert [path.suffix for path in (tmp_path / "a").rglob("*.*")] == [".safetensors"]
-    for key, value in tune("b", NullDisplay()).state_dict().items():
-        torch.testing.assert_close(found[key], value)
-
-
-def test_where_no_trial_promises_anything_nothing_is_rehearsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = trials((100, 7.6))
-    study = SimpleNamespace(user_attrs={}, get_trials=lambda deepcopy: list(found.values()))
-    bench = cast(Bench, SimpleNamespace(studies={"annealing": study}, outlook=OUTLOOK))
+def test_where_no_trial_promises_anything_none_is_fine_tuned() -> None:
     fits = Fits(lambda label, seed: 1.0)
-    monkeypatch.setattr(finals, "_final_fit", fits)
-    config = tiny_config(tmp_path, delta=DELTA)
-    assert rehearse(config, bench, StudyFolder(tmp_path), NullDisplay()) is None
-    assert not fits.calls
+    assert not fits.run(trials((100, 7.6)))
 
 
 def test_no_network_is_scored_beyond_the_second(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = trials(*((cost, 4.0) for cost in (10, 20, 30, 40)))
     scored = dict(list(found.items())[:2])
-    chosen = choose(found, Fits(lambda label, seed: 4.5), tmp_path, monkeypatch, known=scored)
+    chosen = choose(found, Fits(lambda label, seed: 4.5), monkeypatch, known=scored)
     assert [one.label for one in chosen] == ["annealing/0", "annealing/1"]
 
 
-def test_without_final_epochs_the_trials_own_weights_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_long_fine_tunings_the_trials_own_weights_count(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = Fits(lambda label, seed: 0.0)
-    found = choose(trials((10, 5.1), (20, 5.0)), fits, tmp_path, monkeypatch, final_epochs=0.0)
-    assert [one.label for one in found] == ["annealing/1"] and not fits.calls
+    # Nor do those count that were shorter than the winner's is now.
+    short = replace(long_fit("annealing/0", 0, 0.0), epochs=1.0)
+    for done in ([], [short]):
+        found = choose(trials((10, 5.1), (20, 5.0)), fits, monkeypatch, done=done)
+        assert [one.label for one in found] == ["annealing/1"]

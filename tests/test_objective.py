@@ -24,6 +24,7 @@ from autocompress.errors import AutocompressError, DamagedArtifact
 from autocompress.evaluation import evaluate
 from autocompress.latency import Deployment, LatencyMeter
 from autocompress.layers import inspect_layers
+from autocompress.longfits import LongFit
 from autocompress.objective import (
     LATENCY,
     Bench,
@@ -35,7 +36,6 @@ from autocompress.objective import (
     run_trial,
 )
 from autocompress.observation import observe_layers
-from autocompress.outlook import REHEARSALS
 from autocompress.plan import Plan
 from autocompress.profiler import Latency, profile_model
 from autocompress.progress import NullDisplay
@@ -128,10 +128,10 @@ def test_the_network_of_a_trial_can_be_had_again(bench: Bench) -> None:
     assert frozen.values == [pytest.approx(drop), sum(p.numel() for p in model.parameters())]
 
 
-def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
+def test_children_begin_with_their_parents_long_fine_tuning(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(bench)
+    before = run(bench).values[0]
     model, plan = load_trial_model(bench, "exploration/0")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -140,11 +140,14 @@ def test_children_of_the_rehearsed_trial_begin_with_its_long_fine_tuning(
     bench.studies["annealing"] = annealing
     kept = save_weights(model, annealing, bench.store)
     began: list[nn.Module] = []
-    worse = {"trial": "exploration/0", "weights": "none", "after": 3.0}
-    for label, weights in (("exploration/0", kept), ("exploration/0", None), ("other/1", kept)):
-        rehearsal = {"trial": label, "weights": weights, "after": 1.0}
-        second = [worse] if weights and label == "exploration/0" else []
-        annealing.set_user_attr(REHEARSALS, [rehearsal, *second])
+    better = LongFit("exploration/0", 0, 8.0, 0.1, before, before - 2, before - 2, kept, 1.0)
+    worse = replace(better, after=before - 1, weights="none")
+    for fits in (
+        [better, worse],
+        [replace(better, after=before + 1)],
+        [replace(better, trial="other/1")],
+    ):
+        monkeypatch.setattr(Bench, "long_fits", fits)
         trial = annealing.ask()
         trial.set_user_attr(PARENT, "exploration/0")
         began.append(objective._build(bench, plan, trial))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from autocompress.longfits import LongFit
 from autocompress.outlook import (
     EPOCHS,
     LEAST_KEPT,
-    REHEARSALS,
     Outlook,
     Step,
     annealing_epochs,
@@ -129,10 +130,14 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
     assert twice > 1.3 * once**2
 
 
-def test_the_rehearsal_tells_the_second_step() -> None:
-    rehearsal = {"trial": "annealing/0", "before": 2.0, "after": 0.1, "bound": 0.7}
-    annealing = study_with(trial(2.0), **{EPOCHS: 4.0, REHEARSALS: [rehearsal]})
-    found = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
+def test_a_long_fine_tuning_tells_the_second_step() -> None:
+    one = LongFit("annealing/0", 0, 16.0, RECIPE.final_learning_rate, 2.0, 0.1, 0.7, "w", 1.0)
+    annealing = study_with(trial(2.0), **{EPOCHS: 4.0})
+
+    def outlook(*fits: LongFit) -> Outlook:
+        return outlook_of({"annealing": annealing}, RECIPE, DELTA, True, fits)
+
+    found = outlook(one)
     assert found.steps["annealing"].pairs == ((2.0, 0.1),)
     prior, _ = Step(4.0).learned(DELTA)
     assert found.learned("annealing")[0] < prior
@@ -140,11 +145,11 @@ def test_the_rehearsal_tells_the_second_step() -> None:
     assert found.expected("annealing", annealing.trials[0]) == 0.7
     assert found.expected("exploration", annealing.trials[0]) != 0.7
     # With a second seed the mean counts.
-    other = {**rehearsal, "after": 0.5, "bound": 1.1}
-    annealing.set_user_attr(REHEARSALS, [rehearsal, other])
-    both = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
+    both = outlook(one, replace(one, seed=1, after=0.5, bound=1.1))
     assert both.expected("annealing", annealing.trials[0]) == pytest.approx(0.9)
     assert both.steps["annealing"].pairs == ((2.0, 0.1), (2.0, 0.5))
+    # One that was shorter than the winner's is now tells nothing.
+    assert outlook(replace(one, epochs=8.0)) == outlook()
     # An exploration trial would first have lost less by the annealing's length.
     seen = found.having_seen("exploration", 4.0, 1.0)
     assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * prior), 1.0)

@@ -13,7 +13,6 @@ from rich.console import Console
 from autocompress.amounts import clean
 from autocompress.progress import (
     STEP_INTERVAL,
-    Beside,
     Display,
     LiveDisplay,
     NullDisplay,
@@ -94,13 +93,13 @@ def test_each_worker_has_a_line_of_its_own() -> None:
         display.trial_started(number, f"worker {number}")
         display.step("fine-tune", 0.1 * number, 1.0, "loss 0.5", f"worker {number}")
     display.trial_finished(1, 0.5, 4.0, True, "COMPLETE", None)
-    Beside(display, "rehearsal").step("fine-tune", 3.0, 10.0)
+    display.step("fine-tune annealing/7 at length", 3.0, 10.0, worker="worker 1")
     lines = shown(display)
-    rows = [line for line in lines if "of 1," in line or "rehearsal" in line]
-    assert [row.split()[:2] for row in rows[1:]] == [["trial", "0"], ["trial", "2"]]
-    assert rows[0].startswith("rehearsal ") and "fine-tune 3 of 10" in rows[0]
-    Beside(display, "rehearsal").close()
-    display.step("", 0, 0, worker="worker 2")
+    rows = [line for line in lines if "of 1" in line]
+    assert [row.split()[:2] for row in rows[::2]] == [["trial", "0"], ["trial", "2"]]
+    assert "fine-tune annealing/7 at length 3 of 10" in rows[1]
+    for worker in (1, 2):
+        display.step("", 0, 0, worker=f"worker {worker}")
     assert sum("trial" in line and "fine-tune" in line for line in shown(display)) == 1
     for number in range(10, 30):
         display.trial_started(number, f"worker {number}")

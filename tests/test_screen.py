@@ -51,7 +51,7 @@ def busy(workers: int = 2, scale: Scale = ACCURACY) -> Tally:
     for number in range(workers):
         tally.trial_started(1200 + number, f"worker {number}")
         tally.step("fine-tune", 3.217, 12.5, "loss 0.213, drop 12.04 so far", f"worker {number}")
-    tally.step("rehearsal", 3.0, 20.0, "", "rehearsal")
+    tally.step("fine-tune annealing/123 at length", 3.0, 20.0, "", "worker 9")
     return tally
 
 
@@ -60,16 +60,16 @@ def test_eighty_columns_show_all_that_matters() -> None:
     assert max(map(len, lines)) <= 80 and len(lines) == 5
     assert not any("…" in line for line in lines)
     assert "123 of 240 trials, 1d23h elapsed, about 65d04h left" in lines[0]
-    assert "rehearsal" in lines[1] and "3 of 20" in lines[1]
-    assert "trial 1200" in lines[2]
-    assert "fine-tune 3.22 of 12.5, loss 0.213, drop 12.04 so far" in lines[2]
+    assert "trial 1200" in lines[1]
+    assert "fine-tune 3.22 of 12.5, loss 0.213, drop 12.04 so far" in lines[1]
+    assert "annealing/123 at length 3 of 20" in lines[3]
     assert "params+macs 6.00x, drop 0.35 of 2.00 allowed (exploration 119)" in lines[4]
 
 
 def test_two_hundred_columns_show_more() -> None:
     lines = drawn(Panel(busy()), 200)
     assert max(map(len, lines)) <= 200
-    assert "worker 0" in lines[2] and "worker 1" in lines[3]
+    assert "worker 0" in lines[1] and "worker 1" in lines[2]
     for word in ("MACs 3.63x", "latency 1.13x", "98.61 %", "4 layers: 4 svd"):
         assert word in lines[4]
     assert "▁" in drawn(Panel(rising()), 200)[-1]

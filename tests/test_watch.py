@@ -57,6 +57,17 @@ def test_a_trial_has_a_limit() -> None:
         watch.step()
 
 
+def test_what_is_not_limited_may_take_longer() -> None:
+    clock = Clock()
+    watch = Watch(limit=60.0, clock=clock)
+    with watch.over(limited=False):
+        clock.now = 1e6
+        watch.step()
+    with watch.over(), pytest.raises(TrialTimeout):
+        clock.now += 61.0
+        watch.step()
+
+
 def test_a_trial_that_makes_no_step_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autocompress.watch.LOOK", 0.01)
     watch = Watch(stall=0.3)
