@@ -251,8 +251,9 @@ class SearchConfig(_Section):
     extra_trials: int = Field(
         default=8,
         ge=0,
-        description="Trials that an annealing of six or more may have besides, by twos, while "
-        "they make the winner cheaper, or it leaves more than a tenth of delta unused.",
+        description="Trials that an annealing of six or more may have besides, by twos or one for "
+        "each worker, while they make the winner cheaper, or it leaves more than a tenth of delta "
+        "unused.",
     )
     stage: Literal["exploration", "annealing", "both"] = Field(
         default="both", description="Which stage to run."

@@ -119,6 +119,7 @@ def _content(view: View, folder: Path) -> dict[str, Any]:
         "left_groups": view.facts.get("left_groups") or {},
         "trials": [_trial_cells(trial, view.scale) for trial in view.trials],
         "curve": _curve(view),
+        "long_fits": _long_fits(view),
         "importance": _importance(view),
         "classes": _classes(view),
         "shown_classes": MOST_CLASSES,
@@ -470,6 +471,26 @@ def _trial_cells(trial: TrialView, scale: Scale) -> dict[str, str]:
             part for part in (f"from {trial.parent}" if trial.parent else "", trial.reason) if part
         ),
     }
+
+
+def _long_fits(view: View) -> list[dict[str, str]]:
+    """The long fine-tunings, in the order in which they were ordered."""
+
+    def cells(fit: Mapping[str, Any]) -> dict[str, str]:
+        came = fit["weights"] is not None
+        within = "within" if fit["bound"] <= view.delta else "too large a drop"
+        return {
+            "name": fit["trial"].replace("/", " "),
+            "seed": str(fit["seed"]),
+            "epochs": f"{fit['epochs']:g}",
+            "before": signed(fit["before"], view.scale),
+            "after": signed(fit["after"], view.scale) if came else "–",
+            "bound": signed(fit["bound"], view.scale) if came else "–",
+            "outcome": within if came else "failed",
+            "seconds": duration(fit["seconds"]),
+        }
+
+    return [cells(fit) for fit in view.result.get("long_fits") or ()]
 
 
 def _curve(view: View) -> list[tuple[str, str, str, str]]:

@@ -7,7 +7,7 @@ import math
 import random
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from autocompress.config import flatten, parse_config
 from autocompress.figures import history_figure
 from autocompress.layermap import REST, kind_of, layer_rows, segments
+from autocompress.longfits import LongFit
 from autocompress.report import study_file, write_report
 from autocompress.scale import Scale
 from autocompress.view import View, history, importances, outcome, pareto_trials, search_facts
@@ -689,6 +690,20 @@ def test_a_winner_with_the_weights_of_its_trial_says_so(tmp_path: Path) -> None:
     write_report(found, *studies(), tmp_path / "report.html")
     expected = "20 epochs; drop at most 2.39 (seed 0); the weights of the trial itself are better"
     assert expected in (tmp_path / "report.md").read_text()
+
+
+def test_long_fine_tunings_are_listed(tmp_path: Path) -> None:
+    one = LongFit("annealing/7", 0, 20.0, 0.1, 1.4, 0.35, 0.9, "w", 75.0)
+    fits = [one, replace(one, seed=1, bound=9.0), replace(one, seed=2, weights=None)]
+    found = result() | {"long_fits": [asdict(fit) for fit in fits]}
+    _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
+    text = (tmp_path / "report.md").read_text()
+    for cells in (
+        ["annealing 7", "0", "20", "1.40", "0.35", "0.90", "within", "1 min 15 s"],
+        ["annealing 7", "1", "20", "1.40", "0.35", "9.00", "too large a drop", "1 min 15 s"],
+        ["annealing 7", "2", "20", "1.40", "–", "–", "failed", "1 min 15 s"],
+    ):
+        assert f"| {' | '.join(cells)} |" in text and "".join(cells) in outline.text
 
 
 def test_the_study_file_in_the_report_is_one() -> None:
