@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.artifacts._protocol import ArtifactStore
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,20 +27,18 @@ from autocompress.config import StudyConfig, bound_settings, flatten
 from autocompress.costs import OBJECTIVES
 from autocompress.crew import Crew, Solo, Team
 from autocompress.database import hide_password, open_storage, sole
-from autocompress.errors import AutocompressError, ConfigError, StudyMismatch
+from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.exhibits import publish
-from autocompress.finals import ROUND, Finals, standing
+from autocompress.finals import Finals, standing
 from autocompress.formats import choose_formats
-from autocompress.heartbeat import StaleWatch
 from autocompress.joining import Place
 from autocompress.latency import Deployment
 from autocompress.logs import study_log
-from autocompress.longfits import Order, order
-from autocompress.longtrial import announce_long
+from autocompress.longfits import order
 from autocompress.models import load_state
-from autocompress.news import Bulletin, doing_of
+from autocompress.news import Bulletin
 from autocompress.notes import OUTCOME, outcome_facts
-from autocompress.objective import Bench, announce, best_so_far, timed
+from autocompress.objective import Bench, timed
 from autocompress.outlook import EPOCHS, NEARLY, annealing_epochs
 from autocompress.pinboard import annotate
 from autocompress.plan import Plan
@@ -58,10 +53,11 @@ from autocompress.probe import settle
 from autocompress.process import SEARCHING
 from autocompress.progress import Display
 from autocompress.report import write_report
+from autocompress.runner import Runner
 from autocompress.scope import check_names
 from autocompress.selection import conclude, finished_result
 from autocompress.serving import start_workers
-from autocompress.slots import WORKER, bring_back, cut_off_gone, host_name, running, top_up
+from autocompress.slots import cut_off_gone
 from autocompress.space import SearchSpace
 from autocompress.stages import (
     PARENTS,
@@ -76,7 +72,6 @@ from autocompress.store import (
     SETTINGS,
     StudyFolder,
     check_same,
-    excuse,
     folder_of,
     load_study,
     open_study,
@@ -85,7 +80,7 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
-from autocompress.trials import EXTRA, TRACEBACK, counted, has_weights, violation, within_delta
+from autocompress.trials import EXTRA, counted, has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
 
@@ -106,10 +101,6 @@ LEFT = 0.1
 is none,"""
 PAID = 0.97
 """or while the last of these trials made it this much cheaper."""
-LOOK = 5.0
-"""Seconds between two looks at what happens on other machines."""
-MAX_FAILURES = 5
-"""A study in which this many trials in a row fail has a fault that no further trial will cure."""
 
 
 @dataclass(frozen=True)
@@ -316,16 +307,17 @@ def _conduct(
     _bury(bench, display)
     annealing = None
     with _crew(setting, bench) as crew:
+        runner = Runner(bench, crew, setting.hold)
         if config.search.stage != "annealing":
             later = 0.0
             if config.search.stage == "both":
                 length = annealing_length(bench.finetune, config.search.annealing_trials)
                 later = length / max(bench.finetune.epochs, 0.1)
-            _run_stage(setting, bench, exploration_stage(bench, config, space), crew, later)
+            runner.run(exploration_stage(bench, config, space), later)
         if bench.annealed:
-            annealing = _anneal(setting, bench, space, bound, prepared.facts, crew)
+            annealing = _anneal(setting, space, bound, prepared.facts, runner)
         if finished_result(config, bench, folder) is None:
-            _fit_long(setting, bench, crew, again=True)
+            runner.fit_long(again=True)
         exploration.set_user_attr(SEARCHING, False)
     annealing = annealing or bench.studies.get("annealing")
     seconds["exploration"] = _spent(exploration)
@@ -410,195 +402,15 @@ def _crew(setting: _Setting, bench: Bench) -> Iterator[Crew]:
             team.close()
 
 
-class _Post:
-    """What the conductor sees to in one stage while trials run.
-
-    Args:
-        setting: Where the study runs.
-        bench: All that is known.
-        stage: The stage.
-    """
-
-    def __init__(self, setting: _Setting, bench: Bench, stage: Stage) -> None:
-        self.stage = stage
-        self._display, self._bench = setting.display, bench
-        self._stale, self._looked = StaleWatch(), -LOOK
-        self._others: dict[str, int] = {}
-        self._shown = {trial.number for trial in trials_spent(stage.study)}
-
-    def attend(self) -> list[FrozenTrial]:
-        """Let trials wait, and tell of those that have ended; gives these in that order."""
-        study, ordered = self.stage.study, self.stage.space is None
-        if ordered:
-            bring_back(study)
-        else:
-            top_up(study, self.stage.total)
-        ended = sorted(trials_spent(study), key=_end_of)
-        for trial in ended:
-            if trial.number not in self._shown:
-                if ordered:
-                    announce_long(self._bench, trial)
-                else:
-                    announce(self._bench, trial)
-                _log_failure(trial)
-                self._shown.add(trial.number)
-        return ended
-
-    def look_out(self) -> None:
-        """See to what happens on other machines, now and then."""
-        if time.monotonic() - self._looked > LOOK:
-            self._looked = time.monotonic()
-            self._stale.cut_off_stale(self.stage.study)
-            _show_others(self.stage.study, self._display, self._others)
-
-
-def _run_stage(
-    setting: _Setting,
-    bench: Bench,
-    stage: Stage,
-    crew: Crew,
-    later: float = 0.0,
-    between: Callable[[int], None] = lambda spent: None,
-) -> None:
-    """Let trials run until exactly as many as planned have ended by themselves.
-
-    Long fine-tunings that were ordered are carried out meanwhile. Before each look, `between` is
-    told how many trials have ended.
-    """
-    display, orders = bench.display, bench.watch.orders
-    own = _Post(setting, bench, stage)
-    posts = [own]
-    if bench.finals is not None and stage.space is not None:
-        posts.insert(0, _Post(setting, bench, finals_stage(bench, bench.finals)))
-        # The winner's fine-tuning, with two seeds, counts as the trials that would take as long.
-        later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage.name), 0.1)
-    spent = len(trials_spent(stage.study))
-    # Of the long fine-tunings only those are counted that are ordered now.
-    total, done = (stage.total, spent) if stage.space else (stage.total - spent, 0)
-    display.stage(
-        stage.name,
-        total,
-        done,
-        delta=bench.delta,
-        objective=bench.objective,
-        best=best_so_far(bench),
-        later=later,
-        scale=bench.task.scale,
-    )
-    held = -LOOK
-    while True:
-        ended = own.attend()
-        for other in posts[:-1]:
-            other.attend()
-        _check_failures(stage, ended)
-        if len(ended) >= stage.total:
-            return
-        if orders.drain:
-            crew.drain()
-            if orders.stop or not crew.alive:
-                raise KeyboardInterrupt
-        between(len(ended))
-        crew.tend([post.stage for post in posts])
-        if time.monotonic() - held > LOOK:
-            held = time.monotonic()
-            setting.hold()
-        for post in posts:
-            post.look_out()
-
-
-def _fit_long(setting: _Setting, bench: Bench, crew: Crew, again: bool = False) -> bool:
-    """Fine-tune at length what promises to come within delta by it, `ROUND` networks at most.
-
-    As many at a time as there are workers. What is ordered already is waited for.
-
-    Args:
-        setting: Where the study runs.
-        bench: All that is known.
-        crew: Those who do it.
-        again: Whether the best is repeated with a second seed, too.
-
-    Returns:
-        Whether there was anything to fine-tune.
-    """
-    finals, spent = bench.finals, 0
-    if finals is None:
-        return False
-    while True:
-        bring_back(finals)
-        if len(counted(finals)) > len(trials_spent(finals)):
-            _run_stage(setting, bench, finals_stage(bench, finals), crew)
-        room = min(max(1, crew.alive), ROUND - spent)
-        orders: list[Order] = []
-        if room > 0:
-            orders = Finals.of(bench).wanted(room, again, sure=again and spent >= ROUND - 2)
-        if not orders:
-            return spent > 0
-        order(finals, orders, bench.finetune)
-        spent += len(orders)
-
-
-def _show_others(study: Study, display: Display, shown: dict[str, int]) -> None:
-    """Show what workers on other machines do.
-
-    Args:
-        study: The stage's.
-        display: Told of them.
-        shown: Which trial is shown of each of them; kept up to date.
-    """
-    now = {str(trial.user_attrs.get(WORKER, "")): trial for trial in running(study)}
-    now = {k: t for k, t in now.items() if k.rpartition("/")[0] not in ("", host_name())}
-    for worker in shown.keys() - now.keys():
-        del shown[worker]
-        display.step("", 0, 0, worker=worker)
-    for worker, trial in now.items():
-        if shown.get(worker) != trial.number:
-            shown[worker] = trial.number
-            display.trial_started(trial.number, worker)
-        doing = doing_of(trial)
-        if doing is not None:
-            display.step(*doing, worker=worker)
-
-
-def _log_failure(trial: FrozenTrial) -> None:
-    """Put in the log what a worker on another machine has in its own."""
-    host, _, _ = str(trial.user_attrs.get(WORKER, "")).rpartition("/")
-    if TRACEBACK in trial.system_attrs and host not in ("", host_name()):
-        logger.warning("trial %d on %s:\n%s", trial.number, host, trial.system_attrs[TRACEBACK])
-
-
-def _end_of(trial: FrozenTrial) -> datetime:
-    assert trial.datetime_complete is not None
-    return trial.datetime_complete
-
-
-def _check_failures(stage: Stage, ended: Sequence[FrozenTrial]) -> None:
-    """Give up where one trial after the other fails, by a fault that no further one will cure.
-
-    Raises:
-        AutocompressError: If so; these trials don't count.
-    """
-    failed = list(takewhile(lambda trial: trial.state == TrialState.FAIL, reversed(ended)))
-    hopeless = len(failed) == stage.total and stage.name == "exploration"
-    if hopeless or len(failed) >= MAX_FAILURES:
-        excuse(stage.study, [trial.number for trial in failed])
-        reason = str(failed[0].user_attrs.get("reason")).rstrip(".")
-        raise AutocompressError(
-            f"{len(failed)} trials of the {stage.name} failed one after the other, the last with: "
-            f"{reason}. They don't count: mend the cause and run the "
-            "same command again."
-        )
-
-
 def _anneal(
     setting: _Setting,
-    bench: Bench,
     space: SearchSpace,
     bound: Mapping[str, Any],
     facts: Mapping[str, Any],
-    crew: Crew,
+    runner: Runner,
 ) -> Study | None:
     """The second study: narrower, seeded from the exploration's best, with their weights."""
-    config, display = setting.config, setting.display
+    config, display, bench = setting.config, setting.display, runner.bench
     stored = bench.studies.get("annealing")
     # The space stays what it was when the study began.
     labels = None if stored is None else stored.user_attrs.get(PARENTS)
@@ -624,30 +436,31 @@ def _anneal(
         if due and finals is not None and not counted(finals):
             order(finals, Finals.of(bench).wanted(room=1), bench.finetune)
 
-    _run_stage(setting, bench, stage, crew, between=rehearse)
+    runner.run(stage, between=rehearse)
     finished = finished_result(config, bench, setting.folder)
     allowed = config.search.extra_trials
     if finished is not None:
         # What is finished goes on only where more is allowed than then.
         allowed -= finished["config"]["search"].get("extra_trials", allowed)
     if longer and (finished is None or allowed > 0):
-        _go_on(setting, bench, stage, crew)
+        _go_on(config, stage, runner)
     return annealing
 
 
-def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
+def _go_on(config: StudyConfig, stage: Stage, runner: Runner) -> None:
     """Trials beyond those planned, while they pay or the tolerance is far from spent."""
-    config, display, annealing = setting.config, setting.display, stage.study
+    bench, annealing = runner.bench, stage.study
+    display = bench.display
     least = math.inf
     while True:
-        _fit_long(setting, bench, crew)
+        runner.fit_long()
         cost, left = standing(bench) or (math.inf, math.inf)
         ended = at_the_end(trials_spent(annealing)[-AT_A_TIME:])
         enough = (ended or left <= LEFT * config.delta) and cost > PAID * least
-        if enough and _fit_long(setting, bench, crew, again=True):
+        if enough and runner.fit_long(again=True):
             continue  # the second seed may spoil it
         given = annealing.user_attrs.get(EXTRA, 0)
-        more = min(max(AT_A_TIME, crew.alive), config.search.extra_trials - given)
+        more = min(max(AT_A_TIME, runner.crew.alive), config.search.extra_trials - given)
         unused = f"{bench.task.scale.difference(left)} of the allowed drop would be left unused"
         if enough and left > LEFT * config.delta:
             display.say(
@@ -662,7 +475,7 @@ def _go_on(setting: _Setting, bench: Bench, stage: Stage, crew: Crew) -> None:
         least = min(least, cost)
         annealing.set_user_attr(EXTRA, given + more)
         stage = replace(stage, total=stage.total + more)
-        _run_stage(setting, bench, stage, crew)
+        runner.run(stage)
 
 
 def annealing_length(finetune: Recipe, trials: int) -> float:
