@@ -186,6 +186,11 @@ def test_two_workers_share_a_study(mine: Path) -> None:
     assert "The study runs code of its own: model.source = 'owncode:net'." in output
     result = json.loads((mine.parent / "runs/mine/result.json").read_text())
     assert result["trials"] == {"exploration": 8, "annealing": 1}
+    # They do the long fine-tunings, too.
+    finals = load_study(open_storage(storage(mine)), "mine", "finals")
+    assert finals is not None and len(finals.trials) >= 2
+    assert {t.user_attrs[WORKER] for t in finals.trials} <= names
+    assert "worker 0: Fine-tuned" not in output and "Fine-tuned" in output
 
 
 def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: Any) -> None:
