@@ -31,7 +31,7 @@ from autocompress.quantization import (
 )
 from autocompress.store import StudyFolder
 from autocompress.training import Recipe
-from autocompress.weights import portable_state, write_weights
+from autocompress.weights import portable_state, state_digest, write_weights
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def make_int8(
         display: Told about the progress.
     """
     quantizer = bench.quantizer
-    path = folder.finals / f"{bench.identity}-int8.onnx"
+    path = folder.int8 / f"{bench.identity}-int8.onnx"
     attempts: list[dict[str, Any]] = []
     reasons: list[str] = []
     for finalist in finalists:
         try:
-            folder.finals.mkdir(parents=True, exist_ok=True)
+            folder.int8.mkdir(parents=True, exist_ok=True)
             found = _quantize(quantizer, bench, folder, finalist, path, attempts, display)
         except Exception as error:
             reasons.append(f"{finalist.label} failed with {type(error).__name__}: {error}")
@@ -192,15 +192,8 @@ def _fit_rounded(
     """The finalist's network after quantization-aware fine-tuning, or what is kept of an earlier
     one."""
     recipe = bench.finetune
-    name = "-".join(
-        (
-            bench.identity,
-            finalist.label.replace("/", "-"),
-            f"int8-{epochs:g}-{recipe.learning_rate:g}-{finalist.epochs:g}",
-            f"{bench.seed}.safetensors",
-        )
-    )
-    path = folder.finals / name
+    start = state_digest(finalist.model.state_dict())
+    path = folder.int8 / f"{start}-{epochs:g}-{recipe.learning_rate:g}-{bench.seed}.safetensors"
     if path.exists():
         kept = deepcopy(finalist.model)
         load_state(kept, load_file(path))

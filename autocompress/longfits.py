@@ -14,7 +14,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autocompress.training import Recipe
-from autocompress.trials import LENGTH, PARENT, RATE, SEED, WEIGHTS, counted, lost, stage_of
+from autocompress.trials import LENGTH, NAME, PARENT, RATE, SEED, WEIGHTS, counted, lost, stage_of
 
 LOST = 2.0
 """A network whose fine-tuning failed has lost so many times what the gate allows."""
@@ -64,6 +64,7 @@ def order(finals: Study, orders: Sequence[Order], recipe: Recipe) -> None:
     known = {_key(trial.user_attrs) for trial in counted(finals)}
     for label, seed in orders:
         wanted = {
+            NAME: f"{label} at length, seed {seed}",
             PARENT: label,
             SEED: seed,
             LENGTH: recipe.final_epochs,

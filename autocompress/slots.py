@@ -22,6 +22,7 @@ from autocompress.trials import (
     EARLY,
     INTERRUPTED,
     LENGTH,
+    NAME,
     PARENT,
     RATE,
     SEED,
@@ -42,7 +43,7 @@ STOPPED, DIED = "stopped", "died"
 """Why a trial was cut off: its worker was told to end, or it died."""
 
 _COPIED_SYSTEM = ("autocompress:knobs",)
-_COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY, LENGTH, RATE)
+_COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY, LENGTH, RATE, NAME)
 
 
 def host_name() -> str:

@@ -48,7 +48,7 @@ class StudyFolder:
         self.lost = path / "lost_images"
         self.best = path / "best"
         self.second = path / "second"
-        self.finals = path / "finals"
+        self.int8 = path / "int8"
         self.baseline = path / "baseline.safetensors"
         self.identity = path / "study.id"
         self.code = path / "study.code"
