@@ -475,12 +475,14 @@ def _trial_cells(trial: TrialView, scale: Scale) -> dict[str, str]:
 
 def _long_fits(view: View) -> list[dict[str, str]]:
     """The long fine-tunings, in the order in which they were ordered."""
+    ratios = {f"{trial.stage}/{trial.number}": trial.ratio for trial in view.trials}
 
     def cells(fit: Mapping[str, Any]) -> dict[str, str]:
         came = fit["weights"] is not None
         within = "within" if fit["bound"] <= view.delta else "too large a drop"
         return {
             "name": fit["trial"].replace("/", " "),
+            "ratio": ratio_text(ratios.get(fit["trial"])),
             "seed": str(fit["seed"]),
             "epochs": f"{fit['epochs']:g}",
             "before": signed(fit["before"], view.scale),

@@ -699,9 +699,19 @@ def test_long_fine_tunings_are_listed(tmp_path: Path) -> None:
     _, outline = read(write_report(found, *studies(), tmp_path / "report.html"))
     text = (tmp_path / "report.md").read_text()
     for cells in (
-        ["annealing 7", "0", "20", "1.40", "0.35", "0.90", "within", "1 min 15 s"],
-        ["annealing 7", "1", "20", "1.40", "0.35", "9.00", "too large a drop", "1 min 15 s"],
-        ["annealing 7", "2", "20", "1.40", "–", "–", "failed", "1 min 15 s"],
+        ["annealing 7", "6.10x", "0", "20", "1.40", "0.35", "0.90", "within", "1 min 15 s"],
+        [
+            "annealing 7",
+            "6.10x",
+            "1",
+            "20",
+            "1.40",
+            "0.35",
+            "9.00",
+            "too large a drop",
+            "1 min 15 s",
+        ],
+        ["annealing 7", "6.10x", "2", "20", "1.40", "–", "–", "failed", "1 min 15 s"],
     ):
         assert f"| {' | '.join(cells)} |" in text and "".join(cells) in outline.text
 
