@@ -6,16 +6,18 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import onnxruntime
+import optuna
 import pytest
 import torch
 from conftest import EXPORTED, TinyNet, count_reads, make_loader, tiny_config, tiny_task, watch_fits
 from optuna.trial import TrialState
 
 import autocompress
-from autocompress import conductor, formats, latency, longtrial, objective, preparation
+from autocompress import conductor, formats, latency, longtrial, objective, preparation, runner
 from autocompress.annealing import AnnealingSampler
 from autocompress.conductor import Outcome, check_places, run_study
 from autocompress.database import open_storage, sole
@@ -28,14 +30,17 @@ from autocompress.errors import (
 from autocompress.objective import Bench
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
+from autocompress.runner import Runner
 from autocompress.samplers import KNOBS
+from autocompress.scale import ACCURACY
 from autocompress.sensitivity import LayerTable
 from autocompress.situation import read_situation
 from autocompress.space import SearchSpace
+from autocompress.stages import Stage
 from autocompress.store import StudyFolder, load_study, trials_spent
 from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
-from autocompress.trials import INTERRUPTED, PARENT
+from autocompress.trials import EXTRA, INTERRUPTED, PARENT
 
 
 class Recorder(NullDisplay):
@@ -336,6 +341,25 @@ def test_where_nothing_is_within_delta_the_annealing_goes_on(
     run_study(tiny_config(tmp_path, **plan, **{"search.extra_trials": 2}), task, display)
     assert ended(tmp_path / "tiny")["annealing"] == 8
     assert any("No network is within delta yet: 2 more" in line for line in display.lines)
+
+
+def test_with_more_workers_more_trials_come_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conductor, "standing", lambda bench: None)
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    bench = SimpleNamespace(display=NullDisplay(), task=SimpleNamespace(scale=ACCURACY))
+    totals: list[int] = []
+    told = SimpleNamespace(
+        bench=bench,
+        crew=SimpleNamespace(alive=4),
+        fit_long=lambda again=False: False,
+        run=lambda stage: totals.append(stage.total),
+    )
+    config = tiny_config(tmp_path, **{"search.extra_trials": 10})
+    stage = Stage("annealing", study, cast(SearchSpace, object()), 15)
+    conductor._go_on(config, stage, cast(Runner, told))
+    assert totals == [19, 23, 25] and study.user_attrs[EXTRA] == 10
 
 
 def test_enough_is_spent_only_if_the_second_seed_says_so_too(
@@ -661,6 +685,8 @@ def test_a_final_fit_that_diverges_leaves_the_trials_weights(
         raise TrainingDiverged("the loss became nan")
 
     monkeypatch.setattr(longtrial, "fit", diverges)
+    # As many as make a study give up where trials of the search fail.
+    monkeypatch.setattr(runner, "MAX_FAILURES", 1)
     said = Recorder()
     outcome = run_study(tiny_config(tmp_path, trials=2, annealing_trials=1), task, said)
     assert outcome.met and outcome.summary["best"]["final_epochs"] == 0
