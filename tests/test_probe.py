@@ -13,7 +13,7 @@ import torch
 from conftest import TinyNet, count_reads, tiny_config, watch_fits
 from torch import nn
 
-from autocompress import finals, latency, objective, probe, selection
+from autocompress import latency, longtrial, objective, probe, selection
 from autocompress.conductor import run_study
 from autocompress.database import open_storage
 from autocompress.errors import ConfigError, TrainingDiverged
@@ -197,7 +197,7 @@ def test_a_study_probes_once_and_follows_it(
 ) -> None:
     probed = watch_fits(monkeypatch, probe)
     trials = watch_fits(monkeypatch, objective)
-    final = watch_fits(monkeypatch, finals)
+    final = watch_fits(monkeypatch, longtrial)
     display = Says()
 
     def run(trials: int) -> Any:

@@ -14,13 +14,10 @@ import optuna
 import pytest
 from conftest import tiny_config
 
-from autocompress.conductor import _show_others
 from autocompress.logs import attached, warnings_in_log
-from autocompress.news import DOING
 from autocompress.process import EventDisplay, EventHandler
 from autocompress.progress import NullDisplay
 from autocompress.serving import _log_of
-from autocompress.slots import WORKER, worker_name
 from autocompress.store import StudyFolder
 from autocompress.workers import Pool
 
@@ -69,33 +66,6 @@ def test_a_new_phase_is_told_at_once_and_its_steps_each_second() -> None:
     display.step("evaluate", 0.5, 1.0)
     told = [(event["phase"], event["done"]) for event in events(stream)]
     assert told == [("build", 0.0), ("fine-tune", 0.1), ("evaluate", 0.0), ("evaluate", 0.5)]
-
-
-class Heard(NullDisplay):
-    """Keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-
-    def trial_started(self, number: int, worker: str = "") -> None:
-        self.heard.append((number, worker))
-
-    def step(self, phase: str, done: float, total: float, note: str = "", worker: str = "") -> None:
-        self.heard.append((phase, worker))
-
-
-def test_workers_of_other_machines_are_shown_with_what_they_do() -> None:
-    study, display, shown = optuna.create_study(), Heard(), {}
-    for worker in ("far/12", worker_name()):
-        trial = study.ask()
-        trial.set_user_attr(WORKER, worker)
-        study._storage.set_trial_system_attr(trial._trial_id, DOING, ["evaluate", 0.0, 0.0, ""])
-    for _ in range(2):
-        _show_others(study, display, shown)
-    assert display.heard == [(0, "far/12"), ("evaluate", "far/12"), ("evaluate", "far/12")]
-    study.tell(0, 1.0)
-    _show_others(study, display, shown)
-    assert display.heard[-1] == ("", "far/12") and not shown
 
 
 def test_a_worker_elsewhere_logs_in_the_studys_folder_if_it_is_the_same(tmp_path: Path) -> None:
