@@ -46,7 +46,7 @@ class Display(Protocol):
         later: float = 0.0,
         scale: Scale = ACCURACY,
     ) -> None:
-        """Begin a stage: "baseline", "exploration", "annealing", "final".
+        """Begin a stage: "baseline", "exploration", "annealing", "finals".
 
         Args:
             name: What the user reads.

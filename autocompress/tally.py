@@ -184,7 +184,7 @@ class Tally:
 
     @property
     def has_trials(self) -> bool:
-        """Whether the stage counts trials; "baseline" and "final" are one long phase."""
+        """Whether the stage counts trials; a "baseline" is one long phase."""
         return self.total > 1 or self.first_trial is not None or self.finished > 0
 
     def counter(self) -> str:
