@@ -8,19 +8,18 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from autocompress.artifacts import remove_artifact
 from autocompress.distributed import share
-from autocompress.evaluation import evaluate
 from autocompress.objective import (
     Bench,
     Stopwatch,
     checkpoint_of,
     find_trial,
-    keep_weights,
+    keep_fitted,
     load_trial_model,
     see_through,
 )
 from autocompress.store import FINALS
 from autocompress.training import fit
-from autocompress.trials import CHECKPOINT, LENGTH, PARENT, RATE, SEED, WEIGHTS, set_constraint
+from autocompress.trials import CHECKPOINT, LENGTH, PARENT, RATE, SEED
 
 
 def run_long_trial(bench: Bench, trial: Trial) -> FrozenTrial | None:
@@ -34,7 +33,7 @@ def run_long_trial(bench: Bench, trial: Trial) -> FrozenTrial | None:
 
 def _carry_out(bench: Bench, trial: Trial) -> tuple[float, float]:
     """The values (drop, cost); the cost is that of the trial whose network it is."""
-    watch, task = Stopwatch(), bench.task
+    watch = Stopwatch()
     label = trial.user_attrs[PARENT]
     model, plan = load_trial_model(bench, label)
     checkpoint = checkpoint_of(bench, trial)
@@ -54,16 +53,15 @@ def _carry_out(bench: Bench, trial: Trial) -> tuple[float, float]:
     # The other processes of a group, which know nothing of trials, train along.
     share({"plan": plan.to_json(), "fit": job, "rungs": ()})
     result = fit(
-        model, task, teacher=bench.baseline.model, on_step=on_step, checkpoint=checkpoint, **job
+        model,
+        bench.task,
+        teacher=bench.baseline.model,
+        on_step=on_step,
+        checkpoint=checkpoint,
+        **job,
     )
     watch.lap("finetune")
-    trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
-    bench.show("evaluate")
-    after = evaluate(model, task, task.val)
-    drop, bound = bench.judge(model, after)
-    watch.lap("evaluate")
-    set_constraint(trial, bound - bench.delta)
-    trial.set_user_attr(WEIGHTS, keep_weights(model, trial, bench.store))
+    after, drop, bound = keep_fitted(bench, trial, model, result, watch)
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
     trial.set_user_attr("metrics", {"score": after.score, "drop": drop, "drop_bound": bound})

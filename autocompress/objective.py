@@ -54,7 +54,7 @@ from autocompress.space import SearchSpace
 from autocompress.store import FINALS, STAGES
 from autocompress.surgery import FactorCache, apply_plan, build_plan
 from autocompress.task import Task
-from autocompress.training import Recipe, fit
+from autocompress.training import FitResult, Recipe, fit
 from autocompress.trials import (
     CHECKPOINT,
     EARLY,
@@ -395,19 +395,31 @@ def _carry_out(
         _name(bench, stage, trial, drop, cost, " when it was stopped")
         remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
         return (drop, cost), gate.reason
-    trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
-    bench.show("evaluate")
-    after = evaluate(model, task, task.val)
-    drop, bound = bench.judge(model, after)
-    watch.lap("evaluate")
-    set_constraint(trial, bound - bench.delta)
-    trial.set_user_attr(WEIGHTS, keep_weights(model, trial, bench.store))
+    after, drop, bound = keep_fitted(bench, trial, model, result, watch)
     _exhibit(bench, stage, trial, plan, replace(profile, score=after.score))
     remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
     watch.lap("store")
     _record(bench, trial, watch, after.score, drop, bound, profile, latency)
     _name(bench, stage, trial, drop, cost)
     return (drop, cost), None
+
+
+def keep_fitted(
+    bench: Bench, trial: Trial, model: nn.Module, result: FitResult, watch: Stopwatch
+) -> tuple[Evaluation, float, float]:
+    """Score a trial's fine-tuned network, and keep its weights.
+
+    Returns:
+        Its scores on the validation data, the drop that it is judged by, and its upper bound.
+    """
+    trial.set_user_attr("images_per_second", round(result.images_per_second, 1))
+    bench.show("evaluate")
+    after = evaluate(model, bench.task, bench.task.val)
+    drop, bound = bench.judge(model, after)
+    watch.lap("evaluate")
+    set_constraint(trial, bound - bench.delta)
+    trial.set_user_attr(WEIGHTS, _keep_weights(model, trial, bench.store))
+    return after, drop, bound
 
 
 def train_along(bench: Bench, job: Mapping[str, Any]) -> None:
@@ -444,7 +456,7 @@ def _latency(bench: Bench, model: nn.Module, trial: Trial) -> float | None:
     return latency.median_ms
 
 
-def keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
+def _keep_weights(model: nn.Module, trial: Trial, store: ArtifactStore) -> str:
     """Upload a trial's weights, which cost too much to be lost with a bucket that is away."""
     for pause in UPLOAD_PAUSES:
         try:

@@ -68,7 +68,7 @@ class Runner:
         bench, orders = self.bench, self.bench.watch.orders
         own = _Post(bench, stage)
         posts = [own]
-        if bench.finals is not None and stage.space is not None:
+        if bench.finals is not None and not stage.ordered:
             posts.insert(0, _Post(bench, finals_stage(bench, bench.finals)))
             # The winner's, with two seeds, counts as the trials that would take as long.
             later += 2 * bench.finetune.final_epochs / max(bench.epochs(stage.name), 0.1)
@@ -123,7 +123,7 @@ class Runner:
     def _show(self, stage: Stage, later: float) -> None:
         bench, spent = self.bench, len(trials_spent(stage.study))
         # Of the long fine-tunings only those are counted that are ordered now.
-        total, done = (stage.total, spent) if stage.space else (stage.total - spent, 0)
+        total, done = (stage.total - spent, 0) if stage.ordered else (stage.total, spent)
         bench.display.stage(
             stage.name,
             total,
@@ -146,7 +146,7 @@ class _Post:
 
     def __init__(self, bench: Bench, stage: Stage) -> None:
         self.stage = stage
-        self._bench, self._ordered = bench, stage.space is None
+        self._bench = bench
         self._stale = StaleWatch()
         self._others: dict[str, int] = {}
         self._told = {trial.number for trial in trials_spent(stage.study)}
@@ -154,14 +154,14 @@ class _Post:
     def attend(self) -> list[FrozenTrial]:
         """Let trials wait, and tell of those that have ended; gives these in that order."""
         study = self.stage.study
-        if self._ordered:
+        if self.stage.ordered:
             bring_back(study)
         else:
             top_up(study, self.stage.total)
         ended = sorted(trials_spent(study), key=_end_of)
         for trial in ended:
             if trial.number not in self._told:
-                (announce_long if self._ordered else announce)(self._bench, trial)
+                (announce_long if self.stage.ordered else announce)(self._bench, trial)
                 _log_failure(trial)
                 self._told.add(trial.number)
         return ended
@@ -178,7 +178,7 @@ class _Post:
         for worker, trial in now.items():
             if shown.get(worker) != trial.number:
                 shown[worker] = trial.number
-                if not self._ordered:
+                if not self.stage.ordered:
                     display.trial_started(trial.number, worker)
             doing = doing_of(trial)
             if doing is not None:
@@ -207,7 +207,7 @@ def _check_failures(stage: Stage, ended: Sequence[FrozenTrial]) -> None:
     """
     failed = list(takewhile(lambda trial: trial.state == TrialState.FAIL, reversed(ended)))
     hopeless = len(failed) == stage.total and stage.name == "exploration"
-    if stage.space is not None and (hopeless or len(failed) >= MAX_FAILURES):
+    if not stage.ordered and (hopeless or len(failed) >= MAX_FAILURES):
         excuse(stage.study, [trial.number for trial in failed])
         reason = str(failed[0].user_attrs.get("reason")).rstrip(".")
         raise AutocompressError(

@@ -44,6 +44,11 @@ class Stage:
     space: SearchSpace | None
     total: int
 
+    @property
+    def ordered(self) -> bool:
+        """Whether its trials are ordered, and nothing is proposed: those of the finals."""
+        return self.space is None
+
     def carry_out(self, bench: Bench, trial: Trial) -> FrozenTrial | None:
         """Carry out a trial that was taken; None if others have ended it."""
         if self.space is None:
@@ -55,7 +60,7 @@ class Stage:
         sampler = self.study.sampler
         if isinstance(sampler, AnnealingSampler):
             sampler.outlook = bench.outlook
-            known = [label for label in bench.outlook.ends if stage_of(label) == "exploration"]
+            known = [label for label in sampler.outlook.ends if stage_of(label) == "exploration"]
             sampler.adopt(_parents(bench, known))
 
 

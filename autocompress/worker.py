@@ -58,7 +58,7 @@ def perform(
         Heartbeat(stage.study, trial._trial_id, doing=lambda: bench.doing) as beat,
         # How long a trial of the search may take says nothing of a long fine-tuning.
         bench.watch.over(
-            lambda: beat.taken, None if hung is None else end, limited=stage.space is not None
+            lambda: beat.taken, None if hung is None else end, limited=not stage.ordered
         ),
     ):
         return stage.carry_out(bench, trial)

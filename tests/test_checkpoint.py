@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,19 +24,9 @@ EPOCHS = 2.5
 """Of 16 batches each."""
 
 
-class Kept(Checkpoint):
-    """A checkpoint in a file, kept at each call of `on_step`."""
-
-    def __init__(self, path: Path, every: float = 1e9) -> None:
-        self.path = path
-        super().__init__(
-            lambda new: None if shutil.copy(new, path) else None, self._to, every=every
-        )
-
-    def _to(self, path: Path) -> bool:
-        if self.path.exists():
-            shutil.copy(self.path, path)
-        return self.path.exists()
+def kept_at(path: Path, every: float = 1e9) -> Checkpoint:
+    """A checkpoint in a file, kept where a run is interrupted."""
+    return Checkpoint.in_file(path, every)
 
 
 class Dropping(nn.Module):
@@ -92,7 +81,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(
 ) -> None:
     whole = new_task(loader())
     expected = run(whole)
-    kept = Kept(tmp_path / "kept.pt")
+    kept = kept_at(tmp_path / "kept.pt")
     with pytest.raises(KeyboardInterrupt):
         run(new_task(loader()), kept, on_step=stop_at(step))
     other = new_task(loader())
@@ -113,13 +102,13 @@ def test_another_process_goes_on_with_it(tmp_path: Path) -> None:
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
-from test_checkpoint import Kept, array_loader, new_task, run, stop_at
+from test_checkpoint import array_loader, kept_at, new_task, run, stop_at
 import torch
 torch.set_num_threads(1)
 task = new_task(array_loader())
 stop = stop_at(21) if sys.argv[2] == "stop" else None
 try:
-    run(task, Kept(Path(sys.argv[1])), on_step=stop)
+    run(task, kept_at(Path(sys.argv[1])), on_step=stop)
 except KeyboardInterrupt:
     pass
 torch.save(task.model.state_dict(), sys.argv[3])
@@ -134,7 +123,7 @@ torch.save(task.model.state_dict(), sys.argv[3])
 
 
 def test_rungs_that_were_passed_are_not_asked_for_again(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept.pt")
+    kept = kept_at(tmp_path / "kept.pt")
     asked: list[int] = []
 
     def hopeless(rung: int) -> bool:
@@ -149,7 +138,7 @@ def test_rungs_that_were_passed_are_not_asked_for_again(tmp_path: Path) -> None:
 
 
 def test_a_state_is_kept_from_time_to_time(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept.pt", every=0.0)
+    kept = kept_at(tmp_path / "kept.pt", every=0.0)
     run(new_task(array_loader()), kept)
     state = torch.load(tmp_path / "kept.pt", weights_only=True)["state"]
     assert state["step"] == round(EPOCHS * 16)
@@ -157,7 +146,7 @@ def test_a_state_is_kept_from_time_to_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"learning_rate": 0.1}, {"epochs": 3.0}])
 def test_another_runs_state_is_not_used(other: dict[str, Any], tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "kept.pt")
+    kept = kept_at(tmp_path / "kept.pt")
     with pytest.raises(KeyboardInterrupt):
         run(new_task(array_loader()), kept, on_step=stop_at(21))
     steps: list[float] = []
@@ -178,7 +167,7 @@ def test_a_damaged_state_is_as_good_as_none(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "kept.pt"
-    kept = Kept(path)
+    kept = kept_at(path)
     with pytest.raises(KeyboardInterrupt):
         run(new_task(array_loader()), kept, on_step=stop_at(21))
     whole = path.read_bytes()
@@ -204,7 +193,7 @@ def test_a_full_disk_costs_the_state_and_not_the_run(
 def test_a_full_disk_as_pytorch_tells_of_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = Kept(tmp_path / "kept.pt")
+    kept = kept_at(tmp_path / "kept.pt")
     kept.save({}, {"step": 1})
     monkeypatch.setattr("autocompress.checkpoint.TemporaryDirectory", lambda: nullcontext("/dev"))
     monkeypatch.setattr("autocompress.checkpoint.NAME", "full")
@@ -214,7 +203,7 @@ def test_a_full_disk_as_pytorch_tells_of_it(
 
 
 def test_what_holds_functions_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    kept = Kept(tmp_path / "kept.pt")
+    kept = kept_at(tmp_path / "kept.pt")
     kept.save({}, {"schedule": lambda step: 0.1})
     assert "could not be kept" in caplog.text and kept.load({}) is None
 
