@@ -14,10 +14,39 @@ for each sample. Where samples have parts of their own, such as the boxes of eac
 list with a dict for each sample."""
 
 
+class KnownBatch(tuple[Tensor, Tensor]):
+    """Images and labels of samples that are known by name: what was found about them can be kept.
+
+    Attributes:
+        source: All images, of which these are views; samples of the same object are the same.
+        view: Which of the source's augmented views they are of.
+        places: `n`, on the CPU: where in the source each sample is.
+    """
+
+    source: Tensor
+    view: int
+    places: Tensor
+
+    def __new__(
+        cls, images: Tensor, labels: Tensor, source: Tensor, view: int, places: Tensor
+    ) -> KnownBatch:
+        batch = super().__new__(cls, (images, labels))
+        batch.source, batch.view, batch.places = source, view, places
+        return batch
+
+    def pick(self, chosen: Tensor) -> KnownBatch:
+        """Some samples, by their positions in this batch (on the CPU)."""
+        images, labels = (part[chosen.to(part.device)] for part in self)
+        return KnownBatch(images, labels, self.source, self.view, self.places[chosen])
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` with every tensor in it on `device`; images keep their memory format."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, KnownBatch):
+        images, labels = (part.to(device, non_blocking=True) for part in batch)
+        return KnownBatch(images, labels, batch.source, batch.view, batch.places)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):

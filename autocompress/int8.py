@@ -206,6 +206,7 @@ def _fit_rounded(
         learning_rate=recipe.learning_rate,
         seed=bench.seed,
         teacher=bench.baseline.model,
+        answers=bench.answers,
         distillation=recipe.distillation,
         on_step=lambda done, total, loss: display.step(
             "fine-tune with rounding", done, total, f"loss {loss:.3f}"

@@ -23,11 +23,15 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from autocompress.batch import first_samples, samples_in, tensors_in, to_device
+from autocompress.batch import KnownBatch, first_samples, samples_in, tensors_in, to_device
 from autocompress.errors import ConfigError
 from autocompress.task import Loader, Task, call_on_images, cross_entropy
 
 Labels = NDArray[np.int64]
+
+FIRST_VIEWS = 4
+"""Among how many of their views runs with limited ones begin, by their seeds: a child, which goes
+on from its parent's weights, mostly begins with another one."""
 
 _READ_THROUGH = 5_000
 """Data sets of up to this many samples are read once to learn their labels."""
@@ -104,13 +108,26 @@ class ArrayLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self._passes)
+        view = None
+        if self._views is not None:
+            view = (self.seed % FIRST_VIEWS + self._passes) % self._views
         self._passes += 1
-        return self._serve(generator)
+        return self._serve(generator, view)
 
     def reseed(self, seed: int) -> None:
         """Start anew: the next pass is the first one of `seed`."""
         self.seed = seed
         self._passes = 0
+        self._views: int | None = None
+
+    def limit_views(self, count: int) -> None:
+        """Show no more than `count` augmented views of each image, until `reseed`.
+
+        A view is a crop and a flip of its own for each image, the same in all runs: those of
+        different seeds begin with one of the first `FIRST_VIEWS` and go on from view to view with
+        each pass. Batches are `KnownBatch`es then.
+        """
+        self._views = 1 if self.augment == "none" else count
 
     def subset(
         self, indices: Tensor, shuffle: bool | None = None, augment: str | None = None
@@ -130,32 +147,57 @@ class ArrayLoader:
             keep_on=self._images.device,
         )
 
-    def _serve(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def _serve(
+        self, generator: torch.Generator, view: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         order = self._indices
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
-        order = order.to(self._images.device)
+        if view is not None:
+            changes = self._draw(len(self._images), torch.Generator().manual_seed(view))
+        there = order.to(self._images.device)
         for index in range(len(self)):
-            chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
+            part = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            places, chosen = order[part], there[part]
             # A copy, which may be changed in place.
             images = self._images.index_select(0, chosen).to(self.device)
-            images = self._changed(images, generator)
+            if view is None:
+                images = self._changed(images, self._draw(len(places), generator))
+            else:
+                images = self._changed(images, {k: v[places] for k, v in changes.items()})
             images = images.float().mul_(self._scale).add_(self._shift)
             images = images.contiguous(memory_format=torch.channels_last)
-            yield images, self._labels[chosen.to(self.device)]
+            labels = self._labels[chosen.to(self.device)]
+            if view is None:
+                yield images, labels
+            else:
+                yield KnownBatch(images, labels, self._images, view, places)
 
-    def _changed(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Randomly cropped and flipped copies of `n x c x h x w` images."""
-        count, _, height, width = images.shape
+    def _draw(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """How `count` images are cropped and flipped, as chance has it; on the CPU."""
+        drawn = {}
         if "crop" in self.augment:
-            pad = max(1, height // 8)
-            y, x = torch.randint(0, 2 * pad + 1, (2, count), generator=generator)
-            images = _windows(F.pad(images, (pad, pad, pad, pad)), y, x, height, width)
+            sides = 2 * self._border + 1
+            drawn["y"], drawn["x"] = torch.randint(0, sides, (2, count), generator=generator)
         if "flip" in self.augment:
-            flipped = (torch.rand(count, generator=generator) < 0.5).nonzero()[:, 0]
-            flipped = flipped.to(self.device)
+            drawn["flip"] = torch.rand(count, generator=generator) < 0.5
+        return drawn
+
+    def _changed(self, images: Tensor, drawn: Mapping[str, Tensor]) -> Tensor:
+        """Cropped and flipped copies of `n x c x h x w` images."""
+        height, width = images.shape[2:]
+        if "y" in drawn:
+            padded = F.pad(images, (self._border,) * 4)
+            images = _windows(padded, drawn["y"], drawn["x"], height, width)
+        if "flip" in drawn:
+            flipped = drawn["flip"].nonzero()[:, 0].to(self.device)
             images[flipped] = images[flipped].flip(-1)
         return images
+
+    @property
+    def _border(self) -> int:
+        """By how many pixels crops are moved at most, in each direction."""
+        return max(1, self._images.shape[2] // 8)
 
 
 def _windows(images: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:

@@ -56,6 +56,7 @@ def _carry_out(bench: Bench, trial: Trial) -> tuple[float, float]:
         model,
         bench.task,
         teacher=bench.baseline.model,
+        answers=bench.answers,
         on_step=on_step,
         checkpoint=checkpoint,
         **job,

@@ -20,6 +20,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch import Tensor, nn
 
+from autocompress.answers import Answers
 from autocompress.artifacts import fetch_file, put_file, remove_artifact, save_text
 from autocompress.baseline import Baseline
 from autocompress.checkpoint import Checkpoint
@@ -116,6 +117,7 @@ class Bench:
         checkpoint_every: Seconds between two checkpoints of a trial.
         doing: What it does at the moment.
         auditions: Seconds that children have been compared for since the trial began.
+        answers: What the baseline answered to training images by now.
     """
 
     task: Task
@@ -141,6 +143,7 @@ class Bench:
     checkpoint_every: float = 180.0
     doing: Phase | None = None
     auditions: float = 0.0
+    answers: Answers = field(default_factory=Answers)
 
     def show(self, phase: str, done: float = 0.0, total: float = 0.0, note: str = "") -> None:
         """Tell the display, and those who look from elsewhere, what is done at the moment."""
@@ -378,6 +381,7 @@ def _carry_out(
             model,
             task,
             teacher=bench.baseline.model,
+            answers=bench.answers,
             on_step=on_step,
             rungs=RUNGS,
             hopeless=hopeless,

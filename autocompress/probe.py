@@ -21,6 +21,7 @@ from optuna.study import Study
 from torch import nn
 
 from autocompress.allocator import Knobs, budget_range, decode
+from autocompress.answers import Answers
 from autocompress.batch import samples_in
 from autocompress.config import FinetuneConfig
 from autocompress.errors import ConfigError, TrainingDiverged
@@ -130,6 +131,7 @@ def settle(bench: Bench, space: SearchSpace, finetune: FinetuneConfig, study: St
             _damaged(bench, space),
             bench.task,
             teacher=bench.baseline.model,
+            answers=bench.answers,
             distillation=finetune.distillation,
             delta=bench.delta,
             seed=bench.seed,
@@ -167,6 +169,7 @@ def probe(
     task: Task,
     *,
     teacher: nn.Module,
+    answers: Answers | None = None,
     distillation: float,
     delta: float,
     seed: int,
@@ -180,6 +183,7 @@ def probe(
         model: A candidate that needs fine-tuning; only copies of it are trained.
         task: The data; runs are judged on a part of the validation data, for they are a choice.
         teacher: The baseline.
+        answers: What it answered in other runs on this data.
         distillation: Share of the loss that imitates it.
         delta: The tolerance, in points.
         seed: Of all runs.
@@ -206,6 +210,7 @@ def probe(
                 learning_rate=rate,
                 seed=seed,
                 teacher=teacher,
+                answers=answers,
                 distillation=distillation,
                 on_step=on_step,
             )

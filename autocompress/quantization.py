@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from autocompress.answers import Answers
 from autocompress.checkpoint import Checkpoint
 from autocompress.errors import AutocompressError, ConfigError, did_you_mean
 from autocompress.evaluation import Evaluation, drop_bound, evaluate, metric_drop
@@ -287,6 +288,7 @@ def fit_rounded(
     learning_rate: float,
     seed: int,
     teacher: nn.Module | None = None,
+    answers: Answers | None = None,
     distillation: float = 0.0,
     on_step: Callable[[float, float, float], None] | None = None,
     checkpoint: Checkpoint | None = None,
@@ -318,6 +320,7 @@ def fit_rounded(
             learning_rate=learning_rate,
             seed=seed,
             teacher=teacher,
+            answers=answers,
             distillation=distillation,
             on_step=on_step,
             checkpoint=checkpoint,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from autocompress.answers import VIEWS, Answers
 from autocompress.batch import Batch, samples_in, to_device
 from autocompress.capture import WARM_UP, CapturedGradient, Gradient
 from autocompress.checkpoint import Checkpoint
@@ -33,6 +34,7 @@ from autocompress.distributed import (
 )
 from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import recalibrate
+from autocompress.kernels import fast_kernels
 from autocompress.models import load_state
 from autocompress.task import (
     Loader,
@@ -62,9 +64,6 @@ WORTH_CAPTURING = 20
 LOOK_STEPS = 10
 LOOK_SECONDS = 1.0
 """`fit` looks at the loss, and whether to go on, after so many steps, or about so many seconds."""
-
-NARROW = 16
-"""Floats in the longest vector of a CPU."""
 
 Hopeless = Callable[[int], bool]
 """Called at each rung as `hopeless(rung)`, from 1; where it says so, the run ends there."""
@@ -147,6 +146,7 @@ def fit(
     learning_rate: float,
     seed: int,
     teacher: nn.Module | None = None,
+    answers: Answers | None = None,
     distillation: float = 0.0,
     on_step: OnStep | None = None,
     rungs: Sequence[float] = (),
@@ -169,6 +169,9 @@ def fit(
         learning_rate: Peak of the schedule.
         seed: Fixes the order of the data (where the loader can be reseeded) and dropout.
         teacher: The baseline, for distillation.
+        answers: What the teacher answered in other runs on this data; it is asked only about what
+            is new there, where the loader can tell. Where steps are captured as CUDA graphs or
+            shared by a group, and where None is given, it is asked about everything.
         distillation: Share of the distillation loss in the whole, 0 to 1.
         on_step: Told about the progress, every ten steps or about once a second. If it raises
             KeyboardInterrupt, a checkpoint is saved first.
@@ -187,18 +190,23 @@ def fit(
         return FitResult(0, float("nan"), 0.0, 0.0)
     if task.training is not None:
         return _fit_by(task.training, model, task, epochs, learning_rate, seed, teacher, on_step)
-    _lay_out(model.to(task.device), _fastest_format(model, task.device)).train()
+    model.to(task.device).train()
     if teacher is not None:
         teacher.to(task.device).eval()
     optimizer = task.optimizer(model, learning_rate)
     scheduler = task.scheduler(optimizer, learning_rate, steps)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = _loss(model, task, teacher, distillation)
+    if teacher is None or not distillation or world() > 1 or _can_be_captured(task):
+        answers = None
+    loss = _loss(model, task, teacher, distillation, answers)
     marks = {max(1, round(share * steps)): rung for rung, share in enumerate(rungs, 1)}
-    with torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[task.device] if task.device.type == "cuda" else []),
+        fast_kernels(model, task.device, task.amp_dtype),
+    ):
         # Dropout differs from process to process.
         torch.manual_seed(seed + rank())
-        data = _Data(task.train, seed)
+        data = _Data(task.train, seed, None if answers is None else VIEWS)
         progress = _Progress(model, optimizer, scheduler, data, task.device, learning_rate, steps)
         progress.resume(checkpoint)
         look = _Look(progress, epochs, marks, on_step, hopeless, checkpoint)
@@ -216,7 +224,7 @@ def fit(
                 if progress.step == look.next:
                     look()
             tail = progress.tail().mean().item()
-    _lay_out(model, torch.contiguous_format).eval()
+    model.eval()
     if not look.stopped:
         recalibrate(model, task, LAST_BATCHES)
     share_buffers(model)
@@ -456,13 +464,16 @@ class _Data:
     Args:
         loader: The batches of one pass.
         seed: The order starts anew from it, where the loader allows that or has no numbers itself.
+        views: Number of augmented views of each sample, where the loader can limit it.
     """
 
-    def __init__(self, loader: Loader, seed: int) -> None:
+    def __init__(self, loader: Loader, seed: int, views: int | None = None) -> None:
         self.seed = seed
         self._loader = loader
         if hasattr(loader, "reseed"):
             loader.reseed(seed)
+        if views is not None and hasattr(loader, "limit_views"):
+            loader.limit_views(views)
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._passes = self._read = 0
         self._begun = self._random
@@ -540,20 +551,29 @@ def _learning(
 
 
 def _loss(
-    model: nn.Module, task: Task, teacher: nn.Module | None, distillation: float
+    model: nn.Module,
+    task: Task,
+    teacher: nn.Module | None,
+    distillation: float,
+    answers: Answers | None = None,
 ) -> Callable[[Batch], Tensor]:
-    """One batch's loss: the network's forward pass, and the teacher's."""
+    """One batch's loss: the network's forward pass, and the teacher's or what is kept of it."""
     imitate = task.distillation
     share = distillation if teacher is not None and imitate is not None else 0.0
+
+    def ask(batch: Batch) -> Any:
+        assert teacher is not None
+        with torch.no_grad(), autocast(task):
+            return task.forward(teacher, batch)
 
     def loss_of(batch: Batch) -> Tensor:
         with autocast(task):
             output = _as_float(task.forward(model, batch))
         loss = task.loss(output, batch)
         if share:
-            assert teacher is not None and imitate is not None
-            with torch.no_grad(), autocast(task):
-                target = _as_float(task.forward(teacher, batch))
+            assert imitate is not None
+            target = ask(batch) if answers is None else answers.to(batch, ask, task.amp_dtype)
+            target = _as_float(target)
             loss = (1 - share) * loss + share * imitate(output, target)
         return loss
 
@@ -599,8 +619,7 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
 
     def seconds(dtype: torch.dtype | None, limit: float = float("inf")) -> float:
         """Of the fastest step; a step beyond the limit is the last one."""
-        trial = deepcopy(task.model).to(task.device)
-        _lay_out(trial, _fastest_format(trial, task.device)).train()
+        trial = deepcopy(task.model).to(task.device).train()
         amp, task.amp_dtype = task.amp_dtype, dtype
         gradient = _gradient(_loss(trial, task, None, 0.0))
         captured: CapturedGradient | None = None
@@ -610,18 +629,19 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
             count += WARM_UP + 1
         best = float("inf")
         try:
-            for batch in islice(_Data(task.train, 0), count):
-                batch = to_device(batch, task.device)
-                start = time.perf_counter()
-                loss = gradient(batch)
-                if task.device.type == "cuda":
-                    torch.cuda.synchronize()
-                if dtype is None and not bool(loss.isfinite()):
-                    raise TrainingDiverged(f"the loss of a first batch is {float(loss)}")
-                elapsed = time.perf_counter() - start
-                best = min(best, elapsed)
-                if elapsed > limit:
-                    break
+            with fast_kernels(trial, task.device, dtype):
+                for batch in islice(_Data(task.train, 0), count):
+                    batch = to_device(batch, task.device)
+                    start = time.perf_counter()
+                    loss = gradient(batch)
+                    if task.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    if dtype is None and not bool(loss.isfinite()):
+                        raise TrainingDiverged(f"the loss of a first batch is {float(loss)}")
+                    elapsed = time.perf_counter() - start
+                    best = min(best, elapsed)
+                    if elapsed > limit:
+                        break
         finally:
             task.amp_dtype = amp
             if captured is not None:
@@ -635,28 +655,6 @@ def fastest_precision(task: Task, steps: int = 4) -> torch.dtype | None:
     except RuntimeError:  # an operation of this network that bfloat16 hasn't got
         return None
     return torch.bfloat16 if half < 0.9 * plain else None
-
-
-def _fastest_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Channels last, save where that crashes.
-
-    The gradient of a 1 x 1 convolution with a stride and fewer input channels than a vector has
-    floats is written beyond its memory by oneDNN, in PyTorch 2.14 on the CPU with channels last.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d) and device.type == "cpu":
-            narrow = module.in_channels // module.groups < NARROW
-            if narrow and module.kernel_size == (1, 1) and max(module.stride) > 1:
-                return torch.contiguous_format
-    return torch.channels_last
-
-
-def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    """`model` with its images' kernels in a memory format; `nn.Module.to` refuses others beside."""
-    for value in [*model.parameters(), *model.buffers()]:
-        if value.ndim == 4:
-            value.data = value.data.contiguous(memory_format=memory_format)
-    return model
 
 
 def _as_float(output: Any) -> Any:

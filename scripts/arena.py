@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from measure import places, speedup
 from torch import nn
 
+from autocompress.answers import Answers
 from autocompress.artifacts import write_text
 from autocompress.baseline import Baseline, train_baseline
 from autocompress.batch import Batch
@@ -93,6 +94,7 @@ class Arena:
         baseline: The trained network, its validation scores and costs.
         example: The network's inputs for one image.
         layers: Its layers, in execution order.
+        answers: What the network answered to training images by now.
     """
 
     config: StudyConfig
@@ -100,6 +102,7 @@ class Arena:
     baseline: Baseline
     example: tuple[Any, ...]
     layers: tuple[LayerSpec, ...]
+    answers: Answers = field(default_factory=Answers)
 
     @property
     def counter(self) -> CountedLoader:
@@ -290,6 +293,7 @@ def tune(
             learning_rate=learning_rate,
             seed=seed,
             teacher=arena.baseline.model,
+            answers=arena.answers,
             distillation=arena.config.finetune.distillation,
         )
     except TrainingDiverged:

@@ -11,10 +11,11 @@ The plan is the allocator's for `--budget`. Each variant differs from `fit` as i
 `features` (the input of the last layer is imitated, too); `average` (an exponential moving average
 of the weights, decay 0.99, with batch-norm statistics of its own); `running statistics` (batch norm
 keeps those of the last steps); `whole images` (its statistics are of images that are not
-augmented); `rate / 3` and `rate x 3`. Two more change the time only, and are run where `--variants`
-names them: `compiled` (`torch.compile`) and `no graph` (without CUDA graphs). Printed are points
+augmented); `rate / 3` and `rate x 3`. Others change the time above all, and are run where
+`--variants` names them: `compiled` (`torch.compile`), `no graph` (without CUDA graphs) and `no kept
+answers` (the baseline is asked in every step, about new views of the images). Printed are points
 lost on validation data, the mean over the seeds with the standard deviation, and the seconds of the
-fastest run.
+fastest run (where answers are kept: of one that others were asked for).
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ def train(
     task: Task | None = None,
     distillation: float | None = None,
     rate: float = 1.0,
+    keep: bool = True,
 ) -> Tuned:
     """`fit` as a study calls it, with one thing changed."""
-    own = arena.config.finetune.distillation
+    own, forward = arena.config.finetune.distillation, arena.task.forward
     fit(
         model,
         task or arena.task,
@@ -70,6 +72,8 @@ def train(
         learning_rate=rate * arena.recipe.learning_rate,
         seed=seed,
         teacher=arena.baseline.model,
+        # Kept answers are those of the task's own forward pass.
+        answers=arena.answers if keep and (task or arena.task).forward is forward else None,
         distillation=own if distillation is None else distillation,
     )
     return model, arena.task
@@ -162,8 +166,9 @@ VARIANTS: dict[str, Variant] = {
     "rate x 3": _changed(rate=3.0),
     "compiled": compiled,
     "no graph": without_graph,
+    "no kept answers": _changed(keep=False),
 }
-BY_DEFAULT = [name for name in VARIANTS if name not in ("compiled", "no graph")]
+BY_DEFAULT = [name for name in VARIANTS if name not in ("compiled", "no graph", "no kept answers")]
 
 
 def main() -> None:

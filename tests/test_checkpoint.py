@@ -15,6 +15,7 @@ from conftest import TinyNet, make_images, make_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autocompress.answers import Answers
 from autocompress.checkpoint import Checkpoint
 from autocompress.loaders import ArrayLoader
 from autocompress.task import Loader, Task
@@ -92,6 +93,20 @@ def test_a_run_that_was_cut_off_ends_as_if_it_was_not(
     for mine, theirs in zip(
         other.model.state_dict().values(), whole.model.state_dict().values(), strict=True
     ):
+        assert torch.equal(mine, theirs)
+
+
+def test_what_was_answered_before_makes_no_difference(tmp_path: Path) -> None:
+    """A run that goes on asks the teacher anew what it had answered in the process that ended."""
+    torch.manual_seed(7)
+    taught: dict[str, Any] = {"teacher": TinyNet(), "distillation": 0.5}
+    whole, other = (new_task(array_loader()) for _ in range(2))
+    run(whole, answers=Answers(), **taught)
+    kept = kept_at(tmp_path / "kept.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run(new_task(array_loader()), kept, on_step=stop_at(21), answers=Answers(), **taught)
+    run(other, kept, answers=Answers(), **taught)
+    for mine, theirs in zip(other.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -19,8 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from autocompress.batch import KnownBatch
 from autocompress.errors import ConfigError
 from autocompress.loaders import (
+    FIRST_VIEWS,
     ArrayLoader,
     _windows,
     calibration_loader,
@@ -66,8 +68,37 @@ def test_the_order_changes_from_pass_to_pass_and_follows_from_the_seed() -> None
     assert not torch.equal(passes[0], all_images(array_loader(shuffle=True, seed=1)))
 
 
+def test_limited_views_come_again_whatever_the_order() -> None:
+    loader = array_loader(shuffle=True, augment="crop-flip")
+
+    def views(seed: int) -> list[tuple[int, Tensor]]:
+        """The view of each of three passes, with its images in the order of the whole set."""
+        loader.reseed(seed)
+        loader.limit_views(3)
+        found = []
+        for _ in range(3):
+            served = list(loader)
+            assert all(isinstance(batch, KnownBatch) for batch in served)
+            places = torch.cat([batch.places for batch in served])
+            found.append((served[0].view, all_images(served)[places.argsort()]))
+        return found
+
+    for seed in (FIRST_VIEWS, FIRST_VIEWS + 1, FIRST_VIEWS + 2):
+        begin = seed % FIRST_VIEWS
+        assert [view for view, _ in views(seed)] == [(begin + index) % 3 for index in range(3)]
+    one, two = dict(views(0)), dict(views(1))
+    assert all(torch.equal(one[view], two[view]) for view in range(3))
+    assert not torch.equal(one[0], one[1])
+    for batch in loader:
+        assert torch.equal(batch[1], loader.labels[batch.places])
+
+
 def test_reseeding_starts_anew() -> None:
     loader = array_loader(shuffle=True, augment="crop-flip")
+    assert type(next(iter(loader))) is tuple
+    loader.limit_views(2)
+    assert isinstance(next(iter(loader)), KnownBatch)
+    loader.reseed(0)
     before = all_images(loader)
     all_images(loader)
     loader.reseed(0)
