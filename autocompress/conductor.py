@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from autocompress.annealing import at_the_end
-from autocompress.artifacts import open_artifacts, write_text
+from autocompress.artifacts import open_artifacts, remove_artifact, write_text
 from autocompress.config import StudyConfig, bound_settings, flatten
 from autocompress.costs import OBJECTIVES
 from autocompress.crew import Crew, Solo, Team
@@ -34,7 +34,7 @@ from autocompress.formats import choose_formats
 from autocompress.joining import Place
 from autocompress.latency import Deployment
 from autocompress.logs import study_log
-from autocompress.longfits import order
+from autocompress.longfits import order, withdraw_others
 from autocompress.models import load_state
 from autocompress.news import Bulletin
 from autocompress.notes import OUTCOME, outcome_facts
@@ -80,7 +80,7 @@ from autocompress.store import (
 from autocompress.surgery import build_plan
 from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
-from autocompress.trials import EXTRA, counted, has_weights, violation, within_delta
+from autocompress.trials import CHECKPOINT, EXTRA, counted, has_weights, violation, within_delta
 from autocompress.watch import Watch
 from autocompress.weights import state_digest
 
@@ -305,6 +305,7 @@ def _conduct(
     if stored is not None:
         bench.studies["annealing"] = stored
     _bury(bench, display)
+    _withdraw(bench, display)
     annealing = None
     with _crew(setting, bench) as crew:
         runner = Runner(bench, crew, setting.hold)
@@ -536,6 +537,19 @@ def _bury(bench: Bench, display: Display) -> None:
             display.say(f"{stage}: {dead} interrupted trial(s) will be run again.")
         if spent:
             display.say(f"Going on with the {stage} after {spent} trials.")
+
+
+def _withdraw(bench: Bench, display: Display) -> None:
+    """Take back the long fine-tunings that wait, where the study file's length of these changed."""
+    if bench.finals is None:
+        return
+    others = withdraw_others(bench.finals, bench.finetune)
+    for trial in others:
+        remove_artifact(trial.user_attrs.get(CHECKPOINT), bench.store)
+    if others:
+        display.say(
+            f"{len(others)} long fine-tuning(s) of another length or learning rate are withdrawn."
+        )
 
 
 def _spent(study: Study) -> float:

@@ -20,7 +20,7 @@ from autocompress.trials import has_weights, lost, stage_of, within_delta
 
 ROUND = 5
 """How many long fine-tunings there are at most, those with a second seed included, before trials go
-on or the search ends."""
+on or the search ends. What idle workers begin with both seeds at the same time counts once."""
 CLEARLY = 0.97
 """Where one is within delta, only a network that costs less than this share of it is next."""
 
@@ -182,7 +182,8 @@ class Finals:
 
         Args:
             room: How many can be fine-tuned at the same time.
-            again: Whether the best is repeated with the second seed, where none is cheaper.
+            again: Whether the best is repeated with the second seed, where none is cheaper, or
+                there is room left; what isn't fine-tuned yet is begun with both seeds then.
             sure: Whether only trials count that were within delta before, while none is by its long
                 fine-tuning.
         """
@@ -196,11 +197,13 @@ class Finals:
             and self._cost(label) < least
             and (within_delta(trial) if sure else self._promises(label))
         ]
-        if promising:
-            return [(label, self._seeds[0]) for label in sorted(promising, key=self._cost)[:room]]
-        if again and best is not None and len(self._fits[best]) == 1:
-            return [(best, self._seeds[1])]
-        return []
+        first, second = self._seeds
+        promising = sorted(promising, key=self._cost)[:room]
+        orders = [(label, first) for label in promising]
+        if again:
+            once = [best] if best is not None and len(self._fits[best]) == 1 else []
+            orders += [(label, second) for label in [*once, *promising]]
+        return orders[:room]
 
     def fits(self, label: str) -> Sequence[LongFit]:
         """The long fine-tunings of a trial."""

@@ -13,6 +13,7 @@ from statistics import mean
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from autocompress.slots import bring_back, withdraw
 from autocompress.training import Recipe
 from autocompress.trials import LENGTH, NAME, PARENT, RATE, SEED, WEIGHTS, counted, lost, stage_of
 
@@ -72,6 +73,21 @@ def order(finals: Study, orders: Sequence[Order], recipe: Recipe) -> None:
         }
         if _key(wanted) not in known:
             finals.add_trial(create_trial(state=TrialState.WAITING, user_attrs=wanted))
+
+
+def withdraw_others(finals: Study, recipe: Recipe) -> list[FrozenTrial]:
+    """Take back what was ordered with another length or learning rate than the winner's now.
+
+    Only for the process that conducts the study.
+
+    Returns:
+        What waited, or was cut off and would have come again.
+    """
+    bring_back(finals)
+    now = (recipe.final_epochs, recipe.final_learning_rate)
+    waiting = finals.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    others = [t for t in waiting if (t.user_attrs[LENGTH], t.user_attrs[RATE]) != now]
+    return withdraw(finals, others)
 
 
 def _key(attrs: Mapping[str, object]) -> tuple[object, ...]:

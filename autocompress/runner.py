@@ -118,7 +118,7 @@ class Runner:
             if not orders:
                 return spent > 0
             order(finals, orders, bench.finetune)
-            spent += len(orders)
+            spent += len({label for label, _ in orders})
 
     def _show(self, stage: Stage, later: float) -> None:
         bench, spent = self.bench, len(trials_spent(stage.study))

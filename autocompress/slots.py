@@ -39,8 +39,8 @@ RETRY = "retry"
 workers died of it}."""
 WORKER = "worker"
 """User attribute of a trial: who carries it out, as `worker_name` gives it."""
-STOPPED, DIED = "stopped", "died"
-"""Why a trial was cut off: its worker was told to end, or it died."""
+STOPPED, DIED, WITHDRAWN = "stopped", "died", "withdrawn"
+"""Why a trial was cut off: its worker was told to end, or it died, or nobody wants it any more."""
 
 _COPIED_SYSTEM = ("autocompress:knobs",)
 _COPIED_USER = (PARENT, SEED, CHECKPOINT, EARLY, LENGTH, RATE, NAME)
@@ -150,6 +150,15 @@ def cut_off(study: Study, trial: FrozenTrial, died: str | None = None) -> bool:
     return _end(study, trial, TrialState.RUNNING, kind, died or "interrupted")
 
 
+def withdraw(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """End waiting trials that nobody wants any more: they don't count, and don't come again.
+
+    Returns:
+        Those that were still waiting.
+    """
+    return [t for t in trials if _end(study, t, TrialState.WAITING, WITHDRAWN, WITHDRAWN)]
+
+
 def cut_off_gone(study: Study) -> int:
     """End the running trials whose workers can be seen to be gone; returns how many."""
     gone = [trial for trial in running(study) if is_gone(trial)]
@@ -176,7 +185,7 @@ def _unrepeated(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         trial
         for trial in trials
         if trial.state == TrialState.FAIL
-        and INTERRUPTED in trial.user_attrs
+        and trial.user_attrs.get(INTERRUPTED, WITHDRAWN) != WITHDRAWN
         and ("plan" in trial.user_attrs or PARENT in trial.user_attrs)
         and trial.number not in repeated
     ]

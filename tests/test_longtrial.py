@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from test_objective import Ends, make_bench, run
 
 from autocompress.evaluation import evaluate
-from autocompress.longfits import LOST, order
+from autocompress.longfits import LOST, order, withdraw_others
 from autocompress.longtrial import announce_long
 from autocompress.objective import Bench, load_elder, load_trial_model
 from autocompress.slots import bring_back, cut_off, take
@@ -20,7 +20,7 @@ from autocompress.stages import finals_stage
 from autocompress.store import open_study
 from autocompress.task import Task
 from autocompress.training import Recipe
-from autocompress.trials import counted
+from autocompress.trials import LENGTH, counted
 from autocompress.watch import Watch
 from autocompress.worker import perform
 
@@ -97,6 +97,23 @@ def test_another_length_is_another_order(bench: Bench) -> None:
     for epochs in (2.0, 3.0):
         order(finals_of(bench), [(LABEL, 0)], replace(bench.finetune, final_epochs=epochs))
     assert len(finals_of(bench).trials) == 2
+
+
+def test_what_waits_with_another_length_is_withdrawn(bench: Bench) -> None:
+    finals = finals_of(bench)
+    order(finals, [(LABEL, 0), (LABEL, 1), (LABEL, 2)], bench.finetune)
+    assert work(bench) is not None
+    taken = take(finals)
+    assert taken is not None and cut_off(finals, finals.trials[taken.number])
+    assert withdraw_others(finals, bench.finetune) == [], "these are wanted"
+    shorter = replace(bench.finetune, final_epochs=1.0)
+    order(finals, [(LABEL, 0)], shorter)
+    gone = withdraw_others(finals, shorter)
+    assert {trial.user_attrs[LENGTH] for trial in gone} == {2.0} and len(gone) == 2
+    assert withdraw_others(finals, shorter) == [] and bring_back(finals) == 0
+    assert len(bench.long_fits) == 1, "what has ended is kept"
+    assert work(bench) is not None and take(finals) is None
+    assert [fit.epochs for fit in bench.long_fits] == [2.0, 1.0]
 
 
 def test_one_that_was_cut_off_goes_on_and_is_not_ordered_twice(bench: Bench) -> None:
