@@ -40,7 +40,7 @@ from autocompress.stages import Stage
 from autocompress.store import StudyFolder, load_study, trials_spent
 from autocompress.surgery import build_plan
 from autocompress.task import Task, correct, cross_entropy
-from autocompress.trials import EXTRA, INTERRUPTED, PARENT
+from autocompress.trials import CHECKPOINT, EXTRA, INTERRUPTED, PARENT
 
 
 class Recorder(NullDisplay):
@@ -294,6 +294,33 @@ def test_in_a_long_annealing_one_is_fine_tuned_at_length_early(
     annealing = studies_of(tmp_path / "tiny")["annealing"].trials
     first, last = finals.trials[0].datetime_complete, annealing[-1].datetime_start
     assert first is not None and last is not None and (first < last) == early
+
+
+def test_a_shorter_final_fine_tuning_takes_the_place_of_one_that_waits(
+    task: Task, tmp_path: Path
+) -> None:
+    display = Recorder()
+    brief: dict[str, Any] = {"trials": 2, "annealing_trials": 2, "search.extra_trials": 0}
+
+    class Stopping(Recorder):
+        def step(self, phase: str, *args: Any, **more: Any) -> None:
+            if "at length" in phase:
+                raise KeyboardInterrupt
+            super().step(phase, *args, **more)
+
+    long = tiny_config(tmp_path, **brief, **{"finetune.final_epochs": 40.0})
+    with pytest.raises(KeyboardInterrupt):
+        run_study(long, task, Stopping())
+    short = tiny_config(tmp_path, **brief, **{"finetune.final_epochs": 0.5})
+    outcome = run_study(short, task, display)
+    said = "1 long fine-tuning(s) of another length or learning rate are withdrawn."
+    assert said in display.lines
+    assert {fit["epochs"] for fit in outcome.summary["long_fits"]} == {0.5}
+    assert outcome.met
+    finals = load_study(open_storage(f"sqlite:///{outcome.folder / 'study.db'}"), "tiny", "finals")
+    assert finals is not None
+    [checkpoint] = {t.user_attrs[CHECKPOINT] for t in finals.trials if CHECKPOINT in t.user_attrs}
+    assert not (outcome.folder / "artifacts" / checkpoint).exists()
 
 
 def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
