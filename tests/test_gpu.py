@@ -195,11 +195,17 @@ def test_every_choice_of_the_layer_table_is_that_of_the_cpu(task: Task, gpu: tor
             assert other.error == pytest.approx(row.error, rel=0.05, abs=0.02)
 
 
-def test_images_wait_on_the_gpu_and_are_served_as_on_the_cpu(gpu: torch.device) -> None:
+@pytest.mark.parametrize("limited", [False, True])
+def test_images_wait_on_the_gpu_and_are_served_as_on_the_cpu(
+    limited: bool, gpu: torch.device
+) -> None:
     images, labels = make_images(64, 0)
     pixels = images.sub(images.min()).mul(20).byte()
     there = ArrayLoader(pixels, labels, 16, [0.5], [0.2], "crop-flip", True, 3, device=gpu)
     here = ArrayLoader(pixels, labels, 16, [0.5], [0.2], "crop-flip", True, 3)
+    if limited:
+        for loader in (here, there):
+            loader.limit_views(2)
     for (a, label_a), (b, label_b) in zip(here, there, strict=True):
         assert b.device.type == label_b.device.type == "cuda"
         assert torch.allclose(a, b.cpu(), atol=1e-5) and torch.equal(label_a, label_b.cpu())
