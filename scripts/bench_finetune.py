@@ -16,7 +16,7 @@ augmented); `rate / 3` and `rate x 3`. Others change the time above all, and are
 answers` (the baseline is asked in every step, about new views of the images) and `all in bfloat16`
 (layers whose kernels are slow there, too). Printed are points lost on validation data, the mean
 over the seeds with the standard deviation, and the seconds of the fastest run (where answers are
-kept, one that found them: seeds that differ by a multiple of four begin with the same views).
+kept, one that found them if there were enough before it: a seed may be named twice).
 """
 
 from __future__ import annotations
