@@ -183,7 +183,8 @@ class Finals:
         Args:
             room: How many can be fine-tuned at the same time.
             again: Whether the best is repeated with the second seed, where none is cheaper, or
-                there is room left; what isn't fine-tuned yet is begun with both seeds then.
+                there is room left; then so are those that come next, should this one fail, and
+                what isn't fine-tuned yet is begun with both seeds.
             sure: Whether only trials count that were within delta before, while none is by its long
                 fine-tuning.
         """
@@ -200,8 +201,9 @@ class Finals:
         first, second = self._seeds
         promising = sorted(promising, key=self._cost)[:room]
         orders = [(label, first) for label in promising]
-        if again:
-            once = [best] if best is not None and len(self._fits[best]) == 1 else []
+        if again and (best is None or len(self._fits[best]) == 1):
+            once = [label for label in self._fits if len(self._fits[label]) == 1]
+            once = sorted(filter(self.met, once), key=self._cost)
             orders += [(label, second) for label in [*once, *promising]]
         return orders[:room]
 

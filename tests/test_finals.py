@@ -188,8 +188,8 @@ def test_several_are_fine_tuned_at_the_same_time() -> None:
     found = trials((100, 4.0), (60, 7.0), (50, 7.1), (40, 9.0))
     fits = Fits(lambda label, seed: 4.9)
     fits.run(found, room=2)
-    # The two cheapest that promise it; then, as none is cheaper, the second seed.
-    assert fits.calls == [("annealing/2", 0), ("annealing/1", 0), ("annealing/2", 1)]
+    # The two cheapest that promise it; then, as none is cheaper, the second seeds.
+    assert fits.calls == [(f"annealing/{index}", seed) for seed in (0, 1) for index in (2, 1)]
 
 
 def test_workers_that_would_be_idle_begin_with_the_second_seed() -> None:
@@ -208,6 +208,17 @@ def test_workers_that_would_be_idle_begin_with_the_second_seed() -> None:
     seen = OUTLOOK.having_seen("annealing", 7.0, 2.1)
     orders = Finals(found, seen, 0, done).wanted(room=2, again=True)
     assert orders == [("annealing/1", 0), ("annealing/0", 1)], "beside the cheaper one's first"
+
+
+def test_should_the_best_fail_its_second_seed_the_next_has_one_already() -> None:
+    found = trials((100, 6.0), (99, 7.0))
+    done = [long_fit("annealing/0", 0, 4.0, 6.0), long_fit("annealing/1", 0, 4.5, 7.0)]
+    seen = OUTLOOK.having_seen("annealing", 6.0, 4.0)
+    second = [("annealing/1", 1), ("annealing/0", 1)]
+    for room in (1, 2, 3):
+        assert Finals(found, seen, 0, done).wanted(room, again=True) == second[:room]
+    done.append(long_fit("annealing/1", 1, 4.9, 7.0))
+    assert Finals(found, seen, 0, done).wanted(2, again=True) == [], "nothing is left to be told"
 
 
 @pytest.mark.parametrize(
