@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, make_images, make_loader
+from conftest import TinyNet, make_images, make_loader, tiny_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.answers import FEWEST, VIEWS, Answers
 from autocompress.batch import Batch, KnownBatch
+from autocompress.conductor import run_study
 from autocompress.loaders import FIRST_VIEWS, ArrayLoader
+from autocompress.progress import NullDisplay
 from autocompress.task import Loader, Task
 from autocompress.training import fit
 
@@ -171,3 +175,26 @@ def test_the_loaders_of_users_are_asked_about_each_time() -> None:
     kept, plain = (tuned(train, teacher, answers) for answers in (Answers(), None))
     assert teacher.images == 4 * COUNT
     assert torch.equal(kept.get_parameter("fc.weight"), plain.get_parameter("fc.weight"))
+
+
+def test_all_fine_tunings_of_a_study_share_answers(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task.train = loader("none")
+    given, asked, plain = [], [], Answers.to
+
+    def to(self: Answers, batch: Batch, ask: Callable[[Batch], Any], way: Any = None) -> Any:
+        def note(part: Batch) -> Any:
+            asked.append(len(part[0]))
+            return ask(part)
+
+        given.append(len(batch[0]))
+        return plain(self, batch, note, way)
+
+    monkeypatch.setattr(Answers, "to", to)
+    outcome = run_study(
+        tiny_config(tmp_path, **{"finetune.final_epochs": 2.0}), task, NullDisplay()
+    )
+    assert outcome.summary["long_fits"]
+    assert sum(given) > 10 * COUNT
+    assert COUNT <= sum(asked) < 1.5 * COUNT, "but for a few known ones that are asked about again"

@@ -14,6 +14,7 @@ from torch import nn
 
 import autocompress
 from autocompress import int8
+from autocompress.answers import Answers
 from autocompress.baseline import Baseline
 from autocompress.conductor import run_study
 from autocompress.config import StudyConfig
@@ -149,6 +150,7 @@ def test_rounded_weights_are_kept_and_the_winners_are_not_touched(
         seed=0,
         finetune=Recipe(1.0, 1.0, 0.01, 0.01, 0.0, 50.0),
         checkpoint_every=1e9,
+        answers=Answers(),
     )
 
     def fit(place: str, display: NullDisplay | None = None) -> dict[str, torch.Tensor]:
