@@ -1,10 +1,9 @@
 """What the baseline answers to training images, kept from one fine-tuning to the next.
 
-In a small network's fine-tuning most of the time goes to the large one that it imitates: where a
-student has a fifth of the operations, its forward and backward pass cost less than the teacher's
-forward pass. All trials learn from the same images, so the teacher is asked about each but once for
-each of its views (Shen & Xing, "A Fast Knowledge Distillation Framework for Visual Recognition",
-ECCV 2022, who store answers to crops beforehand).
+A student of a third of the operations needs no more of them for its forward and backward pass than
+the network that it imitates needs to answer. All trials learn from the same images, so that one is
+asked about each view of an image but once (Shen & Xing, "A Fast Knowledge Distillation Framework
+for Visual Recognition", ECCV 2022, store answers to crops beforehand).
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Answers:
         self._source: Tensor | None = None
         self._kept: dict[tuple[Hashable, int], _Kept | None] = {}
 
-    def to(self, batch: Batch, ask: Callable[[Batch], Any], way: Hashable = None) -> Any:
+    def recall(self, batch: Batch, ask: Callable[[Batch], Any], way: Hashable = None) -> Any:
         """The network's output for a batch; it is asked only about samples that are new.
 
         Args:

@@ -572,7 +572,7 @@ def _loss(
         loss = task.loss(output, batch)
         if share:
             assert imitate is not None
-            target = ask(batch) if answers is None else answers.to(batch, ask, task.amp_dtype)
+            target = ask(batch) if answers is None else answers.recall(batch, ask, task.amp_dtype)
             target = _as_float(target)
             loss = (1 - share) * loss + share * imitate(output, target)
         return loss

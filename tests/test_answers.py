@@ -61,7 +61,7 @@ def test_each_view_of_a_sample_is_asked_about_once() -> None:
     for seed in (0, FIRST_VIEWS, 2 * FIRST_VIEWS):
         for batch in read(source, seed, 2):
             expected = ask.model(batch[0])
-            torch.testing.assert_close(answers.to(batch, ask), expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(answers.recall(batch, ask), expected, rtol=1e-5, atol=1e-5)
     assert sum(ask.sizes) == 2 * COUNT
 
 
@@ -69,13 +69,13 @@ def test_what_is_new_in_a_batch_is_asked_about_alone() -> None:
     source, answers, ask = loader(), Answers(), Asked()
     first, second = read(source, 0)[0], read(source, FIRST_VIEWS)[0]
     for batch in (first, second):
-        answers.to(batch, ask)
+        answers.recall(batch, ask)
     new = len(set(second.places.tolist()) - set(first.places.tolist()))
     assert FEWEST < new < 32 and ask.sizes == [32, new]
     one = first.pick(torch.arange(31))
     answers, ask = Answers(), Asked()
-    answers.to(one, ask)
-    torch.testing.assert_close(answers.to(first, ask), ask.model(first[0]))
+    answers.recall(one, ask)
+    torch.testing.assert_close(answers.recall(first, ask), ask.model(first[0]))
     assert ask.sizes == [31, FEWEST], "few samples are rounded in other ways"
 
 
@@ -84,10 +84,10 @@ def test_views_and_ways_and_sources_are_kept_apart() -> None:
     batch, other = read(source, 0)[0], read(source, 1)[0]
     assert batch.view != other.view
     for given, way in ((batch, None), (other, None), (batch, "bfloat16"), (batch, None)):
-        torch.testing.assert_close(answers.to(given, ask, way), ask.model(given[0]))
+        torch.testing.assert_close(answers.recall(given, ask, way), ask.model(given[0]))
     assert ask.sizes == [32, 32, 32]
     elsewhere = read(loader(), 0)[0]
-    answers.to(elsewhere, ask)
+    answers.recall(elsewhere, ask)
     assert len(ask.sizes) == 4, "other images, though they look the same"
 
 
@@ -103,7 +103,7 @@ def test_an_output_without_a_row_for_each_sample_is_asked_for_each_time(output: 
 
     batch = batches()[0]
     for _ in range(3):
-        assert answers.to(batch, ask) is output
+        assert answers.recall(batch, ask) is output
     assert len(asked) == 3
 
 
@@ -112,7 +112,7 @@ def test_no_more_is_kept_than_the_limit() -> None:
     source, answers, ask = loader(), Answers(limit=2 * COUNT * row), Asked()
     for _ in range(2):
         for seed in range(3):
-            answers.to(read(source, seed)[0], ask)
+            answers.recall(read(source, seed)[0], ask)
     assert ask.sizes == [32] * 4, "two views are kept; the third is asked about again"
 
 
@@ -181,9 +181,9 @@ def test_all_fine_tunings_of_a_study_share_answers(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task.train = loader("none")
-    given, asked, plain = [], [], Answers.to
+    given, asked, plain = [], [], Answers.recall
 
-    def to(self: Answers, batch: Batch, ask: Callable[[Batch], Any], way: Any = None) -> Any:
+    def recall(self: Answers, batch: Batch, ask: Callable[[Batch], Any], way: Any = None) -> Any:
         def note(part: Batch) -> Any:
             asked.append(len(part[0]))
             return ask(part)
@@ -191,7 +191,7 @@ def test_all_fine_tunings_of_a_study_share_answers(
         given.append(len(batch[0]))
         return plain(self, batch, note, way)
 
-    monkeypatch.setattr(Answers, "to", to)
+    monkeypatch.setattr(Answers, "recall", recall)
     outcome = run_study(
         tiny_config(tmp_path, **{"finetune.final_epochs": 2.0}), task, NullDisplay()
     )
