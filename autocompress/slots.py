@@ -156,7 +156,7 @@ def withdraw(study: Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     Returns:
         Those that were still waiting.
     """
-    return [t for t in trials if _end(study, t, TrialState.WAITING, WITHDRAWN, WITHDRAWN)]
+    return [t for t in trials if _end(study, t, TrialState.WAITING, WITHDRAWN)]
 
 
 def cut_off_gone(study: Study) -> int:

@@ -13,13 +13,14 @@ from conftest import TinyNet, make_images, make_loader, tiny_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from autocompress import longtrial, objective
 from autocompress.answers import FEWEST, VIEWS, Answers
 from autocompress.batch import Batch, KnownBatch
 from autocompress.conductor import run_study
 from autocompress.loaders import FIRST_VIEWS, ArrayLoader
 from autocompress.progress import NullDisplay
 from autocompress.task import Loader, Task
-from autocompress.training import fit
+from autocompress.training import FitResult, fit
 
 COUNT = 256
 
@@ -28,11 +29,6 @@ def loader(augment: str = "crop-flip") -> ArrayLoader:
     images, labels = make_images(COUNT, 1)
     pixels = (60 * images + 128).clamp(0, 255).to(torch.uint8)
     return ArrayLoader(pixels, labels, 32, [0.5], [0.25], augment=augment, shuffle=True)
-
-
-def batches(seed: int = 0, passes: int = 1, augment: str = "crop-flip") -> list[Batch]:
-    found = loader(augment)
-    return [*read(found, seed, passes)]
 
 
 def read(source: ArrayLoader, seed: int, passes: int = 1) -> list[Batch]:
@@ -101,7 +97,7 @@ def test_an_output_without_a_row_for_each_sample_is_asked_for_each_time(output: 
         asked.append(batch)
         return output
 
-    batch = batches()[0]
+    batch = read(loader(), 0)[0]
     for _ in range(3):
         assert answers.recall(batch, ask) is output
     assert len(asked) == 3
@@ -117,7 +113,7 @@ def test_no_more_is_kept_than_the_limit() -> None:
 
 
 def test_images_that_do_not_change_have_one_view() -> None:
-    assert {batch.view for batch in batches(seed=3, passes=2, augment="none")} == {0}
+    assert {batch.view for batch in read(loader("none"), 3, passes=2)} == {0}
 
 
 class Counting(nn.Module):
@@ -191,10 +187,18 @@ def test_all_fine_tunings_of_a_study_share_answers(
         given.append(len(batch[0]))
         return plain(self, batch, note, way)
 
+    def noted(*args: Any, answers: Answers, **more: Any) -> FitResult:
+        handed.append(answers)
+        return fit(*args, answers=answers, **more)
+
+    handed: list[Answers] = []
+    for module in (objective, longtrial):
+        monkeypatch.setattr(module, "fit", noted)
     monkeypatch.setattr(Answers, "recall", recall)
     outcome = run_study(
         tiny_config(tmp_path, **{"finetune.final_epochs": 2.0}), task, NullDisplay()
     )
-    assert outcome.summary["long_fits"]
+    assert len(handed) >= 9 + len(outcome.summary["long_fits"]) > 9
+    assert all(answers is handed[0] for answers in handed)
     assert sum(given) > 10 * COUNT
     assert COUNT <= sum(asked) < 1.5 * COUNT, "but for a few known ones that are asked about again"

@@ -37,7 +37,7 @@ def test_a_layer_that_is_slow_in_bfloat16_computes_in_float32(options: dict[str,
         output, found = gradient(layer, images)
         with torch.autocast("cpu", torch.bfloat16):
             of_bfloat16 = layer(images.bfloat16())
-    exact = layer(images)
+        exact = layer(images)
     assert output.dtype == of_bfloat16.dtype == torch.bfloat16
     assert torch.equal(output, exact.bfloat16()), "rounded at its end, and nowhere else"
     torch.testing.assert_close(found, gradient(layer, images)[1], rtol=0.1, atol=1e-3)
