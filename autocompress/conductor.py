@@ -299,7 +299,8 @@ def _conduct(
     bench.watch = watch
     with timed(seconds, "probe"):
         bench.finetune = settle(bench, space, config.finetune, exploration)
-    if bench.finetune.final_epochs > 0:
+    # What was fine-tuned at length counts, even where nothing more is.
+    if bench.finetune.final_epochs or load_study(setting.storage, config.name, FINALS):
         finals_stage(bench, _open(setting, FINALS, bound))
     stored = load_study(setting.storage, config.name, "annealing")
     if stored is not None:

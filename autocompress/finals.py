@@ -11,11 +11,12 @@ from torch import nn
 
 from autocompress.errors import DamagedArtifact
 from autocompress.evaluation import Evaluation, evaluate
-from autocompress.longfits import LongFit, Order, mean_bound
+from autocompress.longfits import LongFit, Order, by_trial, mean_bound
 from autocompress.objective import Bench, load_trial_model
 from autocompress.outlook import Outlook
 from autocompress.plan import Plan
 from autocompress.progress import Display
+from autocompress.training import Recipe
 from autocompress.trials import has_weights, lost, stage_of, within_delta
 
 ROUND = 5
@@ -103,10 +104,12 @@ def standing(bench: Bench) -> tuple[float, float] | None:
 
     Of a trial that was fine-tuned at length the better of its bounds counts, before and after.
     """
-    delta, ends = bench.delta, bench.outlook.ends
+    delta, labelled = bench.delta, candidates(bench)
+    finals = Finals.of(bench, labelled)
     found: list[tuple[float, float]] = []
-    for label, trial in candidates(bench).items():
-        end = ends.get(label)
+    for label, trial in labelled.items():
+        fits = finals.fits(label)
+        end = mean_bound(fits) if fits else None
         bounds = [lost(trial, delta)] if _stands(trial, end, delta) else []
         bounds += [end] if end is not None and end <= delta else []
         if bounds:
@@ -154,7 +157,9 @@ class Finals:
         labelled: "<stage>/<number>" to each trial that has weights.
         outlook: What is expected of trials.
         seed: The first seed; the second is the next number.
-        fits: The long fine-tunings that have ended, all as long as the winner's.
+        fits: The long fine-tunings that have ended.
+        recipe: How the winner is fine-tuned now. What was fine-tuned in another way may be the
+            winner, too, but is wanted again.
     """
 
     def __init__(
@@ -163,19 +168,20 @@ class Finals:
         outlook: Outlook,
         seed: int,
         fits: Sequence[LongFit],
+        recipe: Recipe,
     ) -> None:
         self._labelled, self._outlook = labelled, outlook
         self._seeds = (seed, seed + 1)
-        self._fits: dict[str, list[LongFit]] = {}
-        for fit in fits:
-            self._fits.setdefault(fit.trial, []).append(fit)
+        self._known = by_trial(fits, recipe)
+        self._fits = {
+            label: kinds[0] for label, kinds in self._known.items() if kinds[0][0].of_recipe(recipe)
+        }
 
     @classmethod
     def of(cls, bench: Bench, labelled: Mapping[str, FrozenTrial] | None = None) -> Finals:
         """Those of a study as it is now."""
-        fits = [fit for fit in bench.long_fits if fit.of_recipe(bench.finetune)]
         known = candidates(bench) if labelled is None else labelled
-        return cls(known, bench.outlook, bench.seed, fits)
+        return cls(known, bench.outlook, bench.seed, bench.long_fits, bench.finetune)
 
     def wanted(self, room: int, again: bool = False, sure: bool = False) -> list[Order]:
         """What to fine-tune at length next.
@@ -188,36 +194,45 @@ class Finals:
             sure: Whether only trials count that were within delta before, while none is by its long
                 fine-tuning.
         """
-        best = self._best()
+        met = self._met_now()
+        best = met[0] if met else None
         least = float("inf") if best is None else CLEARLY * self._cost(best)
+        most = min(map(self._cost, filter(self.met, self._known)), default=float("inf"))
         sure = sure and best is None
         promising = [
             label
             for label, trial in self._labelled.items()
             if label not in self._fits
             and self._cost(label) < least
+            and self._cost(label) <= most
             and (within_delta(trial) if sure else self._promises(label))
         ]
         first, second = self._seeds
         promising = sorted(promising, key=self._cost)[:room]
         orders = [(label, first) for label in promising]
         if again and (best is None or len(self._fits[best]) == 1):
-            once = [label for label in self._fits if len(self._fits[label]) == 1]
-            once = sorted(filter(self.met, once), key=self._cost)
+            once = [label for label in met if len(self._fits[label]) == 1]
             orders += [(label, second) for label in [*once, *promising]]
         return orders[:room]
 
     def fits(self, label: str) -> Sequence[LongFit]:
-        """The long fine-tunings of a trial."""
-        return self._fits.get(label, ())
+        """The long fine-tunings by which a trial is judged: of those of one kind that are within
+        delta the first, as `by_trial` puts them, else of all."""
+        kinds = self._known.get(label, [])
+        return next(filter(self._within, kinds), kinds[0] if kinds else ())
 
     def met(self, label: str) -> bool:
         """Whether a trial is within delta by its long fine-tunings."""
-        fits = self.fits(label)
+        return self._within(self.fits(label))
+
+    def _within(self, fits: Sequence[LongFit]) -> bool:
         return bool(fits) and mean_bound(fits) <= self._outlook.delta
 
-    def _best(self) -> str | None:
-        return min(filter(self.met, self._fits), key=self._cost, default=None)
+    def _met_now(self) -> list[str]:
+        """The trials that are within delta by long fine-tunings done as the winner's is now, the
+        cheapest first."""
+        met = [label for label, fits in self._fits.items() if self._within(fits)]
+        return sorted(met, key=self._cost)
 
     def _cost(self, label: str) -> float:
         return float(self._labelled[label].values[1])

@@ -52,7 +52,7 @@ class LongFit:
     seconds: float
 
     def of_recipe(self, recipe: Recipe) -> bool:
-        """Whether it was as long as the winner's is now, which may be continued with another."""
+        """Whether it was done as the winner's is now, which may be continued in another way."""
         own = (self.epochs, self.learning_rate)
         return own == (recipe.final_epochs, recipe.final_learning_rate)
 
@@ -130,6 +130,24 @@ def _read(trial: FrozenTrial, before: float, delta: float, failed: float) -> Lon
         weights=attrs[WEIGHTS] if came else None,
         seconds=0.0 if duration is None else round(duration.total_seconds(), 2),
     )
+
+
+def by_trial(fits: Sequence[LongFit], recipe: Recipe) -> dict[str, list[list[LongFit]]]:
+    """Of each trial its long fine-tunings, those of one length and learning rate together.
+
+    Those that were done as the winner's is now come first, then the longest. Of the others those
+    that failed are left out.
+
+    Args:
+        fits: Those that have ended.
+        recipe: How the winner is fine-tuned now, which may have been changed.
+    """
+    found: dict[str, dict[tuple[float, float], list[LongFit]]] = {}
+    for fit in sorted(fits, key=lambda fit: (fit.of_recipe(recipe), fit.epochs), reverse=True):
+        if fit.weights is not None or fit.of_recipe(recipe):
+            kinds = found.setdefault(fit.trial, {})
+            kinds.setdefault((fit.epochs, fit.learning_rate), []).append(fit)
+    return {label: list(kinds.values()) for label, kinds in found.items()}
 
 
 def mean_bound(fits: Sequence[LongFit]) -> float:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from autocompress.longfits import LongFit, mean_bound
+from autocompress.longfits import LongFit, by_trial, mean_bound
 from autocompress.training import Recipe
 from autocompress.trials import PARENT, lost, stage_of
 
@@ -85,8 +85,9 @@ class Outlook:
     Attributes:
         delta: The tolerance, in points.
         steps: Stage to the step that follows its trials, in order; no entry where none does.
-        ends: Trials that were fine-tuned as long as the winner, "<stage>/<number>", and the bound
-            of the drop that they came to, its mean over seeds.
+        ends: Trials that were fine-tuned at length, "<stage>/<number>", and the bound of the drop
+            that they came to, its mean over seeds; where the winner's length is another by now, the
+            bound that is expected by that.
     """
 
     delta: float
@@ -177,15 +178,31 @@ def outlook_of(
         recipe: The lengths of fine-tuning.
         delta: The tolerance, in points.
         annealed: Whether an annealing follows, or followed, the exploration.
-        fits: The long fine-tunings that have ended; those of another length tell nothing.
+        fits: The long fine-tunings that have ended, of other lengths, too.
     """
     found = Outlook(delta, _steps(studies, recipe, annealed))
-    ends: dict[str, list[LongFit]] = {}
-    for fit in fits:
-        if fit.of_recipe(recipe):
-            found = found.having_seen(stage_of(fit.trial), fit.before, fit.after)
-            ends.setdefault(fit.trial, []).append(fit)
-    return replace(found, ends={label: mean_bound(own) for label, own in ends.items()})
+    ends = {}
+    for label, kinds in by_trial(fits, recipe).items():
+        known = [end for fit in kinds[0] if (end := _as_long_as_now(fit, recipe)) is not None]
+        for fit in known:
+            found = found.having_seen(stage_of(label), fit.before, fit.after)
+        if known:
+            ends[label] = mean_bound(known)
+    return replace(found, ends=ends)
+
+
+def _as_long_as_now(fit: LongFit, recipe: Recipe) -> LongFit | None:
+    """What a long fine-tuning would have come to at the winner's length of now.
+
+    None where that has the same length, but another learning rate, or is none at all.
+    """
+    if fit.of_recipe(recipe):
+        return fit
+    if fit.epochs == recipe.final_epochs or not recipe.final_epochs:
+        return None
+    kept = max(LEAST_KEPT, math.pow(recipe.final_epochs / fit.epochs, -RECOVERY))
+    after = _after(fit.after, kept, 0.0)
+    return replace(fit, after=after, bound=after + fit.bound - fit.after)
 
 
 def _steps(studies: Mapping[str, Study], recipe: Recipe, annealed: bool) -> dict[str, Step]:

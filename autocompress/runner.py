@@ -105,7 +105,7 @@ class Runner:
             Whether there was anything to fine-tune.
         """
         bench, finals, spent = self.bench, self.bench.finals, 0
-        if finals is None:
+        if finals is None or not bench.finetune.final_epochs:
             return False
         while True:
             bring_back(finals)

@@ -323,6 +323,25 @@ def test_a_shorter_final_fine_tuning_takes_the_place_of_one_that_waits(
     assert not (outcome.folder / "artifacts" / checkpoint).exists()
 
 
+@pytest.mark.parametrize("epochs", [0.0, 0.5, 3.0])
+def test_what_long_fine_tunings_found_stays_where_their_length_is_changed(
+    epochs: float, task: Task, tmp_path: Path
+) -> None:
+    brief: dict[str, Any] = {"trials": 3, "annealing_trials": 2, "delta": 20.0}
+    found = []
+    for length in (2.0, epochs):
+        config = tiny_config(tmp_path, **brief, **{"finetune.final_epochs": length})
+        found.append(run_study(config, task, NullDisplay()).summary)
+    first, second = found
+    fits = first["long_fits"]
+    assert fits and [fit for fit in second["long_fits"] if fit["epochs"] == 2.0] == fits
+    costs = [one["best"]["profile"]["params"] for one in found]
+    assert costs[1] <= costs[0]
+    if not epochs:  # nothing new was fine-tuned, and nothing is lost
+        facts = ("trial", "final_epochs", "final_bounds", "val_score", "val_drop_bound")
+        assert [second["best"][key] for key in facts] == [first["best"][key] for key in facts]
+
+
 def test_a_long_annealing_goes_on_while_much_of_delta_is_left(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,15 +15,18 @@ from torch import nn
 from autocompress import finals
 from autocompress.evaluation import Evaluation
 from autocompress.finals import ROUND, Finalist, Finals, choose_finalists, standing
-from autocompress.longfits import LongFit, mean_bound
+from autocompress.longfits import LongFit, by_trial, mean_bound
 from autocompress.objective import Bench
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
 from autocompress.progress import NullDisplay
+from autocompress.training import Recipe
 
 DELTA = 5.0
 OUTLOOK = Outlook(DELTA, {"annealing": Step(2.756)})
 """A trial keeps two thirds of what it lost, as far as is known before."""
+RECIPE = Recipe(0.5, 2.0, 0.05, 0.1, 0.5, 75.0)
+"""How the winner is fine-tuned now: for two epochs, at a rate of 0.1."""
 
 
 def trials(*pairs: tuple[float, float]) -> dict[str, FrozenTrial]:
@@ -68,7 +71,7 @@ class Fits:
                 outlook = outlook.having_seen("annealing", fit.before, fit.after)
             own = {fit.trial: [one for one in fits if one.trial == fit.trial] for fit in fits}
             ends = {label: mean_bound(several) for label, several in own.items()}
-            finals = Finals(found, replace(outlook, ends=ends), 0, fits)
+            finals = Finals(found, replace(outlook, ends=ends), 0, fits, RECIPE)
             orders = finals.wanted(min(room, ROUND - spent), again, again and spent >= ROUND - 2)
             if not orders:
                 break
@@ -99,10 +102,14 @@ def choose(
     monkeypatch.setattr(finals, "_after", after)
     monkeypatch.setattr(finals, "_before", before)
     fitted = fits.run(found) if done is None else done
-    recipe = SimpleNamespace(final_epochs=2.0, final_learning_rate=0.1)
-    parts = {"long_fits": fitted, "outlook": OUTLOOK, "seed": 0, "delta": DELTA}
-    bench = cast(Bench, SimpleNamespace(finetune=recipe, **parts))
-    return choose_finalists(bench, found, NullDisplay())
+    return choose_finalists(bench_of(found, fitted), found, NullDisplay())
+
+
+def bench_of(found: dict[str, FrozenTrial], fits: list[LongFit]) -> Bench:
+    """A study of these trials and long fine-tunings, as far as the finals look at it."""
+    study = SimpleNamespace(get_trials=lambda deepcopy: list(found.values()))
+    parts = {"studies": {"annealing": study}, "long_fits": fits, "outlook": OUTLOOK}
+    return cast(Bench, SimpleNamespace(finetune=RECIPE, seed=0, delta=DELTA, **parts))
 
 
 def test_the_cheapest_that_promises_to_come_within_delta_is_tuned(
@@ -206,7 +213,7 @@ def test_workers_that_would_be_idle_begin_with_the_second_seed() -> None:
     assert fits.calls == [("annealing/0", 0), ("annealing/1", 0), ("annealing/0", 1)]
     done = [long_fit("annealing/0", 0, 2.1, 7.0)]
     seen = OUTLOOK.having_seen("annealing", 7.0, 2.1)
-    orders = Finals(found, seen, 0, done).wanted(room=2, again=True)
+    orders = Finals(found, seen, 0, done, RECIPE).wanted(room=2, again=True)
     assert orders == [("annealing/1", 0), ("annealing/0", 1)], "beside the cheaper one's first"
 
 
@@ -216,9 +223,11 @@ def test_should_the_best_fail_its_second_seed_the_next_has_one_already() -> None
     seen = OUTLOOK.having_seen("annealing", 6.0, 4.0)
     second = [("annealing/1", 1), ("annealing/0", 1)]
     for room in (1, 2, 3):
-        assert Finals(found, seen, 0, done).wanted(room, again=True) == second[:room]
+        assert Finals(found, seen, 0, done, RECIPE).wanted(room, again=True) == second[:room]
     done.append(long_fit("annealing/1", 1, 4.9, 7.0))
-    assert Finals(found, seen, 0, done).wanted(2, again=True) == [], "nothing is left to be told"
+    assert Finals(found, seen, 0, done, RECIPE).wanted(2, again=True) == [], (
+        "nothing is left to be told"
+    )
 
 
 @pytest.mark.parametrize(
@@ -236,16 +245,12 @@ def test_what_stands_is_the_cheapest_within_delta(
     ends: dict[str, float], cost: float, left: float
 ) -> None:
     found = trials((100, 4.0), (60, 6.0), (40, 8.0), (200, 1.0))
-    study = SimpleNamespace(get_trials=lambda deepcopy: list(found.values()))
-    outlook = replace(OUTLOOK, ends=ends)
-    parts = {"studies": {"annealing": study}, "outlook": outlook, "delta": DELTA}
-    assert standing(cast(Bench, SimpleNamespace(**parts))) == (cost, pytest.approx(left))
+    fits = [long_fit(label, 0, bound) for label, bound in ends.items()]
+    assert standing(bench_of(found, fits)) == (cost, pytest.approx(left))
 
 
 def test_nothing_stands_where_nothing_is_within_delta() -> None:
-    study = SimpleNamespace(get_trials=lambda deepcopy: list(trials((60, 6.0)).values()))
-    parts = {"studies": {"annealing": study}, "outlook": OUTLOOK, "delta": DELTA}
-    assert standing(cast(Bench, SimpleNamespace(**parts))) is None
+    assert standing(bench_of(trials((60, 6.0)), [])) is None
 
 
 def test_where_no_trial_promises_anything_none_is_fine_tuned() -> None:
@@ -266,8 +271,64 @@ def test_without_long_fine_tunings_the_trials_own_weights_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fits = Fits(lambda label, seed: 0.0)
-    # Nor do those count that were shorter than the winner's is now.
-    short = replace(long_fit("annealing/0", 0, 0.0), epochs=1.0)
-    for done in ([], [short]):
-        found = choose(trials((10, 5.1), (20, 5.0)), fits, monkeypatch, done=done)
-        assert [one.label for one in found] == ["annealing/1"]
+    found = choose(trials((10, 5.1), (20, 5.0)), fits, monkeypatch, done=[])
+    assert [one.label for one in found] == ["annealing/1"]
+
+
+LONGER, SHORTER = {"epochs": 4.0}, {"epochs": 1.0}
+OTHER_RATE = {"learning_rate": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("done", "judged_by"),
+    [
+        # What was found before the length was changed is not lost, the longest first,
+        ([(0, 4.0, SHORTER), (1, 4.5, SHORTER)], [4.0, 4.5]),
+        ([(0, 4.0, LONGER), (1, 4.5, SHORTER)], [4.0]),
+        ([(0, 4.0, OTHER_RATE)], [4.0]),
+        # nor mixed with what is done today,
+        ([(0, 4.0, LONGER), (1, 4.5, {})], [4.5]),
+        # which decides, unless it spoils what was within delta.
+        ([(0, 4.0, LONGER), (1, 5.5, {})], [4.0]),
+        ([(0, 5.2, LONGER), (1, 5.5, {})], [5.5]),
+        ([(0, 5.2, LONGER), (1, 5.5, SHORTER)], [5.2]),
+        # One that failed tells nothing once the length, or the rate, is another.
+        ([(0, None, LONGER)], []),
+        ([(0, None, OTHER_RATE), (1, 3.0, SHORTER)], [3.0]),
+        ([(0, None, {})], [100.0]),
+    ],
+)
+def test_a_trial_is_judged_by_its_best_long_fine_tunings(
+    done: list[tuple[int, float | None, dict[str, float]]], judged_by: list[float]
+) -> None:
+    fits = [replace(long_fit("annealing/0", s, bound), **changed) for s, bound, changed in done]
+    judge = Finals(trials((10, 6.0)), OUTLOOK, 0, fits, RECIPE)
+    assert [fit.bound for fit in judge.fits("annealing/0")] == judged_by
+    assert judge.met("annealing/0") == (bool(judged_by) and judged_by[0] <= DELTA)
+
+
+def test_the_long_fine_tunings_of_a_trial_are_sorted_by_their_kind() -> None:
+    kinds = [SHORTER, {}, OTHER_RATE, LONGER, {}]
+    fits = [replace(long_fit("annealing/0", s, 4.0), **kind) for s, kind in enumerate(kinds)]
+    [told] = by_trial(fits, RECIPE).values()
+    assert [[fit.seed for fit in own] for own in told] == [[1, 4], [3], [2], [0]]
+
+
+def test_where_their_length_was_changed_what_promises_is_fine_tuned_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = trials((100, 4.0), (60, 7.0), (40, 9.0))
+    done = [replace(long_fit("annealing/1", seed, 4.5, 7.0), epochs=1.0) for seed in (0, 1)]
+    done += [replace(long_fit("annealing/2", 0, 6.0, 9.0), epochs=1.0)]
+    [winner, _] = choose(found, Fits(lambda label, seed: 0.0), monkeypatch, done=done)
+    assert winner.label == "annealing/1" and winner.seeds == {0: 4.5, 1: 4.5}
+    assert standing(bench_of(found, done)) == (60, 0.5)
+
+    def wanted(end: float, *more: LongFit) -> list[tuple[str, int]]:
+        outlook = replace(OUTLOOK, ends={"annealing/1": 4.0, "annealing/2": end})
+        return Finals(found, outlook, 0, [*done, *more], RECIPE).wanted(1)
+
+    # By twice the length the cheaper one promises to come within delta, or does not.
+    assert wanted(4.8) == [("annealing/2", 0)] and wanted(5.1) == [("annealing/1", 0)]
+    # Should the other fail now, a dearer one is of no use beside what it came to before.
+    assert wanted(5.1, long_fit("annealing/1", 0, 5.5, 7.0)) == []

@@ -148,11 +148,42 @@ def test_a_long_fine_tuning_tells_the_second_step() -> None:
     both = outlook(one, replace(one, seed=1, after=0.5, bound=1.1))
     assert both.expected("annealing", annealing.trials[0]) == pytest.approx(0.9)
     assert both.steps["annealing"].pairs == ((2.0, 0.1), (2.0, 0.5))
-    # One that was shorter than the winner's is now tells nothing.
-    assert outlook(replace(one, epochs=8.0)) == outlook()
     # An exploration trial would first have lost less by the annealing's length.
     seen = found.having_seen("exploration", 4.0, 1.0)
     assert seen.steps["annealing"].pairs[-1] == (pytest.approx(4.0 * prior), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        # One of another length tells what it would have come to by now: 2 ** -0.4 of it, or more.
+        ({"epochs": 8.0}, 0.7579),
+        ({"epochs": 32.0}, 1.3195),
+        ({"epochs": 8.0, "after": -0.2, "bound": 0.4}, -0.2),
+        ({"epochs": 0.01}, LEAST_KEPT),
+        # With another learning rate nobody knows; nor do failures tell anything.
+        ({"learning_rate": 0.5}, None),
+        ({"epochs": 8.0, "weights": None}, None),
+    ],
+)
+def test_a_long_fine_tuning_of_another_length_tells_what_it_would_come_to_now(
+    changed: dict[str, Any], expected: float | None
+) -> None:
+    annealing = study_with(trial(2.0), **{EPOCHS: 4.0})
+    one = LongFit("annealing/0", 0, 16.0, RECIPE.final_learning_rate, 2.0, 1.0, 1.6, "w", 1.0)
+    found = outlook_of({"annealing": annealing}, RECIPE, DELTA, True, [replace(one, **changed)])
+    if expected is None:
+        assert found == outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
+        return
+    [(before, after)] = found.steps["annealing"].pairs
+    assert (before, after) == (2.0, pytest.approx(expected, abs=1e-4))
+    assert found.ends == {"annealing/0": pytest.approx(expected + 0.6, abs=1e-4)}
+
+
+def test_where_the_winner_is_fine_tuned_no_more_nothing_is_told_of_its_length() -> None:
+    one = LongFit("annealing/0", 0, 16.0, RECIPE.final_learning_rate, 2.0, 1.0, 1.6, "w", 1.0)
+    none = replace(RECIPE, final_epochs=0.0)
+    assert outlook_of({}, none, DELTA, True, [one]) == outlook_of({}, none, DELTA, True)
 
 
 def test_a_trial_of_some_use_in_the_end_is_not_stopped() -> None:
