@@ -113,6 +113,7 @@ def test_these_are_the_ready_studies() -> None:
         "fashion-mnist-resnet",
         "fashion-mnist-small",
         "cifar10-resnet20",
+        "cifar10-resnet20-gpu",
         "cifar100-resnet18",
         "imagenet-resnet50",
         "segmentation",
