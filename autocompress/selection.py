@@ -65,6 +65,7 @@ def conclude(
     previous = finished_result(config, bench, folder)
     if previous is not None:
         display.say("Nothing to do: the study is finished.")
+        _tell_of_formats(config, previous, folder, display)
         return previous
     within = sorted(
         (item for item in labelled.items() if within_delta(item[1])),
@@ -127,6 +128,19 @@ def finished_result(
         and (not result["met"] or not config.int8 or result.get("int8") is not None)
     )
     return result if stands else None
+
+
+def _tell_of_formats(
+    config: StudyConfig, result: Mapping[str, Any], folder: StudyFolder, display: Display
+) -> None:
+    """Say how to write the formats that were added since the networks were handed out."""
+    before = result["config"]["run"].get("formats", ())
+    added = [name for name in config.run.formats if name not in before]
+    if result["met"] and added:
+        display.say(
+            f"run.formats has {', '.join(added)} by now, which {folder.best} was written without: "
+            f"python -m autocompress.study export {folder.path} --format {','.join(added)}"
+        )
 
 
 def _facts(

@@ -268,7 +268,11 @@ def worker(
     launcher: LauncherOption = None,
     launcher_option: Annotated[
         list[str] | None,
-        typer.Option(help="For Ray's task or submitit's job, e.g. num_gpus=1.", show_default=False),
+        typer.Option(
+            help="For Ray's task or submitit's job, e.g. num_gpus=1.",
+            metavar="KEY=VALUE",
+            show_default=False,
+        ),
     ] = None,
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
     quiet: QuietOption = False,
@@ -553,6 +557,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--format",
+            metavar="NAME",
             help="onnx, onnx-fp16, pt2, torchscript, openvino, openvino-fp16, executorch, or all "
             "that can be written here; again, or with commas, for several. By default onnx, pt2.",
             show_default=False,
@@ -794,7 +799,11 @@ def train(
     ] = None,
     argument: Annotated[
         list[str] | None,
-        typer.Option(help="Another argument of the network, key=value.", show_default=False),
+        typer.Option(
+            help="Another argument of the network, e.g. width=16.",
+            metavar="KEY=VALUE",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Fixes weights, split and order.")] = 0,
     device: Annotated[

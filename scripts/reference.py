@@ -228,7 +228,9 @@ class Parameter:
         if isinstance(info.default, str):  # where Typer keeps the first of them
             declared.insert(0, info.default)
         declared = declared or [f"--{name.replace('_', '-')}"]
-        value = "" if kind is bool else f" {_value(kind)}"
+        value = "" if kind is bool else f" {info.metavar or _value(kind)}"
+        if get_origin(kind) is list:
+            value += " ..."
         self.cell = ", ".join(f"`{each}{value}`" for each in declared).replace("|", "\\|")
 
 
@@ -250,8 +252,6 @@ def _bare(kind: Any) -> Any:
 def _value(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
-    if get_origin(kind) is list:
-        return "KEY=VALUE ..."
     return {int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
 
 

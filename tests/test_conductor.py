@@ -181,6 +181,10 @@ def test_a_finished_study_does_nothing_more(task: Task, tmp_path: Path) -> None:
     again = run_study(tiny_config(tmp_path), task, display)
     assert reads == [] and any("Nothing to do" in line for line in display.lines)
     assert again.summary == first.summary
+    assert not any("run.formats" in line for line in display.lines)
+    run_study(tiny_config(tmp_path, **{"run.formats": ["onnx", "pt2"]}), task, display)
+    [said] = [line for line in display.lines if line.startswith("run.formats has onnx, pt2 by now")]
+    assert f"study export {tmp_path / 'tiny'} --format onnx,pt2" in said
 
 
 def test_more_trials_are_added_to_the_old_ones(task: Task, tmp_path: Path) -> None:
