@@ -14,12 +14,16 @@ from torch.utils.data import DataLoader
 
 from autocompress.batch import tensors_in
 from autocompress.conductor import Outcome, run_study
-from autocompress.config import parse_config
+from autocompress.config import flatten, parse_config
 from autocompress.errors import ConfigError
 from autocompress.loaders import calibration_loader, check_batches, given_loaders, labels_of
 from autocompress.progress import Display, NullDisplay, make_display
 from autocompress.sources import functions_text, load_transforms, pick_device
 from autocompress.task import Loader, Task, with_functions
+
+GIVEN = ("model.", "data.", "task.", "run.launcher")
+"""Fields of a study file for what `compress` is given as objects, and for processes, which can't be
+given them."""
 
 
 def compress(
@@ -91,6 +95,7 @@ def compress(
         **(settings or {}),
     }
     config = parse_config(fields)
+    _check_settings(settings or {})
     device = pick_device(config.run.device)
     load_transforms(config)
     val_seen = val is None and config.data.val_from == "train"
@@ -118,6 +123,25 @@ def compress(
     shown = make_display() if display is True else (display or NullDisplay())
     with shown:
         return run_study(config, task, shown, command="autocompress.compress(...)")
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of what `compress` is given as objects, and would leave unread.
+
+    Raises:
+        ConfigError: Naming them.
+    """
+    unread = [
+        key
+        for key in flatten(settings)
+        if key.startswith(GIVEN) and key not in ("data.val_from", "data.val_fraction")
+    ]
+    if unread:
+        raise ConfigError(
+            f"settings: {', '.join(unread)} would not be read: compress() is given the network, "
+            "the loaders and the functions (forward=, loss=, metric=, ...) themselves. Leave them "
+            "out, or write a study file that names all of them."
+        )
 
 
 def _fingerprint(train: Loader, val: Loader, test: Loader, functions: Mapping[str, Any]) -> str:

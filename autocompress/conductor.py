@@ -43,6 +43,7 @@ from autocompress.outlook import EPOCHS, NEARLY, annealing_epochs
 from autocompress.pinboard import annotate
 from autocompress.plan import Plan
 from autocompress.preparation import (
+    BASELINE,
     DATA,
     FINGERPRINTS,
     WEIGHTS,
@@ -193,7 +194,6 @@ def run_study(
                 # From here on the settings are written to files.
                 run = config.run.model_copy(update={"storage": hide_password(url)})
                 config = config.model_copy(update={"run": run})
-                command = command.replace(url, hide_password(url))
             place = config.run.artifacts or str(folder.artifacts)
             place = place if "://" in place else str(Path(place).expanduser().resolve())
             watch = watch or Watch()
@@ -272,7 +272,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
         WEIGHTS: state_digest(task.model.state_dict()),
     }
     exploration = _open(setting, "exploration", bound)
-    folder.claim(exploration)
+    folder.claim(exploration, config.run.storage)
     folder.remember(setting.modules)
     if config.search.stage == "annealing" and not trials_spent(exploration):
         raise ConfigError(
@@ -355,13 +355,21 @@ def _store(study: Study, place: str) -> ArtifactStore:
         StudyMismatch: If the study keeps its artifacts elsewhere.
     """
     kept = study.user_attrs.get(PLACE)
-    if kept is not None and "://" in kept + place and kept != place:
+    if kept is not None and kept != place and ("://" in kept + place or _left(study, kept, place)):
         raise StudyMismatch(
             f"Study '{study.study_name}' keeps its artifacts in {kept}, not in {place}. Put "
             "run.artifacts back, or use a new name."
         )
     study.set_user_attr(PLACE, place)
     return open_artifacts(place)
+
+
+def _left(study: Study, kept: str, place: str) -> bool:
+    """Whether a study's artifacts are in the one folder still, and not in the other."""
+    weights = study.user_attrs.get(BASELINE)
+    return weights is not None and (
+        Path(kept, weights).is_file() and not Path(place, weights).is_file()
+    )
 
 
 @contextmanager
@@ -561,6 +569,8 @@ def _spent(study: Study) -> float:
 
 def log_of(config: StudyConfig, folder: StudyFolder, command: str) -> AbstractContextManager[None]:
     """A block in which everything that is said goes to the study's log, without passwords."""
-    url = config.run.storage or ""
-    settings = flatten(config.model_dump(mode="json"))
-    return study_log(folder.log, command, settings, {url: hide_password(url)} if url else {})
+    url, settings = config.run.storage, flatten(config.model_dump(mode="json"))
+    if url is None:
+        return study_log(folder.log, command, settings, {})
+    shown = hide_password(url)
+    return study_log(folder.log, command, settings | {"run.storage": shown}, {url: shown})

@@ -642,7 +642,11 @@ def _read(path: str | Path | None) -> tuple[str, Path | None, str]:
     try:
         return file.read_text(encoding="utf-8"), file.absolute().parent, str(path)
     except FileNotFoundError:
-        ready = [entry.name.removesuffix(".toml") for entry in (files(PACKAGE) / READY).iterdir()]
+        ready = [
+            entry.name.removesuffix(".toml")
+            for entry in (files(PACKAGE) / READY).iterdir()
+            if entry.name.endswith(".toml")
+        ]
         raise ConfigError(
             f"There is no study file '{path}', nor a ready study of this name."
             f"{did_you_mean(str(path), ready)}"

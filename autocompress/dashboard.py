@@ -25,7 +25,7 @@ from autocompress.errors import ConfigError
 from autocompress.notes import OUTCOME
 from autocompress.pinboard import annotate
 from autocompress.process import SEARCHING
-from autocompress.store import PLACE, STAGES, load_stages
+from autocompress.store import PLACE, STAGES, load_stages, nearest
 
 logger = logging.getLogger("autocompress")
 
@@ -199,12 +199,8 @@ def find_artifacts(
         )
     if given is not None:
         return open_artifacts(given, writes=False)
-    if place is not None and "://" in place:
-        return open_artifacts(place, writes=False)
-    for folder in (here, None if place is None else Path(place)):
-        if folder is not None and folder.is_dir():
-            return open_artifacts(str(folder), writes=False)
-    return None
+    found = nearest(place, here)
+    return None if found is None else open_artifacts(str(found), writes=False)
 
 
 def artifact_place(storage: str, study: str) -> str | None:

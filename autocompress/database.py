@@ -406,6 +406,11 @@ def _parsed(url: str) -> URL:
     except (ArgumentError, ValueError):
         # Not the cause: SQLAlchemy's text may hold the password.
         raise _no_url(url) from None
+    if "@" in (parsed.host or ""):
+        raise ConfigError(
+            f"run.storage = {hide_password(url)!r}: the host can't be told from the password. "
+            "Write %40 for each @ in user and password."
+        )
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     return parsed
@@ -459,11 +464,14 @@ def _patiently(storage: RDBStorage, call: Callable[[], T]) -> T:
 
 
 def hide_password(url: str) -> str:
-    """`url` with its password masked; one among its options is left out."""
+    """`url` with its password masked, to the last @; one among its options is left out."""
     try:
-        return make_url(url).difference_update_query(SECRETS).render_as_string(hide_password=True)
+        parsed = make_url(url).difference_update_query(SECRETS)
     except (ArgumentError, ValueError):
         return "***" if "@" in url else url
+    if parsed.password is not None and "@" in (parsed.host or ""):
+        parsed = parsed.set(host=str(parsed.host).rpartition("@")[2])
+    return parsed.render_as_string(hide_password=True)
 
 
 def take_waiting(study: Study, trial_id: int, attrs: Mapping[str, Any]) -> bool:

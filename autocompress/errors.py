@@ -12,8 +12,12 @@
 Every text names the value, the rule and the cure.
 """
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The system's errors of which more space is the cure."""
 
 
 class AutocompressError(Exception):

@@ -101,7 +101,9 @@ def export_trial(
             in Python.
     """
     attrs = studies["exploration"].user_attrs
-    origin = attrs.get("origin")
+    if "origin" not in attrs:
+        raise ConfigError("This study has no trial yet, and so no network to write; run it first.")
+    origin = attrs["origin"]
     if origin is None:
         raise ConfigError(
             "The study's network came from Python and can't be built here; use "

@@ -121,7 +121,8 @@ def read_settings(place: Place, waits: bool = False) -> tuple[StudyConfig, Study
             f"Study '{place.study}' of this database has not begun to search yet. Start it first: "
             "python -m autocompress.study my.toml --storage URL."
         )
-    known = flatten(json.loads(settings)) | {"run.storage": None}
+    # Where the artifacts are, the study says itself: the settings' folder is relative to another.
+    known = flatten(json.loads(settings)) | {"run.storage": None, "run.artifacts": None}
     facts = study.user_attrs
     if known.get("model.weights") == PRETRAINED and known.get("data.mean") is None:
         # What the library's weights asked for, which are not loaded here.

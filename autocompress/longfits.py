@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Any
 
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -57,22 +58,39 @@ class LongFit:
         return own == (recipe.final_epochs, recipe.final_learning_rate)
 
 
-def order(finals: Study, orders: Sequence[Order], recipe: Recipe) -> None:
+def order(
+    finals: Study, orders: Sequence[Order], recipe: Recipe, most: int | None = None
+) -> list[Order]:
     """Let long fine-tunings wait for a worker, but for those that were ordered before.
 
     Only for the process that conducts the study, which has brought back those that were cut off.
+
+    Args:
+        finals: The study that holds them.
+        orders: What is wanted, the most urgent first.
+        recipe: How they are fine-tuned.
+        most: How many of them, at most; None for all.
+
+    Returns:
+        Those that are new.
     """
     known = {_key(trial.user_attrs) for trial in counted(finals)}
-    for label, seed in orders:
-        wanted = {
-            NAME: f"{label} at length, seed {seed}",
-            PARENT: label,
-            SEED: seed,
-            LENGTH: recipe.final_epochs,
-            RATE: recipe.final_learning_rate,
-        }
-        if _key(wanted) not in known:
-            finals.add_trial(create_trial(state=TrialState.WAITING, user_attrs=wanted))
+    found = {one: _attrs(one, recipe) for one in orders}
+    new = [one for one, attrs in found.items() if _key(attrs) not in known][:most]
+    for one in new:
+        finals.add_trial(create_trial(state=TrialState.WAITING, user_attrs=found[one]))
+    return new
+
+
+def _attrs(one: Order, recipe: Recipe) -> dict[str, Any]:
+    label, seed = one
+    return {
+        NAME: f"{label} at length, seed {seed}",
+        PARENT: label,
+        SEED: seed,
+        LENGTH: recipe.final_epochs,
+        RATE: recipe.final_learning_rate,
+    }
 
 
 def withdraw_others(finals: Study, recipe: Recipe) -> list[FrozenTrial]:

@@ -33,13 +33,31 @@ def config_of(study: str | None, overrides: Mapping[str, Any]) -> StudyConfig:
     if not stored.exists():
         raise ConfigError(f"{study} is no study's folder: there is no study.json in it.")
     given = {key: value for key, value in overrides.items() if value is not None}
-    config = _stored(stored, {"run.out": str(Path(study).resolve().parent)} | given)
+    config = _stored(stored, given)
+    if "run.out" not in given:
+        out = str(_out_of(Path(study), config.name))
+        config = config.model_copy(update={"run": config.run.model_copy(update={"out": out})})
     if ":***@" in str(config.run.storage):
         raise ConfigError(
             f"The study in {study} is in the database {config.run.storage}, whose password "
             "is not kept in files; give --storage with the whole URL."
         )
     return config
+
+
+def _out_of(folder: Path, name: str) -> Path:
+    """The folder in which a study's folder is.
+
+    Raises:
+        ConfigError: If its folder isn't called as it is: another study's may be, there.
+    """
+    for place in (folder.absolute(), folder.resolve()):
+        if place.name == name:
+            return place.parent
+    raise ConfigError(
+        f"{folder} holds the study '{name}', and a study's folder must be called as it is. Call it "
+        f"{name} again; several of one name need folders of their own around them, as run.out."
+    )
 
 
 def begun_config(study: str | None, storage: str | None, out: str | None) -> StudyConfig:

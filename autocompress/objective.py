@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from autocompress.checkpoint import Checkpoint
 from autocompress.costs import OBJECTIVES, cost_of, is_timed, share_of
 from autocompress.database import write_proposal
 from autocompress.distributed import share
-from autocompress.errors import AutocompressError, DamagedArtifact, DatabaseLost
+from autocompress.errors import DISK_FULL, AutocompressError, DamagedArtifact, DatabaseLost
 from autocompress.evaluation import (
     Evaluation,
     drop_bound,
@@ -81,7 +80,6 @@ WORK = ("audition", "recalibrate", "gate", "finetune", "evaluate")
 
 UPLOAD_PAUSES = (5.0, 20.0, 60.0, 120.0)
 """Seconds after which an upload of weights that failed is tried again."""
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_OF_TRACEBACK = 8000
 """Characters of a failed trial's traceback that the database keeps: its end says the most."""
 LATENCY = "latency"

@@ -96,7 +96,8 @@ class Runner:
     def fit_long(self, again: bool = False) -> bool:
         """Fine-tune at length what promises to come within delta by it, `ROUND` networks at most.
 
-        As many at a time as there are workers. What is ordered already is waited for.
+        As many at a time as there are workers, with those that were ordered before and are still
+        to be done.
 
         Args:
             again: Whether the best is repeated with a second seed, too.
@@ -109,16 +110,16 @@ class Runner:
             return False
         while True:
             bring_back(finals)
-            if len(counted(finals)) > len(trials_spent(finals)):
-                self.run(finals_stage(bench, finals))
+            left = len(counted(finals)) - len(trials_spent(finals))
             room = min(max(1, self.crew.alive), ROUND - spent)
-            orders: list[Order] = []
-            if room > 0:
-                orders = Finals.of(bench).wanted(room, again, sure=again and spent >= ROUND - 2)
-            if not orders:
+            new: list[Order] = []
+            if room > left:
+                wanted = Finals.of(bench).wanted(room, again, sure=again and spent >= ROUND - 2)
+                new = order(finals, wanted, bench.finetune, most=room - left)
+            if not left + len(new):
                 return spent > 0
-            order(finals, orders, bench.finetune)
-            spent += len({label for label, _ in orders})
+            spent += len({label for label, _ in new})
+            self.run(finals_stage(bench, finals))
 
     def _show(self, stage: Stage, later: float) -> None:
         bench, spent = self.bench, len(trials_spent(stage.study))

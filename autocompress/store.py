@@ -16,6 +16,7 @@ from optuna.artifacts._protocol import ArtifactStore
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial
+from sqlalchemy.engine import URL
 
 from autocompress.artifacts import open_artifacts, write_text
 from autocompress.config import StudyConfig, differences
@@ -82,17 +83,23 @@ class StudyFolder:
         except OSError as error:
             raise ConfigError(f"run.out: can't write in {self.path}: {error.strerror}.") from error
 
-    def claim(self, study: Study) -> str:
+    def claim(self, study: Study, storage: str | None) -> str:
         """Tie the folder and a study in a database to each other, by an identity that both keep.
+
+        Args:
+            study: The exploration.
+            storage: The database as the settings have it, without its password.
 
         Returns:
             The identity; what the folder holds under another one belongs to another study.
 
         Raises:
-            StudyMismatch: If the study is kept in another folder.
+            StudyMismatch: If the study is kept in another folder, or the folder keeps a study of
+                another database.
         """
         kept = study.user_attrs.get("identity")
         if kept is None:
+            self._check_database(storage)
             kept = uuid4().hex[:12]
             write_text(self.identity, kept)
             study.set_user_attr("folder", str(self.path.resolve()))
@@ -104,6 +111,18 @@ class StudyFolder:
                 "run.out, or use a new name."
             )
         return str(kept)
+
+    def _check_database(self, storage: str | None) -> None:
+        """Let no study of one database take the folder of a study of another one."""
+        if not (self.identity.exists() and self.baseline.exists() and self.config.exists()):
+            return
+        other = json.loads(self.config.read_text(encoding="utf-8"))["run"]["storage"]
+        if other != storage:
+            raise StudyMismatch(
+                f"{self.path} holds a study of the database {other or self.database}, and "
+                f"{storage or self.database} has none of its trials. Put run.storage back, use a "
+                "new name or another run.out, or remove the folder."
+            )
 
     def remember(self, modules: Path | None) -> None:
         """Note where the modules are that the study file names, for those who name this folder."""
@@ -120,7 +139,8 @@ class StudyFolder:
 
     def storage_url(self, url: str | None) -> str:
         """The database's URL: the one given, or SQLite in the folder."""
-        return url or f"sqlite:///{self.database.resolve()}"
+        path = str(self.database.resolve())
+        return url or URL.create("sqlite", database=path).render_as_string()
 
     def artifact_store(self, exploration: Study) -> ArtifactStore:
         """The study's artifact store: a bucket, or the folder here, which may have been moved.
@@ -129,13 +149,30 @@ class StudyFolder:
             ConfigError: If it can't be reached.
         """
         place = str(exploration.user_attrs.get(PLACE, self.artifacts))
-        elsewhere = "://" in place or not self.artifacts.exists()
-        return open_artifacts(place if elsewhere else str(self.artifacts), writes=False)
+        return open_artifacts(str(nearest(place, self.artifacts) or place), writes=False)
+
+
+def nearest(place: str | None, here: Path | None) -> str | Path | None:
+    """Where a study's artifacts are seen from here: nothing is written.
+
+    Args:
+        place: Where the study keeps them, as its database says.
+        here: The folder of artifacts in the study's own folder, which may have been moved; it is
+            empty where `run.artifacts` names another one.
+
+    Returns:
+        The bucket or folder; None where there is none.
+    """
+    if place is not None and "://" in place:
+        return place
+    folders = (here, None if place is None else Path(place))
+    present = [folder for folder in folders if folder is not None and folder.is_dir()]
+    return next((f for f in present if any(f.iterdir())), present[0] if present else None)
 
 
 def folder_of(config: StudyConfig) -> StudyFolder:
     """The folder of the study with these settings, whether it is there yet or not."""
-    return StudyFolder(Path(config.run.out) / config.name)
+    return StudyFolder(Path(config.run.out).expanduser() / config.name)
 
 
 def study_name(name: str, stage: str) -> str:
@@ -165,6 +202,7 @@ def open_study(
     Raises:
         StudyMismatch: If the stored study was made with other settings; says which.
     """
+    _forget_untried(storage, name, stage, bound)
     study = optuna.create_study(
         study_name=study_name(name, stage),
         storage=storage,
@@ -172,8 +210,7 @@ def open_study(
         load_if_exists=True,
     )
     stored = study.user_attrs.get("config")
-    # A study without trials binds nobody.
-    if stored is None or not study.get_trials(deepcopy=False):
+    if stored is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([drop_name, cost_name])
@@ -183,13 +220,31 @@ def open_study(
     return study
 
 
+def _forget_untried(storage: RDBStorage, name: str, stage: str, bound: Mapping[str, Any]) -> None:
+    """Remove a study without trials that was made with other settings.
+
+    It binds nobody, and what was made for it (the baseline, the layer table) fits those settings.
+    """
+    left = load_study(storage, name, stage)
+    if left is None or left.get_trials(deepcopy=False):
+        return
+    # Where it has no settings, another process is just making it.
+    stored = left.user_attrs.get("config")
+    if stored is not None and _changes(stored, bound):
+        optuna.delete_study(study_name=left.study_name, storage=storage)
+
+
+def _changes(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    return differences(stored, json.loads(json.dumps(given)))
+
+
 def check_same(name: str, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse to go on with a study that stands for other settings.
 
     Raises:
         StudyMismatch: Naming each setting that differs.
     """
-    changed = differences(stored, json.loads(json.dumps(given)))
+    changed = _changes(stored, given)
     if changed:
         raise StudyMismatch(
             f"Study '{name}' was made with other settings ({'; '.join(changed)}). "

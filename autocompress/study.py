@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import DISK_FULL, AutocompressError, ConfigError
 from autocompress.voice import (
     EXIT_BUG,
     EXIT_ERROR,
@@ -21,6 +22,7 @@ from autocompress.voice import (
     VerboseOption,
     Voice,
     complain,
+    documents_alone,
     end_in_error,
     wants_json,
 )
@@ -108,9 +110,39 @@ StudyArgument = Annotated[
 OutOption = Annotated[
     str | None, typer.Option(help="Folder in which studies' folders are.", show_default=False)
 ]
+
+
+def _hide_password(storage: str | None) -> str | None:
+    """Start this program anew without the password in a URL among its arguments.
+
+    The list of processes, which everyone on the machine can read, shows arguments and no
+    environment, which has the whole URL then.
+
+    Returns:
+        The whole URL.
+    """
+    import os
+
+    from autocompress.database import hide_password
+    from autocompress.process import STORAGE_VARIABLE
+
+    if storage is None:
+        return None
+    shown, whole = hide_password(storage), os.environ.get(STORAGE_VARIABLE)
+    if shown == storage:
+        return whole if whole is not None and hide_password(whole) == shown else storage
+    arguments = [argument.replace(storage, shown) for argument in sys.argv[1:]]
+    command = [sys.executable, "-m", "autocompress.study", *arguments]
+    os.execve(sys.executable, command, {**os.environ, STORAGE_VARIABLE: storage})
+
+
 StorageOption = Annotated[
     str | None,
-    typer.Option(help="Database URL (SQLAlchemy); SQLite by default.", show_default=False),
+    typer.Option(
+        help="Database URL (SQLAlchemy); SQLite by default.",
+        show_default=False,
+        callback=_hide_password,
+    ),
 ]
 LauncherOption = Annotated[
     Literal["local", "ray", "slurm"] | None,
@@ -239,6 +271,7 @@ def worker(
         typer.Option(
             help="Database URL (SQLAlchemy), or the environment variable AUTOCOMPRESS_STORAGE.",
             show_default=False,
+            callback=_hide_password,
         ),
     ] = None,
     workers: Annotated[
@@ -302,7 +335,6 @@ def worker(
         raise ConfigError(
             f"Give the database of the study: --storage URL, or the variable {STORAGE_VARIABLE}."
         )
-    _hide_url(storage)
     place = Place(
         url=url,
         study=study,
@@ -649,7 +681,6 @@ def dashboard(
     from autocompress.naming import begun_config, studies_of
     from autocompress.store import folder_of
 
-    _hide_url(storage)
     warnings.filterwarnings("ignore", module="optuna")
     voice = Voice()
     config = begun_config(study, storage, out)
@@ -872,26 +903,6 @@ def _number(workers: str | None) -> int | str | None:
     return int(workers) if workers is not None and workers.isdecimal() else workers
 
 
-def _hide_url(storage: str | None) -> None:
-    """Start this program anew without the URL among its arguments, if there is a password in it.
-
-    The list of processes, which everyone on the machine can read, shows arguments and no
-    environment.
-    """
-    import os
-
-    from autocompress.database import hide_password
-    from autocompress.process import STORAGE_VARIABLE
-
-    if storage is None or hide_password(storage) == storage:
-        return
-    arguments = [a for a in sys.argv[1:] if a not in ("--storage", storage)]
-    arguments = [a for a in arguments if a != f"--storage={storage}"]
-    environment = {**os.environ, STORAGE_VARIABLE: storage}
-    command = [sys.executable, "-m", "autocompress.study", *arguments]
-    os.execve(sys.executable, command, environment)
-
-
 def _say_kept(config: StudyConfig, folder: StudyFolder, voice: Voice) -> None:
     from autocompress.naming import studies_of
     from autocompress.store import trials_spent
@@ -929,12 +940,16 @@ def main() -> None:
     as_json = wants_json(sys.argv[1:])
     try:
         # By itself it would print wrong usage as text alone, and exit.
-        code = app(standalone_mode=not as_json)
+        with documents_alone() if as_json else nullcontext():
+            code = app(standalone_mode=not as_json)
     except AutocompressError as error:
         raise end_in_error(str(error), EXIT_ERROR, as_json) from None
     except USAGE_ERROR as error:
         raise end_in_error(error.format_message(), EXIT_ERROR, as_json) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            text = f"The disk is full: {error}. Make room; what was found is kept."
+            raise end_in_error(text, EXIT_ERROR, as_json) from None
         if as_json:
             end_in_error(f"{type(error).__name__}: {error}", EXIT_BUG, as_json)
         raise

@@ -12,9 +12,10 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -130,10 +131,26 @@ def complain(text: str) -> None:
     Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
+_documents: ContextVar[TextIO | None] = ContextVar("documents", default=None)
+
+
 def print_document(content: Mapping[str, Any]) -> None:
     """Print JSON on standard output; numbers that JSON has no word for become null."""
-    sys.stdout.write(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    output = _documents.get() or sys.stdout
+    output.write(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n")
+    output.flush()
+
+
+@contextmanager
+def documents_alone() -> Iterator[None]:
+    """A block in which standard output has documents alone: what the user's own functions print
+    goes to standard error."""
+    token = _documents.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _documents.reset(token)
 
 
 def _finite(value: Any) -> Any:

@@ -193,6 +193,7 @@ class _Place:
     start_at: float = 0.0
     given_up: bool = False
     ended: bool = False
+    killed: bool = False
     words: str = ""
 
 
@@ -235,8 +236,8 @@ class Pool:
 
     @property
     def alive(self) -> int:
-        """How many processes run."""
-        return sum(place.process is not None for place in self._places)
+        """How many processes run, or are about to be started."""
+        return sum(place.process is not None or self._is_due(place) for place in self._places)
 
     def tend(self) -> None:
         """Start what is to be started, see to what has died, pass on what they say; a moment long.
@@ -284,11 +285,15 @@ class Pool:
     def _kill(self) -> None:
         for place in self._places:
             if place.process is not None:
+                place.killed = True
                 with suppress(OSError):
                     os.killpg(place.process.pid, signal.SIGKILL)
 
+    def _is_due(self, place: _Place) -> bool:
+        return not (self._ending or place.given_up or place.ended)
+
     def _start(self, place: _Place) -> None:
-        if not (self._ending or place.given_up or place.ended) and self._clock() >= place.start_at:
+        if self._is_due(place) and self._clock() >= place.start_at:
             place.process = _Process(place.launch)
 
     def _hear(self, place: _Place) -> None:
@@ -325,7 +330,8 @@ class Pool:
         self._hear(place)
         place.process = None
         self._display.step("", 0, 0, worker=place.name)
-        died = None if code == 0 else last_words(code)
+        # One that is killed had been told to end.
+        died = None if code == 0 or place.killed else last_words(code)
         for study in self._studies():
             for trial in running(study):
                 if trial.user_attrs.get(WORKER) == worker_name(process.pid):

@@ -74,6 +74,35 @@ def test_calling_it_again_goes_on(model: nn.Module, tmp_path: Path) -> None:
         run()
 
 
+def test_settings_of_what_is_given_as_objects_are_refused(model: nn.Module, tmp_path: Path) -> None:
+    """Not read, they would be told in the report as if they had been."""
+    for settings in ({"task.source": "mine:functions"}, {"data": {"augment": "flip"}}):
+        with pytest.raises(ConfigError, match=r"settings: (task.source|data.augment) would not"):
+            autocompress.compress(
+                model,
+                make_loader(64, 1),
+                make_loader(64, 3),
+                out=tmp_path,
+                **QUICK | {"settings": settings},
+            )
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_network_that_is_trained_after_all_is_the_one_that_is_compressed(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    def run(network: nn.Module) -> autocompress.Outcome:
+        train, test = make_loader(512, 1, shuffle=True), make_loader(256, 3)
+        return autocompress.compress(network, train, test, out=tmp_path, **QUICK)
+
+    torch.manual_seed(0)
+    untrained = TinyNet()
+    with pytest.raises(ConfigError, match="no better than"):
+        run(untrained)
+    untrained.load_state_dict(model.state_dict())
+    assert run(untrained).met
+
+
 def test_everything_the_user_owns_can_be_replaced(model: nn.Module, tmp_path: Path) -> None:
     """Batches that are no pairs, a metric of one's own, another optimizer and no schedule."""
     called: set[str] = set()

@@ -112,6 +112,20 @@ def test_a_baseline_that_the_runtime_refuses_costs_no_result(
         run_study(tiny_config(tmp_path, name="other", objective="latency"), task, NullDisplay())
 
 
+def test_a_study_stays_with_its_artifacts(task: Task, tmp_path: Path) -> None:
+    def go(**changes: Any) -> Outcome:
+        config = tiny_config(tmp_path, trials=1, annealing_trials=0, **changes)
+        return run_study(config, task, NullDisplay())
+
+    place = tmp_path / "place"
+    folder = go().folder
+    with pytest.raises(StudyMismatch, match="keeps its artifacts in .*/tiny/artifacts, not in"):
+        go(**{"run.artifacts": str(place)})
+    place.rmdir()
+    (folder / "artifacts").rename(place)
+    assert go(**{"run.artifacts": str(place)}).met
+
+
 def test_the_networks_handed_out_are_one(finished: Outcome, task: Task) -> None:
     """What `load` builds, what the Python API returns and the ONNX file give the same outputs."""
     best = finished.folder / "best"

@@ -437,6 +437,7 @@ def test_a_database_that_can_not_be_opened(
 def test_passwords_are_hidden() -> None:
     assert hide_password("postgresql://u:secret@h/d") == "postgresql://u:***@h/d"
     assert hide_password("://u:secret@h") == "***"
+    assert hide_password("postgresql://u:se@cret@h/d") == "postgresql://u:***@h/d"
     assert hide_password("postgresql://u@h/d?password=secret&host=i") == "postgresql://u@h/d?host=i"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from test_objective import Ends, make_bench, run
 
+from autocompress.crew import Solo
 from autocompress.evaluation import evaluate
 from autocompress.longfits import LOST, order, withdraw_others
 from autocompress.longtrial import announce_long
 from autocompress.objective import Bench, load_elder, load_trial_model
+from autocompress.runner import Runner
 from autocompress.slots import bring_back, cut_off, take
-from autocompress.stages import finals_stage
+from autocompress.stages import Stage, finals_stage
 from autocompress.store import open_study
 from autocompress.task import Task
 from autocompress.training import Recipe
-from autocompress.trials import LENGTH, counted
+from autocompress.trials import LENGTH, PARENT, SEED, counted
 from autocompress.watch import Watch
 from autocompress.worker import perform
 
@@ -137,6 +140,25 @@ def test_one_that_was_cut_off_goes_on_and_is_not_ordered_twice(bench: Bench) -> 
     assert work(bench) is not None
     assert display.done[1] > first > 0, "it didn't begin anew"
     assert len(bench.long_fits) == 1
+
+
+def test_who_would_be_idle_while_one_goes_on_begins_with_the_second_seed(bench: Bench) -> None:
+    finals, waited = finals_of(bench), []
+
+    class Two(Solo):
+        alive = 2
+
+        def tend(self, stages: Sequence[Stage]) -> None:
+            waiting = finals.get_trials(states=(TrialState.WAITING,))
+            waited.append([(t.user_attrs[PARENT], t.user_attrs[SEED]) for t in waiting])
+            super().tend(stages)
+
+    order(finals, [(LABEL, 0)], bench.finetune)
+    taken = take(finals)
+    assert taken is not None and cut_off(finals, finals.trials[taken.number])
+    assert Runner(bench, Two(bench), lambda: None).fit_long(again=True)
+    assert waited[0] == [(LABEL, 0), (LABEL, 1)]
+    assert [(fit.trial, fit.seed) for fit in bench.long_fits] == waited[0]
 
 
 def test_one_whose_worker_died_at_once_comes_again(bench: Bench) -> None:

@@ -28,6 +28,7 @@ from autocompress.store import (
     check_same,
     excuse,
     load_study,
+    nearest,
     open_study,
     trials_spent,
 )
@@ -66,19 +67,22 @@ def test_a_study_is_bound_to_its_settings(tmp_path: Path) -> None:
 
 
 def test_a_study_without_trials_binds_nobody(tmp_path: Path) -> None:
-    opened(tmp_path)
-    assert opened(tmp_path, {**BOUND, "delta": 2.0}).user_attrs["config"]["delta"] == 2.0
+    opened(tmp_path).set_user_attr("baseline_digest", "abc")
+    assert opened(tmp_path).user_attrs["baseline_digest"] == "abc", "nothing changed"
+    changed = opened(tmp_path, {**BOUND, "delta": 2.0})
+    assert changed.user_attrs["config"]["delta"] == 2.0
+    assert "baseline_digest" not in changed.user_attrs, "what was made fits the old settings"
 
 
 def test_a_study_and_its_folder_know_each_other(tmp_path: Path) -> None:
     study, folder = opened(tmp_path), StudyFolder(tmp_path / "one")
     folder.create()
-    identity = folder.claim(study)
-    assert folder.claim(opened(tmp_path)) == identity
+    identity = folder.claim(study, None)
+    assert folder.claim(opened(tmp_path), None) == identity
     other = StudyFolder(tmp_path / "other")
     other.create()
     with pytest.raises(StudyMismatch, match=f"weights are in {tmp_path / 'one'}"):
-        other.claim(study)
+        other.claim(study, None)
     new = open_study(
         open_storage(f"sqlite:///{tmp_path / 'new.db'}"),
         "one",
@@ -87,7 +91,42 @@ def test_a_study_and_its_folder_know_each_other(tmp_path: Path) -> None:
         drop_name="accuracy drop (points)",
         cost_name="parameters",
     )
-    assert folder.claim(new) != identity
+    assert folder.claim(new, None) != identity
+
+
+def test_no_study_of_another_database_takes_a_folder(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "one")
+    folder.create()
+    first = folder.claim(opened(tmp_path), None)
+    write_text(folder.config, '{"run": {"storage": null}}')
+    folder.baseline.touch()
+    (tmp_path / "other").mkdir()
+    other, url = opened(tmp_path / "other"), "postgresql://me:***@host/studies"
+    with pytest.raises(StudyMismatch, match=r"of the database .*study.db, and postgresql://me:\*"):
+        folder.claim(other, url)
+    assert folder.identity.read_text() == first
+    assert folder.claim(other, None) != first, "a database that was removed begins anew"
+
+
+@pytest.mark.parametrize("name", ["feature%2Fx", "what?", "a b#c"])
+def test_the_database_is_in_the_folder_whatever_that_is_called(name: str, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / name)
+    folder.create()
+    open_storage(folder.storage_url(None))
+    assert folder.database.is_file()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_artifacts_are_looked_for_where_they_are(tmp_path: Path) -> None:
+    here, place = tmp_path / "one" / "artifacts", tmp_path / "place"
+    assert nearest(None, here) is None and nearest("s3://mine", here) == "s3://mine"
+    here.mkdir(parents=True)
+    assert nearest("/moved/one/artifacts", here) == here
+    place.mkdir()
+    (place / "weights").touch()
+    assert nearest(str(place), here) == place, "run.artifacts leaves the study's own folder empty"
+    (here / "weights").touch()
+    assert nearest(str(place), here) == here
 
 
 def test_excused_trials_do_not_count(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import autocompress
+from autocompress.fields import Field
 from autocompress.study import app, main
 
 STUDY = """
@@ -115,6 +117,19 @@ def test_status_is_that_of_the_last_run(small: Path, tmp_path: Path) -> None:
 
 def test_a_studys_folder_stands_for_its_file(small: Path) -> None:
     assert "3/3" in call("status", str(small.parent / "small")).output
+
+
+def test_a_folder_of_another_name_is_no_studys(
+    capsys: pytest.CaptureFixture[str], small: Path, tmp_path: Path
+) -> None:
+    """There may be another study of the name beside it, whose trials are not in it."""
+    renamed, link = tmp_path / "small-v1", tmp_path / "latest"
+    shutil.copytree(small.parent / "small", renamed)
+    for command in ("status", "report", "export"):
+        said = fail(capsys, command, str(renamed))
+        assert "small-v1 holds the study 'small'" in said and "Call it small again" in said
+    link.symlink_to(small.parent / "small")
+    assert "3/3" in call("status", str(link)).output
 
 
 def test_profile_needs_no_training(small: Path) -> None:
@@ -330,7 +345,7 @@ def test_no_password_reaches_a_file(
 
     real = conductor.open_storage
     database = small.parent / "elsewhere.db"
-    url = "postgresql://me:s3cret@host/studies"
+    url = "postgresql://me:s3cret'\\@host/studies"
     opened: list[str] = []
 
     def open_storage(given: str) -> Any:
@@ -339,17 +354,19 @@ def test_no_password_reaches_a_file(
 
     monkeypatch.setattr(conductor, "open_storage", open_storage)
     monkeypatch.setenv("AUTOCOMPRESS_HOME", str(small.parent / "home"))
-    monkeypatch.setattr(sys, "argv", ["study", str(small), "--storage", url])
-    out = small.parent / "hidden"
-    ended = call(
-        "run", str(small), "--storage", url, "--out", str(out), "--trials", "1", "--workers", "0"
-    )
+    # As the program is when it has been started anew.
+    monkeypatch.setenv("AUTOCOMPRESS_STORAGE", url)
+    shown, out = url.replace("s3cret'\\", "***"), small.parent / "hidden"
+    command = ["run", str(small), "--storage", shown, "--out", str(out), "--trials", "1"]
+    monkeypatch.setattr(sys, "argv", ["study", *command])
+    ended = call(*command)
     assert ended.exit_code == 0 and set(opened) == {url}
     written = [path for path in out.rglob("*") if path.suffix in (".json", ".html", ".log")]
     assert len(written) > 5
     for path in written:
         assert "s3cret" not in path.read_text(encoding="utf-8"), path
     assert "me:***@host" in (out / "small" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.delenv("AUTOCOMPRESS_STORAGE")
     assert "give --storage" in fail(capsys, "status", str(out / "small"))
 
 
@@ -483,6 +500,33 @@ def test_a_fault_of_ours_is_a_document_and_a_traceback(
     with pytest.raises(LookupError):
         main()
     assert json.loads(capsys.readouterr().out) == {"error": "LookupError: a fault", "exit_code": 1}
+
+
+def test_what_else_is_printed_is_no_part_of_the_document(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talkative(_: str) -> list[Any]:
+        print("a function of the user's own")
+        return [Field("delta", "number", "1.0", "", "the largest drop", False)]
+
+    monkeypatch.setattr("autocompress.fields.find_fields", talkative)
+    monkeypatch.setattr(sys, "argv", ["autocompress", "fields", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert ended.value.code == 0 and json.loads(said.out)["fields"][0]["name"] == "delta"
+    assert said.err == "a function of the user's own\n"
+
+
+def test_a_full_disk_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "table.json")
+
+    monkeypatch.setattr("autocompress.fields.find_fields", full)
+    said = fail(capsys, "fields")
+    assert "The disk is full" in said and "table.json" in said and "Make room" in said
 
 
 def test_quiet_leaves_the_result(small: Path) -> None:

@@ -25,8 +25,9 @@ from autocompress.database import open_storage
 from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact
 from autocompress.joining import Place, read_settings
 from autocompress.progress import NullDisplay
-from autocompress.slots import WORKER, running
+from autocompress.slots import STOPPED, WORKER, running, worker_name
 from autocompress.store import load_study, trials_spent
+from autocompress.trials import INTERRUPTED
 from autocompress.workers import (
     MOST_ON_CPU,
     Launch,
@@ -195,7 +196,8 @@ def test_two_workers_share_a_study(mine: Path) -> None:
 
 def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: Any) -> None:
     """Elsewhere there are the package, the data and the user's code, and nothing of the study."""
-    write(mine.parent, trials=30, epochs=4)
+    # The folder of the artifacts is named from where the study is run.
+    write(mine.parent, trials=30, epochs=4, more='artifacts = "kept"\n')
     first = conductor(mine, "--workers", "0")
     wait_for(lambda: begun(mine))
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -209,6 +211,9 @@ def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: An
     assert code == 0, said
     study = exploration(mine)
     assert len(study.trials) == 30 and len(trials_spent(study)) == 30
+    assert (mine.parent / "kept").is_dir() and not (elsewhere / "kept").exists()
+    code, output = end(start(mine.parent, "export", str(mine), *("--trial", "exploration/29")))
+    assert code == 0 and "exports/exploration-29" in output, output
     theirs = [t for t in study.trials if t.user_attrs[WORKER] != study.trials[0].user_attrs[WORKER]]
     assert theirs and all(t.state == TrialState.COMPLETE for t in theirs)
     assert said.count("/30]") >= 30, "the conductor tells of those, too"
@@ -388,15 +393,24 @@ def test_a_worker_that_dies_again_and_again_is_given_up() -> None:
     assert sum("It is started again" in line for line in display.lines) == 2
 
 
-def test_what_does_not_end_when_it_is_told_to_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_end_when_it_is_told_to_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("autocompress.workers.STOPPING", 0.3)
-    pool = Pool(
-        [Launch([sys.executable, "-c", "import time; time.sleep(1000)"])], lambda: [], Said()
-    )
+    study = optuna.create_study(storage=open_storage(f"sqlite:///{tmp_path / 'one.db'}"))
+    pid = tmp_path / "pid"
+    code = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(1000)"
+    pool = Pool([Launch([sys.executable, "-c", code])], lambda: [study], Said())
+    assert pool.alive == 1, "it is about to be started"
     pool.tend()
     assert pool.alive == 1
+    while not (pid.exists() and pid.read_text()):
+        pool.tend()
+    study.ask().set_user_attr(WORKER, worker_name(int(pid.read_text())))
     pool.stop()
     assert pool.alive == 0
+    [trial] = study.trials
+    assert trial.user_attrs[INTERRUPTED] == STOPPED, "no death of its own"
 
 
 def test_a_password_does_not_stay_among_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,11 +426,19 @@ def test_a_password_does_not_stay_among_the_arguments(monkeypatch: pytest.Monkey
         raise Replaced
 
     monkeypatch.setattr(os, "execve", execve)
-    for form in (["--storage", url], [f"--storage={url}"]):
-        argv = ["study", "worker", "--study", "mine", *form]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(Replaced):
-            typer.main.get_command(command_line.app)(argv[1:], standalone_mode=False)
-        _, command, environ = called.pop()
-        assert "s3cret" not in " ".join(command) and command[-3:] == ["worker", "--study", "mine"]
-        assert environ["AUTOCOMPRESS_STORAGE"] == url
+    commands = ("run", "worker", "upgrade", "status", "report", "export", "dashboard")
+    for name in commands:
+        words = ["--study", "mine"] if name == "worker" else ["mine.toml"]
+        for form in (["--storage", url], [f"--storage={url}"]):
+            argv = ["study", name, *words, *form]
+            monkeypatch.setattr(sys, "argv", argv)
+            with pytest.raises(Replaced):
+                typer.main.get_command(command_line.app)(argv[1:], standalone_mode=False)
+            _, command, environ = called.pop()
+            hidden = [part.replace("s3cret", "***") for part in form]
+            assert command[-len(argv) + 1 :] == [name, *words, *hidden]
+            assert environ["AUTOCOMPRESS_STORAGE"] == url
+    assert len(commands) == sum(
+        any("storage" in option.name for option in command.params if option.name)
+        for command in typer.main.get_command(command_line.app).commands.values()  # type: ignore[attr-defined]
+    )
