@@ -107,7 +107,7 @@ def compress(
         source=config.data.val_from,
         seed=config.seed,
     )
-    own = deepcopy(model).cpu()
+    own = _copy(_unwrapped(model)).cpu()
     task = Task(
         model=own,
         train=train,
@@ -123,6 +123,29 @@ def compress(
     shown = make_display() if display is True else (display or NullDisplay())
     with shown:
         return run_study(config, task, shown, command="autocompress.compress(...)")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network in what `torch.compile` or the data-parallel wrappers made of it: its weights
+    are saved under its own names."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return deepcopy(model)
+    except Exception as error:
+        raise ConfigError(
+            f"A {type(model).__name__} can't be copied: {type(error).__name__}: {error} Keep no "
+            "activations as attributes of modules, and use torch.nn.utils.parametrizations in "
+            "place of torch.nn.utils.weight_norm and spectral_norm."
+        ) from error
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

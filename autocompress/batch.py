@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, Sequence) and not isinstance(batch, str):
-        return tuple(to_device(value, device) for value in batch)
+        return _like(batch, (to_device(value, device) for value in batch))
     return batch
 
 
@@ -119,4 +119,13 @@ def _cut(batch: Batch, place: slice, count: int) -> Batch:
     records = bool(batch) and all(isinstance(one, Mapping) for one in batch)
     if (records and len(batch) == count) or not any(True for _ in tensors_in(batch)):
         return batch[place]
-    return tuple(_cut(value, place, count) for value in batch)
+    return _like(batch, (_cut(value, place, count) for value in batch))
+
+
+def _like(batch: Any, parts: Iterable[Any]) -> tuple[Any, ...]:
+    """The parts as a tuple, with the names that the batch's own have."""
+    made = tuple(parts)
+    if not hasattr(batch, "_fields"):
+        return made
+    named: tuple[Any, ...] = type(batch)(*made)
+    return named

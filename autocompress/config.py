@@ -292,7 +292,8 @@ class FinetuneConfig(_Section):
         default=None,
         ge=0,
         description="Drop before fine-tuning at which a trial stops, or 'auto': 50 points; for a "
-        "metric that is no percentage half of the baseline's, or nine times its error.",
+        "metric that is no percentage half of the baseline's, or nine times its error, and ten "
+        "times delta at least.",
     )
 
 

@@ -278,6 +278,23 @@ def _given_normalization(config: DataConfig, channels: int) -> dict[str, list[fl
     return {"mean": list(config.mean), "std": list(config.std)}
 
 
+def _plain_normalization(given: Any, source: str) -> dict[str, list[float]] | None:
+    """What a function of the user's tells of the normalization, as plain numbers.
+
+    Raises:
+        ConfigError: If it is something else than a mean and a deviation for each channel.
+    """
+    if given is None:
+        return None
+    try:
+        return {key: [float(value) for value in given[key]] for key in ("mean", "std")}
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"data.source = '{source}': normalization must be {{'mean': [...], 'std': [...]}} with "
+            f"a number for each channel, got {given!r}."
+        ) from error
+
+
 def _statistics(pixels: Pixels, indices: Labels | None) -> dict[str, list[float]]:
     """Mean and standard deviation per channel, of pixels scaled to 0..1, over training images."""
     count = len(pixels) if indices is None else len(indices)
@@ -371,6 +388,6 @@ def _user_loaders(config: DataConfig, seed: int, folder: Path | None) -> Data:
         classes=tuple(map(str, given.get("classes", ()))),
         fingerprint=digest.hexdigest()[:16],
         input_shape=shape,
-        normalization=given.get("normalization"),
+        normalization=_plain_normalization(given.get("normalization"), config.source),
         val_from=config.val_from if given.get("val") is None else "",
     )

@@ -45,7 +45,7 @@ from autocompress.formats import (
     known_formats,
     write_format,
 )
-from autocompress.manifest import Manifest, existing, read_manifest, read_text
+from autocompress.manifest import Manifest, dtype_name, existing, read_manifest, read_text
 from autocompress.models import build_model, load_state
 from autocompress.plan import Plan
 from autocompress.predict import SCRIPTS, write_scripts
@@ -122,6 +122,7 @@ def save_model(
         origin=None if origin is None else dict(origin),
         classes=tuple(classes),
         inputs=tuple(tuple(value[:1].shape) for value in example),
+        dtypes=tuple(dtype_name(value) for value in example),
         normalization=None if normalization is None else dict(normalization),
         versions=_versions(origin),
         image=None if image is None else dict(image),
@@ -179,7 +180,9 @@ def save(
     plan = Plan.from_json(read_text(home / "plan.json"))
     _check_like(model, home)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    example = tuple(torch.randn(shape).to(dtype) for shape in manifest.inputs)
+    real = (images,) if isinstance(images, Tensor) else images
+    dtypes = manifest.dtypes if real is None else [dtype_name(value) for value in real]
+    example = made_up(manifest.inputs, dtypes, dtype)
     own = copy.deepcopy(model).cpu().eval()
     before = Profile.from_dict(json.loads(read_text(home / "profile.json")))
     profile = replace(profile_model(own, example, latency=False), latency=before.latency)
@@ -198,6 +201,24 @@ def save(
         task=manifest.task,
         facts=Facts(tuned=True),
     )
+
+
+def made_up(
+    shapes: Sequence[Sequence[int]], dtypes: Sequence[str], floating: torch.dtype = torch.float32
+) -> Example:
+    """Inputs of a network: noise of the type `floating`; zeros for those that are whole numbers.
+
+    Args:
+        shapes: Of each input.
+        dtypes: Their types, as `dtype_name` has them; empty where all are floating.
+        floating: The type of those that are.
+    """
+    found = []
+    for index, shape in enumerate(shapes):
+        dtype = getattr(torch, dtypes[index]) if dtypes else floating
+        noise = torch.randn(tuple(shape)).to(floating)
+        found.append(noise if dtype.is_floating_point else torch.zeros(tuple(shape), dtype=dtype))
+    return tuple(found)
 
 
 def _check_like(model: nn.Module, home: Path) -> None:

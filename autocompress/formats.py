@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -456,7 +457,8 @@ def _trace(model: nn.Module, example: Example, largest: int | None = None) -> Ex
     pair = _pair(example)
     with _quiet():
         try:
-            program = torch.export.export(model, pair, dynamic_shapes=_free_batch(pair, largest))
+            shapes = _by_parameter(model, _free_batch(pair, largest))
+            program = torch.export.export(model, pair, dynamic_shapes=shapes)
         except Exception as error:
             raise AutocompressError(
                 f"torch.export can't trace {type(model).__name__}: {first_line(error)}"
@@ -476,6 +478,15 @@ def _pair(example: Example) -> Example:
 def _free_batch(example: Example, largest: int | None = None) -> tuple[dict[int, Any], ...]:
     batch = Dim("batch", min=1, max=largest)
     return tuple({0: batch} for _ in example)
+
+
+def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Something for each input, as `torch.export` takes it: nested where `forward` has `*args`."""
+    kinds = [one.kind for one in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds[: len(shapes)]:
+        return shapes
+    at = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:at], tuple(shapes[at:]))
 
 
 def _difference(

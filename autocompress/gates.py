@@ -33,15 +33,15 @@ SLACK = 0.5
 it kept."""
 
 
-def usual_gate(scale: Scale, score: float) -> float:
+def usual_gate(scale: Scale, score: float, delta: float) -> float:
     """The drop before fine-tuning at which a trial stops, where the study file doesn't say.
 
     50 points; on another scale than percentages half of the baseline's score, or nine times that
-    of an error.
+    of an error, but ten times delta at least: a score near 0 says nothing of what may be lost.
     """
     if scale.unit == "%":
-        return 50.0
-    return abs(score) * (0.5 if scale.higher_is_better else 9.0)
+        return max(50.0, delta)
+    return max(abs(score) * (0.5 if scale.higher_is_better else 9.0), 10 * delta)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from optuna.study import Study
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from autocompress.card import Facts
 from autocompress.config import DEFAULT_FORMATS, StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
-from autocompress.export import ExportReport, save_model
+from autocompress.export import ExportReport, made_up, save_model
 from autocompress.formats import INT8_FILE
 from autocompress.layermap import layer_rows
 from autocompress.models import build_model, load_state
@@ -113,7 +112,7 @@ def export_trial(
     base = build_model(origin["source"], origin["arguments"], None, study_folder)
     model = build_plan(base, chosen.plan)
     load_state(model, chosen.state)
-    example = tuple(torch.randn(shape) for shape in attrs["input_shapes"])
+    example = made_up(attrs["input_shapes"], attrs.get("input_dtypes", ()))
     latency = None if chosen.latency is None else Latency(**chosen.latency)
     profile = profile_model(model, example, latency=False)
     # Studies of earlier versions tell only the first two.
@@ -258,7 +257,7 @@ def quantizer_of(config: StudyConfig, folder: StudyFolder, task: Task) -> Quanti
 
 
 def _quantized(
-    quantizer: Quantizer, model: torch.nn.Module, path: Path, say: Callable[[str], None]
+    quantizer: Quantizer, model: nn.Module, path: Path, say: Callable[[str], None]
 ) -> Path | None:
     """The int8 file of a network; None where it can't be made, which costs no other file."""
     try:

@@ -35,6 +35,8 @@ on from its parent's weights, mostly begins with another one."""
 
 _READ_THROUGH = 5_000
 """Data sets of up to this many samples are read once to learn their labels."""
+_COMPARED = 8
+"""So many of the labels that a data set keeps are compared with those that it gives."""
 
 
 class ArrayLoader:
@@ -541,7 +543,10 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
     rest, chosen = stratified_split(labels, fraction, seed)
     quiet = dataset.unaugmented() if isinstance(dataset, LazyImages) else dataset
     shuffled = isinstance(loader.sampler, RandomSampler)
-    train_loader = like(loader, Subset(dataset, rest.tolist()), shuffled, loader.drop_last)
+    # Batch norm can't train on a last batch of one sample, which the cut might leave.
+    alone = len(rest) > loader.batch_size and len(rest) % loader.batch_size == 1
+    drop_last = loader.drop_last or alone
+    train_loader = like(loader, Subset(dataset, rest.tolist()), shuffled, drop_last)
     return train_loader, like(loader, Subset(quiet, chosen.tolist()), False, False)
 
 
@@ -661,6 +666,8 @@ def labels_of(dataset: Any) -> Labels | None:
         # Data sets of files keep pairs of a path and a label.
         samples = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
         found = None if samples is None else [sample[1] for sample in samples]
+    if found is not None and not _are_given(found, dataset):
+        found = None
     if found is None and len(dataset) <= _READ_THROUGH:
         try:
             found = [int(dataset[index][1]) for index in range(len(dataset))]
@@ -672,6 +679,18 @@ def labels_of(dataset: Any) -> Labels | None:
     if labels.ndim != 1 or len(labels) != len(dataset) or labels.dtype.kind not in "iu":
         return None
     return labels.astype(np.int64)
+
+
+def _are_given(labels: Any, dataset: Any) -> bool:
+    """Whether a data set gives the labels that it keeps, and no others made of them (by a
+    `target_transform`, say); a few are compared. Where it gives no numbers, they are believed."""
+    if isinstance(dataset, LazyImages) or len(labels) != len(dataset):
+        return True
+    places = {i * (len(dataset) - 1) // (_COMPARED - 1) for i in range(_COMPARED)}
+    try:
+        return all(int(dataset[place][1]) == int(labels[place]) for place in sorted(places))
+    except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
+        return True
 
 
 def like(

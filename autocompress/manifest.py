@@ -24,6 +24,7 @@ class Manifest:
             is built again; None for a network that came from Python.
         classes: Class names in the order of the outputs, as far as known.
         inputs: Shape of each input for one image, batch included.
+        dtypes: Type of each input: "float32", "uint8"; empty where an earlier version wrote it.
         normalization: `{"mean": [...], "std": [...]}` that the images must have, as far as known.
         versions: Versions of autocompress and torch that wrote the folder, and of the library that
             the network is from.
@@ -41,6 +42,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     image: Mapping[str, Any] | None = None
     task: Mapping[str, Any] | None = None
+    dtypes: tuple[str, ...] = ()
 
     @property
     def classifies(self) -> bool:
@@ -60,6 +62,11 @@ class Manifest:
             "task": self.task,
         }
         return {name: json.dumps(value) for name, value in known.items() if value}
+
+
+def dtype_name(value: Any) -> str:
+    """The name of a tensor's type, without its library's."""
+    return str(value.dtype).removeprefix("torch.")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -87,6 +94,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             versions=data["versions"],
             image=data.get("image"),
             task=data.get("task"),
+            dtypes=tuple(data.get("dtypes", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); export the network again.") from error

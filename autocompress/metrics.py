@@ -210,6 +210,8 @@ class TorchMetric:
         for side, what in zip(found, ("predictions", "targets"), strict=True):
             _check_rows(side, what, count)
         parts = min(PARTS, count)
+        # torchmetrics decides by the values that it sees at once whether they are logits.
+        found = (_as_probabilities(self._metric, found[0]), found[1])
         cut = [[part_of(side, i, parts, count) for side in found] for i in range(parts)]
         if not self._merged:
             return tuple(to_device(part, torch.device("cpu")) for part in cut)
@@ -269,6 +271,24 @@ class TorchMetric:
 def outputs_and_labels(output: Any, batch: Batch) -> tuple[Any, Any]:
     """The default pairs: the network's outputs, and what the batch has beside the images."""
     return output, batch[1]
+
+
+def _as_probabilities(metric: Any, predictions: Any) -> Any:
+    """A batch's predictions, logits made probabilities where torchmetrics would make them such.
+
+    Its classification metrics take values beyond 0 and 1 for logits; a part of a batch may by
+    chance have none.
+    """
+    kind = type(metric).__name__
+    if not isinstance(predictions, Tensor) or not predictions.is_floating_point():
+        return predictions
+    if bool(((predictions >= 0) & (predictions <= 1)).all()):
+        return predictions
+    if kind.startswith(("Binary", "Multilabel")):
+        return predictions.sigmoid()
+    if kind.startswith("Multiclass") and predictions.ndim > 1:
+        return predictions.softmax(dim=1)
+    return predictions
 
 
 def _check_rows(side: Any, what: str, count: int) -> None:

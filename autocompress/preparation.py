@@ -33,6 +33,7 @@ from autocompress.latency import Deployment, LatencyMeter, describe
 from autocompress.layers import LayerSpec, inspect_layers
 from autocompress.layertimes import LayerTimes, with_times
 from autocompress.loaders import describe_input
+from autocompress.manifest import dtype_name
 from autocompress.metrics import check_value
 from autocompress.models import load_state
 from autocompress.objective import Bench, timed
@@ -138,7 +139,7 @@ def equip(
         cache=observations.factor_cache(baseline.model),
         observations=observations,
         finetune=Recipe.from_config(
-            config.finetune, gate=usual_gate(task.scale, baseline.val.score)
+            config.finetune, gate=usual_gate(task.scale, baseline.val.score, config.delta)
         ),
         delta=config.delta,
         confidence=config.confidence,
@@ -401,6 +402,7 @@ def _facts(
         "objective": config.objective,
         "origin": dict(task.origin) if task.origin is not None else None,
         "input_shapes": [list(value.shape) for value in bench.example],
+        "input_dtypes": [dtype_name(value) for value in bench.example],
         **usage_of(task),
     }
 

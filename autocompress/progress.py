@@ -298,6 +298,8 @@ class LiveDisplay:
 class NullDisplay:
     """Shows nothing; messages still reach the logger. For the Python API."""
 
+    _scale = ACCURACY
+
     def say(self, message: str) -> None:
         logger.info(clean(message, lines=True))
 
@@ -312,6 +314,7 @@ class NullDisplay:
         later: float = 0.0,
         scale: Scale = ACCURACY,
     ) -> None:
+        self._scale = scale
         logger.info("[%s %d/%d] %s", name, done, total, "resume" if done else "start")
 
     def trial_started(self, number: int, worker: str = "") -> None:
@@ -330,7 +333,7 @@ class NullDisplay:
         reason: str | None,
         facts: Facts = NO_FACTS,
     ) -> None:
-        tally = Tally(time.monotonic)
+        tally = Tally(time.monotonic, scale=self._scale)
         words = tally.outcome(drop, cost_ratio, feasible, state, reason) + _all_facts(tally, facts)
         logger.info("trial %d  %s", number, "  ".join(words))
 

@@ -499,11 +499,14 @@ def _shorten_names(graph: GraphProto) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what ONNX Runtime's tools print and log of their insides from the user."""
-    logger = logging.getLogger()
+    logger, handler = logging.getLogger(), logging.NullHandler()
     level = logger.level
     logger.setLevel(logging.ERROR)
+    # Where there is no handler, their warnings would set one up for all.
+    logger.addHandler(handler)
     try:
         with redirect_stdout(io.StringIO()):
             yield
     finally:
+        logger.removeHandler(handler)
         logger.setLevel(level)

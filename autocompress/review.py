@@ -21,7 +21,8 @@ MOST_IMAGES = 12
 class Predictions:
     """Watches an evaluation of a classifier and keeps what it said of each image.
 
-    Of anything else (no logits `n x classes`, no whole numbers as labels) it keeps nothing.
+    Of outputs that are no logits `n x classes`, or labels that are no whole numbers, it keeps
+    nothing.
 
     Args:
         before: What the baseline said of the same images in the same order; images that it got
@@ -185,6 +186,7 @@ def _labels_of(output: Any, batch: Batch) -> Tensor | None:
     labels = batch[1]
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
         return None
+    labels = labels.long()
     fits = len(labels) == len(output) and 0 <= int(labels.min()) <= int(labels.max())
     return labels if fits and int(labels.max()) < output.shape[1] else None
 

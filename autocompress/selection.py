@@ -30,6 +30,7 @@ from autocompress.profiler import Latency, Profile, profile_model
 from autocompress.progress import Display
 from autocompress.review import Predictions, class_changes, write_lost_images
 from autocompress.store import StudyFolder, trials_spent
+from autocompress.task import classifies
 from autocompress.trials import lost, violation, within_delta
 from autocompress.usage import usage_of
 from autocompress.view import View, search_facts
@@ -283,8 +284,9 @@ def _test(
     task = bench.task
     was = Predictions()
     now = Predictions(was)
-    before = evaluate(bench.baseline.model, task, task.test, watch=was)
-    after = evaluate(finalist.model, task, task.test, watch=now)
+    looks = classifies(task)
+    before = evaluate(bench.baseline.model, task, task.test, watch=was if looks else None)
+    after = evaluate(finalist.model, task, task.test, watch=now if looks else None)
     if int8 is not None:
         int8.record.update(score_int8(bench, int8, before, display))
     drop, low, high = paired_drop(before, after)

@@ -306,6 +306,12 @@ def with_functions(task: Task, functions: Mapping[str, Any], where: str) -> Task
     return replace(task, **given)
 
 
+def classifies(task: Task) -> bool:
+    """Whether the network's outputs are logits, as the default metric and the default loss have it:
+    by one of them at least."""
+    return task.metric is correct or getattr(task.loss, "func", task.loss) is cross_entropy
+
+
 def check_outputs(task: Task) -> None:
     """Run the network and the metric on two samples, before any work is spent.
 
@@ -313,11 +319,16 @@ def check_outputs(task: Task) -> None:
         ConfigError: If the data has more classes than the network has outputs, or the network
             can't take the data, or the metric not its outputs.
     """
+    was_training = task.model.training
+    if task.model.train(was_training) is not task.model:
+        raise ConfigError(
+            f"{type(task.model).__name__}.train() must return the network, as that of nn.Module "
+            "does; add `return self` to it."
+        )
     batch = next(iter(task.train), None)
     if batch is None:
         raise ConfigError("The training loader is empty; give at least one batch.")
     device = next(task.model.parameters()).device
-    was_training = task.model.training
     samples = to_device(first_samples(batch, 2), device)
     try:
         with torch.no_grad():

@@ -103,6 +103,29 @@ def test_a_network_that_is_trained_after_all_is_the_one_that_is_compressed(
     assert run(untrained).met
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_the_network_itself_is_compressed_not_what_was_made_of_it(
+    model: nn.Module, tmp_path: Path, wrap: Any
+) -> None:
+    train, test = make_loader(256, 1), make_loader(64, 3)
+    outcome = autocompress.compress(wrap(model), train, test, out=tmp_path, **QUICK)
+    assert isinstance(outcome.model, TinyNet)
+    loaded = autocompress.load(outcome.folder / "best", model=TinyNet())
+    torch.testing.assert_close(loaded.state_dict(), outcome.model.state_dict())
+
+
+def test_what_cannot_be_copied_is_named(tmp_path: Path) -> None:
+    class Keeps(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept: Tensor = super().forward(x)
+            return self.kept
+
+    network, train = Keeps(), make_loader(64, 1)
+    network(next(iter(train))[0])
+    with pytest.raises(ConfigError, match=r"A Keeps can't be copied: .*no activations"):
+        autocompress.compress(network, train, make_loader(64, 3), out=tmp_path, **QUICK)
+
+
 def test_everything_the_user_owns_can_be_replaced(model: nn.Module, tmp_path: Path) -> None:
     """Batches that are no pairs, a metric of one's own, another optimizer and no schedule."""
     called: set[str] = set()

@@ -68,6 +68,9 @@ def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
         "def named():\n"
         "    return {'train': loader(8, 4), 'val': loader(4, 4), 'test': loader(4, 4),\n"
         "            'classes': ['a', 'b']}\n"
+        "def normal(values=None):\n"
+        "    return named() | {'normalization': {'mean': torch.zeros(1), 'std': torch.ones(1)}}\n"
+        "def odd():\n    return named() | {'normalization': 0.5}\n"
         "def wrong():\n    return loader(8, 4)\n"
         "def once():\n    return (b for b in loader(8, 4)), loader(8, 4)\n",
         encoding="utf-8",
@@ -81,6 +84,10 @@ def test_loaders_from_a_function_of_the_users(tmp_path: Path) -> None:
         assert found.fingerprint == load_data(config, 0, folder=tmp_path).fingerprint
         found = load_data(DataConfig(source="my_data_1:named"), 0, folder=tmp_path)
         assert found.classes == ("a", "b") and len(found.val) == 1
+        found = load_data(DataConfig(source="my_data_1:normal"), 0, folder=tmp_path)
+        assert found.normalization == {"mean": [0.0], "std": [1.0]}
+        with pytest.raises(ConfigError, match=r"normalization must be .* got 0.5"):
+            load_data(DataConfig(source="my_data_1:odd"), 0, folder=tmp_path)
         with pytest.raises(ConfigError, match=r"must return loaders .* got DataLoader"):
             load_data(DataConfig(source="my_data_1:wrong"), 0, folder=tmp_path)
         with pytest.raises(ConfigError, match="train must be batches that can be counted"):

@@ -68,6 +68,24 @@ def test_each_format_computes_what_the_network_does(
         check(kind, tmp_path / kind.file, other, IMAGES)
 
 
+def test_a_network_may_take_any_number_of_inputs(tmp_path: Path) -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = TinyNet()
+
+        def forward(self, first: Tensor, *others: Tensor) -> Tensor:
+            found: Tensor = self.net(first)
+            for other in others:
+                found = found + self.net(other)
+            return found
+
+    for count in (1, 3):
+        many = Source(Many().eval(), (IMAGES[:1],) * count, {})
+        for name in ("onnx", "pt2"):
+            assert write_format(FORMATS[name], many, (IMAGES,) * count, tmp_path) < 1e-4
+
+
 def test_a_network_that_rounds_much_may_differ_by_as_much() -> None:
     class Cancels(nn.Module):
         """Loses the last digits of its outputs, but in double precision."""

@@ -84,9 +84,11 @@ def test_scores_beyond_the_gates_are_not_compared(task: Task) -> None:
 
 
 def test_the_usual_gate_is_on_the_scale_of_the_metric(tmp_path: Path) -> None:
-    assert usual_gate(Scale(), 91.0) == 50.0
-    assert usual_gate(Scale("mIoU", ""), 0.8) == pytest.approx(0.4)
-    assert usual_gate(Scale("RMSE", "px", higher_is_better=False), 2.0) == pytest.approx(18.0)
+    assert usual_gate(Scale(), 91.0, 1.0) == 50.0
+    assert usual_gate(Scale("mIoU", ""), 0.8, 0.02) == pytest.approx(0.4)
+    assert usual_gate(Scale("RMSE", "px", higher_is_better=False), 2.0, 0.1) == pytest.approx(18.0)
+    likelihood = Scale("log-likelihood", "")
+    assert usual_gate(likelihood, -0.56, 1.0) == 10.0, "half of the score would be within delta"
     config = tiny_config(tmp_path)
     assert Recipe.from_config(config.finetune, gate=0.4).gate == config.finetune.gate
     left_open = config.finetune.model_copy(update={"gate": None})

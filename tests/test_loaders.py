@@ -13,6 +13,7 @@ from conftest import TinyNet, all_images, all_labels, make_images, make_loader
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     IterableDataset,
     SubsetRandomSampler,
     TensorDataset,
@@ -31,6 +32,7 @@ from autocompress.loaders import (
     check_repeats,
     describe_input,
     in_order,
+    labels_of,
     loader_labels,
     measure_input,
     split_loader,
@@ -229,6 +231,35 @@ def test_labels_are_read_through_where_there_is_no_list_of_them() -> None:
     pairs = list(zip(images, labels.tolist(), strict=True))
     _, val = split_loader(DataLoader(pairs, batch_size=8), 0.2, 0)  # type: ignore[arg-type]
     assert torch.bincount(all_labels(val)).tolist() == [2] * 4
+
+
+def test_labels_are_those_that_a_data_set_gives() -> None:
+    """Not those that it keeps, where it makes others of them."""
+
+    class Parity(Dataset[tuple[Tensor, int]]):
+        def __init__(self, count: int) -> None:
+            self.targets = list(range(10)) * (count // 10)
+
+        def __len__(self) -> int:
+            return len(self.targets)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.zeros(1), self.targets[index] % 2
+
+    found = labels_of(Parity(50))
+    assert found is not None and found.tolist() == [0, 1] * 25
+    assert labels_of(Parity(6_000)) is None, "more than are read through"
+    own = labels_of(TensorDataset(*make_images(40, 0)))
+    assert own is not None and own.tolist() == make_images(40, 0)[1].tolist()
+
+
+def test_no_last_batch_of_one_is_left_by_the_cut() -> None:
+    loader = DataLoader(TensorDataset(*make_images(100, 0)), batch_size=8)
+    train, val = split_loader(loader, 0.11, 0)
+    assert [len(images) for images, _ in train] == [8] * 11, "89 = 11 x 8 + 1"
+    assert [len(images) for images, _ in val] == [8, 3]
+    train, _ = split_loader(loader, 0.1, 0)
+    assert sum(len(images) for images, _ in train) == 90
 
 
 def test_a_split_without_labels_is_random() -> None:

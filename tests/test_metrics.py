@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import TinyNet
 from torch import Tensor
 from torchmetrics import JaccardIndex, MeanAbsoluteError, MeanMetric, MeanSquaredError, R2Score
+from torchmetrics.classification import BinaryAccuracy, BinaryAUROC, MulticlassAUROC
 from torchmetrics.detection import MeanAveragePrecision
 
 from autocompress.errors import AutocompressError, ConfigError
@@ -63,6 +65,26 @@ def test_states_that_can_not_be_merged_come_to_the_same(metric: Any) -> None:
     one, two = seen(merged, *batches), seen(kept, *batches)
     assert merged._merged and one.score == pytest.approx(two.score, rel=1e-5)
     assert one.without == pytest.approx(two.without, rel=1e-4)
+
+
+def test_logits_of_part_of_a_batch_are_no_probabilities() -> None:
+    """torchmetrics takes values for logits if one of those that it sees is beyond 0 and 1."""
+    torch.manual_seed(0)
+    labels = torch.randint(2, (400,))
+    logits = torch.randn(400) + 0.5 * labels
+    for metric in (BinaryAUROC(), BinaryAccuracy()):
+        parts = list(zip(logits.split(8), labels.split(8), strict=True))
+        for part in parts:
+            metric.update(*part)
+        own = deepcopy(metric)
+        assert seen(TorchMetric(own), *parts).score == pytest.approx(float(metric.compute()))
+    classes = torch.randint(CLASSES, (60,))
+    scores = 0.4 * torch.randn(60, CLASSES)
+    auroc = MulticlassAUROC(CLASSES)
+    auroc.update(scores, classes)
+    assert seen(TorchMetric(auroc), (scores, classes)).score == pytest.approx(
+        float(auroc.compute())
+    )
 
 
 def test_means_of_batches_are_not_merged() -> None:

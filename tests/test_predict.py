@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import autocompress
 from autocompress.datasets import open_digits
-from autocompress.export import save_model
+from autocompress.export import save, save_model
 from autocompress.formats import FORMATS
 from autocompress.loaders import LazyImages
 from autocompress.manifest import CLASSIFICATION, Manifest
@@ -192,6 +192,31 @@ def test_an_int8_file_alone_has_a_program(tmp_path: Path) -> None:
     assert script_of("model.int8.onnx") == "predict_onnx.py"
     write_scripts(tmp_path, Manifest(), ("model.int8.onnx",))
     assert 'HERE / "model.int8.onnx"' in (tmp_path / "predict_onnx.py").read_text()
+
+
+def test_a_network_that_takes_bytes_is_given_bytes(tmp_path: Path) -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.float() / 255)
+
+    example, model = (torch.zeros(1, 4, dtype=torch.uint8),), Bytes()
+    profile = Profile(1, 4, 1, 8)
+    save_model(tmp_path / "one", model, Plan({}), None, example, profile, formats=("onnx",))
+    # Tuned further and saved anew it still takes them.
+    report = save(model, tmp_path / "two", like=tmp_path / "one", formats=("onnx", "pt2"))
+    assert not report.skipped
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    np.save(tmp_path / "pixels.npy", pixels)
+    for program in ("one/predict_onnx.py", "two/predict_onnx.py", "two/predict_pt2.py"):
+        done = call(tmp_path / program, "pixels.npy", "--save", "raw.npz", where=tmp_path)
+        assert done.returncode == 0, done.stderr
+        with np.load(tmp_path / "raw.npz") as raw, torch.no_grad():
+            expected = model(torch.from_numpy(pixels)).numpy()
+            np.testing.assert_allclose(raw["output_0"], expected, atol=1e-5)
 
 
 def test_several_inputs_come_from_one_file(tmp_path: Path) -> None:

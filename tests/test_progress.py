@@ -20,7 +20,7 @@ from autocompress.progress import (
     PlainDisplay,
     make_display,
 )
-from autocompress.scale import ACCURACY
+from autocompress.scale import ACCURACY, Scale
 from autocompress.screen import Panel
 from autocompress.tally import Facts
 
@@ -270,9 +270,10 @@ def test_messages_reach_the_logger(
     display = make() if make is NullDisplay else make(pipe())  # type: ignore[call-arg]
     with display:
         display.say("kept 3 trials in [runs/x]")
-        display.stage("exploration", 4, delta=1.0)
+        display.stage("exploration", 4, delta=1.0, scale=Scale("R2", ""))
         display.trial_started(0)
-        display.trial_finished(0, 0.5, 2.0, True, "COMPLETE", None)
+        display.trial_finished(0, 0.0125, 2.0, True, "COMPLETE", None)
+    assert "drop 0.0125" in caplog.text, "in the metric's digits"
     assert "kept 3 trials in [runs/x]" in caplog.text
     assert "exploration" in caplog.text and "2.00x" in caplog.text
 

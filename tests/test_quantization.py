@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from copy import deepcopy
 from dataclasses import replace
@@ -28,6 +29,7 @@ from autocompress.quantization import (
     CALIBRATIONS,
     OnnxNetwork,
     Quantizer,
+    _quiet,
     calibration_batches,
     fit_rounded,
     quantize_onnx,
@@ -218,6 +220,18 @@ def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path) -> None:
     found = OnnxNetwork(tmp_path / "two.onnx", model, (image[:1],))(image)
     with torch.no_grad():
         torch.testing.assert_close(found, model(image), rtol=1e-4, atol=1e-5)
+
+
+def test_quantizing_sets_up_no_logging(task: Task, tmp_path: Path) -> None:
+    """A warning of ONNX Runtime's would set up the root logger, and print all lines twice."""
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, []
+    try:
+        with _quiet():
+            logging.warning("of its insides")
+        assert root.handlers == []
+    finally:
+        root.handlers = before
 
 
 def test_what_cannot_be_quantized_is_named(tmp_path: Path) -> None:

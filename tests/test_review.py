@@ -116,6 +116,13 @@ def test_what_is_no_classifier_has_no_classes(output: object, batch: object) -> 
     assert class_changes(before, after, ()) == [] == after.lost
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_labels_may_be_whole_numbers_of_any_size(dtype: torch.dtype) -> None:
+    watcher = Predictions()
+    watcher(torch.eye(2), (torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]).to(dtype)))
+    assert watcher.labels.tolist() == watcher.guesses.tolist() == [0, 1]
+
+
 def test_inputs_that_are_no_images_are_not_shown() -> None:
     before, after = watched(torch.zeros(6, 16))
     assert after.lost == [] and len(class_changes(before, after, ())) == 3

@@ -1,3 +1,6 @@
+from collections import namedtuple
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,7 +10,15 @@ from conftest import TinyNet, make_loader
 from autocompress.batch import first_samples, part_of, samples_in, split_batch, to_device
 from autocompress.errors import ConfigError
 from autocompress.metrics import MeanScore
-from autocompress.task import Task, check_outputs, correct, logit_distillation, with_functions
+from autocompress.task import (
+    Task,
+    check_outputs,
+    classifies,
+    correct,
+    cross_entropy,
+    logit_distillation,
+    with_functions,
+)
 
 
 def test_example_is_one_image_as_the_network_gets_it(task: Task) -> None:
@@ -44,6 +55,30 @@ def test_images_of_the_wrong_depth_are_refused() -> None:
     task = Task(TinyNet(), loader, loader, make_loader(8, 0))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"\(3, 8, 8\)"):
         check_outputs(task)
+
+
+def test_a_network_must_return_itself_from_train(task: Task) -> None:
+    class Frozen(TinyNet):
+        def train(self, mode: bool = True) -> None:  # type: ignore[override]
+            super().train(mode)
+
+    task.model = Frozen()
+    with pytest.raises(ConfigError, match=r"Frozen.train\(\) must return the network"):
+        check_outputs(task)
+
+
+def test_outputs_are_logits_by_the_default_loss_or_metric(task: Task) -> None:
+    own = replace(task, metric=lambda output, batch: output[:, 0])
+    assert classifies(task) and classifies(own)
+    assert classifies(replace(own, loss=partial(cross_entropy, label_smoothing=0.1)))
+    assert not classifies(replace(own, loss=lambda output, batch: output.mean()))
+
+
+def test_named_tuples_keep_their_names() -> None:
+    Pair = namedtuple("Pair", ["image", "label"])
+    batch = Pair(torch.arange(6), torch.arange(6))
+    moved = to_device(first_samples(batch, 2), torch.device("cpu"))
+    assert moved.image.tolist() == [0, 1] and isinstance(moved, Pair)
 
 
 def test_a_metric_that_fails_is_said_before_any_work(task: Task) -> None:
