@@ -463,7 +463,9 @@ def _go_on(config: StudyConfig, stage: Stage, runner: Runner) -> None:
     display = bench.display
     least = math.inf
     while True:
-        runner.fit_long()
+        # After the last trials who would be idle begins with second seeds.
+        last = annealing.user_attrs.get(EXTRA, 0) >= config.search.extra_trials
+        runner.fit_long(again=last)
         cost, left = standing(bench) or (math.inf, math.inf)
         ended = at_the_end(trials_spent(annealing)[-AT_A_TIME:])
         enough = (ended or left <= LEFT * config.delta) and cost > PAID * least

@@ -413,16 +413,23 @@ def test_with_more_workers_more_trials_come_at_a_time(
     study = optuna.create_study(directions=["minimize", "minimize"])
     bench = SimpleNamespace(display=NullDisplay(), task=SimpleNamespace(scale=ACCURACY))
     totals: list[int] = []
+    asked: list[bool] = []
+
+    def fit_long(again: bool = False) -> bool:
+        asked.append(again)
+        return False
+
     told = SimpleNamespace(
         bench=bench,
         crew=SimpleNamespace(alive=4),
-        fit_long=lambda again=False: False,
+        fit_long=fit_long,
         run=lambda stage: totals.append(stage.total),
     )
     config = tiny_config(tmp_path, **{"search.extra_trials": 10})
     stage = Stage("annealing", study, cast(SearchSpace, object()), 15)
     conductor._go_on(config, stage, cast(Runner, told))
     assert totals == [19, 23, 25] and study.user_attrs[EXTRA] == 10
+    assert asked == [False, False, False, True], "second seeds for the idle, after the last trials"
 
 
 def test_enough_is_spent_only_if_the_second_seed_says_so_too(
