@@ -11,7 +11,7 @@ from typing import Any
 from optuna.study import Study
 
 from autocompress.config import StudyConfig, flatten, load_config, parse_config, ready_folder
-from autocompress.database import open_storage
+from autocompress.database import hide_password, open_storage
 from autocompress.errors import ConfigError
 from autocompress.process import STORAGE_VARIABLE
 from autocompress.store import StudyFolder, folder_of, load_stages, settings_in
@@ -37,12 +37,16 @@ def config_of(study: str | None, overrides: Mapping[str, Any]) -> StudyConfig:
     if "run.out" not in given:
         out = str(_out_of(Path(study), config.name))
         config = config.model_copy(update={"run": config.run.model_copy(update={"out": out})})
-    if ":***@" in str(config.run.storage):
+    if ":***@" not in str(config.run.storage):
+        return config
+    whole = os.environ.get(STORAGE_VARIABLE)
+    if whole is None or hide_password(whole) != config.run.storage:
         raise ConfigError(
-            f"The study in {study} is in the database {config.run.storage}, whose password "
-            "is not kept in files; give --storage with the whole URL."
+            f"The study in {study} is in the database {config.run.storage}, whose password is not "
+            f"kept in files; give --storage with the whole URL, or the variable {STORAGE_VARIABLE}."
         )
-    return config
+    run = config.run.model_copy(update={"storage": whole})
+    return config.model_copy(update={"run": run})
 
 
 def _out_of(folder: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 import autocompress
 from autocompress.fields import Field
+from autocompress.naming import config_of
 from autocompress.study import app, main
 
 STUDY = """
@@ -366,6 +367,7 @@ def test_no_password_reaches_a_file(
     for path in written:
         assert "s3cret" not in path.read_text(encoding="utf-8"), path
     assert "me:***@host" in (out / "small" / "report.html").read_text(encoding="utf-8")
+    assert config_of(str(out / "small"), {}).run.storage == url
     monkeypatch.delenv("AUTOCOMPRESS_STORAGE")
     assert "give --storage" in fail(capsys, "status", str(out / "small"))
 
