@@ -684,10 +684,11 @@ def labels_of(dataset: Any) -> Labels | None:
 def _are_given(labels: Any, dataset: Any) -> bool:
     """Whether a data set gives the labels that it keeps, and no others made of them (by a
     `target_transform`, say); a few are compared. Where it gives no numbers, they are believed."""
-    if isinstance(dataset, LazyImages) or len(labels) != len(dataset):
+    if isinstance(dataset, LazyImages):
         return True
-    places = {i * (len(dataset) - 1) // (_COMPARED - 1) for i in range(_COMPARED)}
     try:
+        last = min(len(labels), len(dataset)) - 1
+        places = {i * last // (_COMPARED - 1) for i in range(_COMPARED)}
         return all(int(dataset[place][1]) == int(labels[place]) for place in sorted(places))
     except (TypeError, ValueError, KeyError, IndexError, RuntimeError):
         return True
