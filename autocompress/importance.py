@@ -289,8 +289,9 @@ def _gate_derivatives(
     def gate(member: Member) -> Tensor:
         module = modules[member.layer]
         weight = module.get_parameter("weight")
-        assert weight.grad is not None
-        product = (weight.detach() * weight.grad).float().cpu()
+        # None where the loss doesn't ask for what the layer makes.
+        slope = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        product = (weight.detach() * slope).float().cpu()
         return _by_position(product, module, member)
 
     with torch.enable_grad():

@@ -83,13 +83,9 @@ def channel_groups(
         # What the patterns don't leave alone, and yet is: the first layers and the classifiers.
         ends = {layer.name for layer in every} - {layer.name for layer in layers}
         ends -= {n for n in ends if any(fnmatchcase(n, pattern) for pattern in search.exclude)}
-    reasons = dict(left_alone)
-    free = []
-    for layer in layers:
-        if bound_text(layer.name, search.bounds or ()):
-            reasons[layer.name] = "search.bounds names it"
-        else:
-            free.append(layer)
+    bounded = {layer.name for layer in every if bound_text(layer.name, search.bounds or ())}
+    reasons = {**left_alone, **dict.fromkeys(bounded, "search.bounds names it")}
+    free, ends = [layer for layer in layers if layer.name not in bounded], ends - bounded
     found, refused = find_groups(model, example)
     groups = removable(found, free, every, reasons, refused, ends)
     names = {member.layer for group in groups for member in group.members}

@@ -231,8 +231,12 @@ def _replaced(model: nn.Module, plan: Plan) -> nn.Module:
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule `name`."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+    path, _, last = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Else, in evaluation, its fused kernel reads the weight of the layer that is no more.
+        parent.activation_relu_or_gelu = 0
+    setattr(parent, last, new)
 
 
 def load_kernels(replacement: nn.Module, kernels: Sequence[Tensor]) -> None:

@@ -340,6 +340,25 @@ def test_a_layer_that_must_stay_keeps_its_channels() -> None:
     assert [group.name for group in free] == ["inner"]
 
 
+def test_an_output_may_be_a_mask() -> None:
+    class Sure(nn.Module):
+        def __init__(self, by: int) -> None:
+            super().__init__()
+            self.one, self.two, self.fc, self.by = conv(3, 8), conv(8, 8), nn.Linear(8, 2), by
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            inner = self.one(x).relu()
+            logits = self.fc(self.two(inner).relu().mean((2, 3)))
+            # By the mean of the channels: fewer of them make another mask.
+            sure = logits > 0 if self.by else inner.mean(1) > inner.mean(1).mean()
+            return {"logits": logits, "sure": sure}
+
+    torch.manual_seed(0)
+    example = (torch.randn(1, 3, SIZE, SIZE),)
+    assert {g.name for g in find_groups(Sure(1).eval(), example)[0]} == {"one", "two"}
+    assert {g.name for g in find_groups(Sure(0).eval(), example)[0]} == {"two"}
+
+
 def test_a_network_that_can_not_be_traced_has_no_groups() -> None:
     class Fails(nn.Module):
         def __init__(self) -> None:

@@ -82,6 +82,27 @@ def test_the_loss_misses_what_the_weights_do_not_tell() -> None:
         assert ladders_of(net, importance, task)["conv"].order[-1] == 5  # type: ignore[arg-type]
 
 
+def test_what_the_loss_does_not_ask_for_has_no_derivative() -> None:
+    class Two(TinyNet):
+        """Its second output counts for nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            found: list[Tensor] = []
+            hook = self.fc.register_forward_pre_hook(lambda _, given: found.append(given[0]))
+            logits = super().forward(x)
+            hook.remove()
+            return logits, self.aside(found[0])
+
+    torch.manual_seed(0)
+    net, loader = Two().eval(), make_loader(64, seed=0)
+    task = Task(net, loader, loader, loader, loss=lambda output, batch: output[0].square().mean())
+    assert ladders_of(net, "taylor", task)["conv"].order
+
+
 def test_norm_and_scale_are_what_they_say() -> None:
     torch.manual_seed(0)
     net = TinyNet().eval()

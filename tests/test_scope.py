@@ -110,6 +110,13 @@ def test_by_default_the_first_layer_keeps_its_outputs_and_the_classifier_reads_l
     assert "runs through stem" in refused["stem"].replace("run ", "runs ")
 
 
+def test_a_bounded_classifier_reads_all_channels() -> None:
+    bounds = (bound(layers="fc", compression=1.5),)
+    groups, others, refused = groups_of(bounds=bounds)
+    assert groups == [] and others == []
+    assert "runs through fc: search.bounds names it" in refused["conv"].replace("run ", "runs ")
+
+
 def test_named_layers_lose_channels() -> None:
     assert groups_of(include=("*",))[0] == ["stem", "conv"]
     assert groups_of(include=("stem", "conv"))[0] == ["stem"]

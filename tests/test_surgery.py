@@ -106,6 +106,18 @@ class _Counted(SVD):
         return super().factorize(*args, **kwargs)
 
 
+def test_a_fused_kernel_does_not_pass_by_what_was_replaced() -> None:
+    """Without derivatives PyTorch's encoder layer reads its weights itself, and calls no layer."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    small = apply_plan(encoder, Plan({"linear1": SVD(8), "linear2": SVD(8)})).eval()
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        fused = small(x)
+    assert fused.isfinite().all()
+    torch.testing.assert_close(fused, small(x), rtol=1e-4, atol=1e-5)
+
+
 def test_the_cache_factors_once_per_layer_and_method() -> None:
     _Counted.calls = 0
     cache = FactorCache(_net())
