@@ -94,7 +94,7 @@ def _found(
         if dataset is None:
             parts.append(None)
             continue
-        labels = labels_of(dataset)
+        labels = labels_of(dataset, believed=True)
         if labels is None:
             labels = _read_labels(dataset, name)
         contents = f"{name} {split} {len(dataset)}"
@@ -201,7 +201,7 @@ def _open(make: Callable[..., Any], name: str, root: Path, **choice: Any) -> Any
 
 def _dataset_arrays(dataset: Any) -> Split:
     pixels = as_nchw(np.asarray(dataset.data), "data")
-    labels = labels_of(dataset)
+    labels = labels_of(dataset, believed=True)
     if labels is None:
         raise ConfigError(f"{type(dataset).__name__} has no labels to learn.")
     return Split(pixels, labels)

@@ -649,10 +649,16 @@ def stratified_split(labels: Labels, fraction: float, seed: int) -> tuple[Labels
     return rest, chosen
 
 
-def labels_of(dataset: Any) -> Labels | None:
-    """All labels of a map-style data set, or None where they can't be had cheaply."""
+def labels_of(dataset: Any, believed: bool = False) -> Labels | None:
+    """All labels of a map-style data set, or None where they can't be had cheaply.
+
+    Args:
+        dataset: The data set.
+        believed: Whether those that it keeps are taken for those that it gives; else a few samples
+            are read to see.
+    """
     if isinstance(dataset, Subset):
-        inner = labels_of(dataset.dataset)
+        inner = labels_of(dataset.dataset, believed)
         return None if inner is None else inner[np.asarray(dataset.indices, np.int64)]
     found = None
     for name in ("targets", "labels", "_labels"):
@@ -666,7 +672,7 @@ def labels_of(dataset: Any) -> Labels | None:
         # Data sets of files keep pairs of a path and a label.
         samples = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
         found = None if samples is None else [sample[1] for sample in samples]
-    if found is not None and not _are_given(found, dataset):
+    if found is not None and not believed and not _are_given(found, dataset):
         found = None
     if found is None and len(dataset) <= _READ_THROUGH:
         try:

@@ -72,7 +72,7 @@ def test_a_worker_elsewhere_logs_in_the_studys_folder_if_it_is_the_same(tmp_path
     study, config = optuna.create_study(), tiny_config(tmp_path)
     folder = StudyFolder(tmp_path / "tiny")
     folder.create()
-    folder.claim(study)
+    folder.claim(study, None)
     assert _log_of(config, study).parent == folder.path / "workers"
     folder.identity.write_text("another study")
     assert _log_of(config, study).parent.name == "logs"
