@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from autocompress.batch import KnownBatch, first_samples, samples_in, tensors_in, to_device
 from autocompress.errors import ConfigError
+from autocompress.manifest import dtype_name
 from autocompress.task import Loader, Task, call_on_images, cross_entropy
 
 Labels = NDArray[np.int64]
@@ -358,7 +359,7 @@ def _images_and_labels(role: str, batch: Any) -> tuple[Tensor, Tensor]:
         )
     if labels.ndim == 1 and labels.dtype not in (torch.int64, torch.uint8):
         raise ConfigError(
-            f"The labels of {role} are of type {str(labels.dtype).removeprefix('torch.')}; "
+            f"The labels of {role} are of type {dtype_name(labels)}; "
             f"classes are whole numbers of type int64: convert them (labels.long()), {own}"
         )
     return images, labels

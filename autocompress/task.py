@@ -306,10 +306,15 @@ def with_functions(task: Task, functions: Mapping[str, Any], where: str) -> Task
     return replace(task, **given)
 
 
+def by_cross_entropy(task: Task) -> bool:
+    """Whether the loss is the default one, with or without label smoothing."""
+    return getattr(task.loss, "func", task.loss) is cross_entropy
+
+
 def classifies(task: Task) -> bool:
     """Whether the network's outputs are logits, as the default metric and the default loss have it:
     by one of them at least."""
-    return task.metric is correct or getattr(task.loss, "func", task.loss) is cross_entropy
+    return task.metric is correct or by_cross_entropy(task)
 
 
 def check_outputs(task: Task) -> None:

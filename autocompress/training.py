@@ -40,8 +40,8 @@ from autocompress.task import (
     Loader,
     Task,
     TrainingLoop,
+    by_cross_entropy,
     call_on_images,
-    cross_entropy,
     logit_distillation,
 )
 
@@ -596,7 +596,7 @@ def _can_be_captured(task: Task) -> bool:
     return (
         task.device.type == "cuda"
         and task.forward is call_on_images
-        and getattr(task.loss, "func", task.loss) is cross_entropy
+        and by_cross_entropy(task)
         and task.distillation in (None, logit_distillation)
     )
 
