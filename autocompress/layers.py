@@ -53,8 +53,10 @@ class LayerSpec:
         groups: As in Conv2d; 1 for a Linear.
         padding_mode: As in Conv2d; "zeros" for a Linear.
         bias: Whether the layer has a bias.
-        in_size: Height and width of the input; (positions, 1) for a Linear, where positions is the
-            number of vectors per image that go through it (1 for a classifier head).
+        in_size: Height and width of the input. Where a network folds several views of an image into
+            the batch (frames, crops), that of all views, one above the other. (positions, 1) for a
+            Linear, where positions is the number of vectors per image that go through it (1 for a
+            classifier head).
         out_size: Height and width of the output; like `in_size` for a Linear.
     """
 
@@ -109,6 +111,7 @@ def spec_of(
     """
     if isinstance(module, nn.Conv2d):
         padding = module.padding
+        views = prod(in_shape[:-3])
         return LayerSpec(
             name=name,
             kind="conv2d",
@@ -121,8 +124,8 @@ def spec_of(
             groups=module.groups,
             padding_mode=module.padding_mode,
             bias=module.bias is not None,
-            in_size=_pair(in_shape[-2:]),
-            out_size=_pair(out_shape[-2:]),
+            in_size=(views * in_shape[-2], in_shape[-1]),
+            out_size=(views * out_shape[-2], out_shape[-1]),
         )
     assert isinstance(module, nn.Linear)
     positions = prod(in_shape[:-1])
@@ -308,6 +311,8 @@ def _unplaced(name: str, calls: Sequence[_Shapes], flow: Flow) -> str | None:
         return "it was not called in the forward pass"
     if len(calls) > 1:
         return f"it was called {len(calls)} times in one forward pass"
+    if not all(shape.numel() for shape in calls[0]):
+        return "it got nothing of the example image, so its costs are not known"
     if name in flow.read_outside:
         return "its weight is also used outside of the layer, which a replacement can't serve"
     return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from autocompress.layers import Cost, LayerSpec, inspect_layers, spec_of
+from autocompress.profiler import profile_model
 
 
 class _Same(nn.Conv2d):
@@ -211,6 +212,39 @@ def test_spec_of_keeps_settings() -> None:
     assert (spec.padding, spec.dilation, spec.groups) == ("same", (1, 2), 2)
     assert (spec.padding_mode, spec.bias, spec.out_size) == ("reflect", True, (6, 7))
     assert spec.weights == 8 * 2 * 9 and spec.cost == Cost(144 + 8, 144 * 42)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+def test_views_that_are_folded_into_the_batch_all_count(views: int) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x.flatten(0, 1))
+            return out
+
+    model, example = Views(), (torch.zeros(1, views, 3, 9, 7),)
+    (layer,), _ = inspect_layers(model, example)
+    assert layer.cost == profile_model(model, example, latency=False).cost
+    assert layer.cost.macs == views * layer.weights * 4 * 3
+
+
+def test_what_gets_nothing_of_the_example_is_left_alone() -> None:
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.first(x)
+            unsure = out.amax(1) > 1e9
+            return out.index_put((unsure,), self.second(out[unsure]))
+
+    layers, left_alone = inspect_layers(Late(), (torch.zeros(1, 4),))
+    assert [layer.name for layer in layers] == ["first"]
+    assert left_alone["second"].startswith("it got nothing of the example image")
 
 
 def test_times_add_up_where_both_are_known() -> None:
