@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from autocompress.allocator import STAGES, Knobs, allocate
 from autocompress.damage import EVEN
@@ -207,9 +207,16 @@ class AnnealingSampler(PlanSampler):
         self._strays = strays
 
     def adopt(self, parents: Sequence[Parent]) -> None:
-        """Take more trials of the exploration for parents, as they turned out well."""
+        """Take more trials of the exploration for parents, as they turned out well.
+
+        Only those whose plans the space holds, for it was narrowed around others.
+        """
         known = {parent.label for parent in self._parents}
-        self._parents += [parent for parent in parents if parent.label not in known]
+        self._parents += [p for p in parents if p.label not in known and self._holds(p.plan)]
+
+    def _holds(self, plan: Plan) -> bool:
+        here = self._space.of_plan(plan)
+        return here.plan(here.pick(plan)) == plan
 
     @property
     def _delta(self) -> float:
@@ -423,7 +430,7 @@ class AnnealingSampler(PlanSampler):
             elder = known.get(child.user_attrs.get(PARENT, ""))
             if elder is None or _is_ripened(child):
                 continue
-            if child.state == TrialState.COMPLETE:
+            if has_weights(child):
                 saving = math.log(elder.cost / child.values[1])
                 after = self.outlook.expected("annealing", child)
             else:

@@ -104,7 +104,8 @@ class Bench:
         store: Optuna's artifact store.
         identity: Ties what is kept in the study's folder to the study.
         display: Told about the progress.
-        rejected_as_complete: Whether trials that the gate stops are told as complete.
+        rejected_as_complete: Whether trials of the exploration that the gate stops are told as
+            complete.
         studies: The Optuna studies of the search by stage; a child finds its parent there.
         finals: The Optuna study of the long fine-tunings, as soon as there is one.
         meter: Times networks on the runtime that the study names; None where the baseline doesn't
@@ -230,9 +231,10 @@ def see_through(
 ) -> FrozenTrial | None:
     """Carry out a trial, and tell its study how it went.
 
-    Every end is recorded: complete; stopped at the gate (PRUNED, with the constraint's value, or
-    complete for the samplers that learn only from those); failed with its reason. A trial that is
-    interrupted from outside is marked so, does not count, and the interruption goes on.
+    Every end is recorded: complete; stopped at the gate (PRUNED, with the constraint's value; or
+    complete in an exploration whose sampler learns only from those); failed with its reason. A
+    trial that is interrupted from outside is marked so, does not count, and the interruption goes
+    on.
 
     Args:
         bench: All that it needs.
@@ -253,7 +255,8 @@ def see_through(
     try:
         try:
             values, reason = work()
-            if reason is not None and not bench.rejected_as_complete:
+            learns = stage == "exploration" and bench.rejected_as_complete
+            if reason is not None and not learns:
                 state = TrialState.PRUNED
         except (UpdateFinishedTrialError, DatabaseLost):
             raise

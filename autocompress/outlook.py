@@ -21,11 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from autocompress.longfits import LongFit, by_trial, mean_bound
 from autocompress.training import Recipe
-from autocompress.trials import PARENT, lost, stage_of
+from autocompress.trials import PARENT, has_weights, lost, stage_of
 
 EPOCHS = "epochs"
 """User attribute of a study: passes over the training data in each of its trials."""
@@ -124,7 +124,7 @@ class Outlook:
         if label in self.ends:
             return self.ends[label]
         after = lost(trial, self.delta)
-        if trial.state != TrialState.COMPLETE or not math.isfinite(after):
+        if not has_weights(trial) or not math.isfinite(after):
             return after
         return self.bound(stage, trial.values[0], after - trial.values[0])
 
@@ -240,7 +240,7 @@ def _ripened(studies: Mapping[str, Study]) -> tuple[tuple[float, float], ...]:
     pairs = []
     for trial in annealing.get_trials(deepcopy=False):
         elder = elders.get(trial.user_attrs.get(PARENT, ""))
-        if trial.state != TrialState.COMPLETE or elder is None:
+        if not has_weights(trial) or elder is None:
             continue
         if trial.user_attrs.get("plan_digest") == elder.user_attrs.get("plan_digest"):
             pairs.append((elder.values[0], trial.values[0]))

@@ -34,6 +34,7 @@ from autocompress.objective import (
     load_trial_model,
     pace,
     run_trial,
+    see_through,
 )
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
@@ -190,6 +191,10 @@ def test_for_some_samplers_it_is_complete(task: Task, tmp_path: Path) -> None:
     assert frozen.state == TrialState.COMPLETE
     assert next(iter(frozen.constraints.values())) > 0
     assert "weights" not in frozen.user_attrs
+    # The annealing has a sampler of its own.
+    trial = bench.studies["exploration"].ask()
+    child = see_through(bench, trial, "annealing", lambda: ((9.0, 1.0), "9 lost"))
+    assert child is not None and child.state == TrialState.PRUNED
 
 
 @pytest.mark.parametrize(

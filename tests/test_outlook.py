@@ -19,7 +19,7 @@ from autocompress.outlook import (
     outlook_of,
 )
 from autocompress.training import Recipe
-from autocompress.trials import PARENT
+from autocompress.trials import PARENT, WEIGHTS
 
 RECIPE = Recipe(1.0, 16.0, 0.01, 0.02, 0.5, 75.0)
 DELTA = 1.0
@@ -39,12 +39,14 @@ def trial(
     parent: str | None = None,
     margin: float = 0.4,
     state: TrialState = TrialState.COMPLETE,
+    weights: bool = True,
 ) -> optuna.trial.FrozenTrial:
+    kept = {WEIGHTS: "somewhere"} if weights else {}
     return create_trial(
         values=[drop, 10.0] if state == TrialState.COMPLETE else None,
         state=state,
         system_attrs={"constraints": [drop + margin - DELTA]},
-        user_attrs={"plan_digest": plan, PARENT: parent},
+        user_attrs={"plan_digest": plan, PARENT: parent, **kept},
     )
 
 
@@ -112,6 +114,9 @@ def test_a_trial_promises_by_its_drop_and_a_stopped_one_by_its_constraint() -> N
     assert outlook.shortfall("exploration", trial(9.0)) > 0
     stopped = trial(1.5, state=TrialState.PRUNED)
     assert outlook.shortfall("exploration", stopped) == pytest.approx(0.9)
+    # Some samplers want those complete, too.
+    stopped = trial(1.5, weights=False)
+    assert outlook.shortfall("exploration", stopped) == pytest.approx(0.9)
     nothing = create_trial(state=TrialState.FAIL)
     assert outlook.shortfall("exploration", nothing) == float("inf")
 
@@ -122,6 +127,7 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
         trial(1.9, "a", "exploration/0"),
         trial(0.0, "c", "exploration/1"),  # another plan tells nothing
         trial(0.0, "a", "annealing/0"),
+        trial(9.0, "a", "exploration/0", weights=False),  # it was stopped
         **{EPOCHS: 4.0},
     )
     found = outlook_of({"exploration": exploration, "annealing": annealing}, RECIPE, DELTA, True)

@@ -2,6 +2,7 @@ import math
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from autocompress.errors import DamagedArtifact
 from autocompress.outlook import Outlook, Step
 from autocompress.plan import Plan
 from autocompress.samplers import KNOBS, KnobSampler, make_sampler, trial_seed
-from autocompress.space import SearchSpace
+from autocompress.space import KEEP, SearchSpace
 from autocompress.trials import EXCUSED, INTERRUPTED, PARENT, WEIGHTS
 
 SPACE = make_space()
@@ -339,8 +340,8 @@ def test_every_second_trial_fine_tunes_a_near_miss_further() -> None:
 
 
 def next_child(lost: float, longer: float = 1.0) -> float:
-    """Cost of the third child of a parent whose first two lost so many points, as a share of the
-    parent's."""
+    """Cost of the third trial, a child of a parent or of its children, of which the first two lost
+    so many points more, as a share of the parent's."""
     plan = DEEP.plan(allocate(DEEP, Knobs(0.5)))
     cost = DEEP.cost(DEEP.pick(plan))
     parent = Parent("exploration/0", plan.to_json(), 0.4, cost)
@@ -350,13 +351,15 @@ def next_child(lost: float, longer: float = 1.0) -> float:
         trial = study.ask()
         child = DEEP.suggest(trial)
         drop = parent.drop + lost
+        trial.set_user_attr("plan", child.to_json())
+        trial.set_user_attr(WEIGHTS, "somewhere")
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", [drop - 1.0])
         study.tell(trial, (drop, float(DEEP.cost(DEEP.pick(child)))))
     return float(DEEP.cost(DEEP.pick(DEEP.suggest(study.ask())))) / cost
 
 
 def test_children_save_more_where_others_lost_little() -> None:
-    assert 0.5 < next_child(0.1) < next_child(0.6) < next_child(5.0) < 1.0
+    assert STEPS[0] ** 3 < next_child(0.1) < next_child(0.6) < next_child(5.0) < 1.0
 
 
 def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
@@ -368,18 +371,21 @@ def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
         children = [
             stopped()
             if drop is None
+            else stopped(TrialState.COMPLETE)
+            if math.isnan(drop)
             else optuna.create_trial(
                 values=[drop, 80.0],
-                user_attrs={PARENT: "exploration/0"},
+                user_attrs={PARENT: "exploration/0", WEIGHTS: "somewhere"},
                 system_attrs={KNOBS: {"kind": "sample"}, "constraints": [drop - 1.0]},
             )
             for drop in drops
         ]
         return sampler._slope([parent], children)
 
-    def stopped() -> FrozenTrial:
+    def stopped(state: TrialState = TrialState.PRUNED) -> FrozenTrial:
         return optuna.create_trial(
-            state=TrialState.PRUNED,
+            state=state,
+            values=[60.0, 80.0] if state == TrialState.COMPLETE else None,
             user_attrs={PARENT: "exploration/0"},
             system_attrs={KNOBS: {"kind": "greedy", "step": 0.8}, "constraints": [60.0]},
         )
@@ -388,6 +394,7 @@ def test_the_last_child_tells_most_of_what_the_next_may_save() -> None:
     # One that was stopped at a gate tells that the step was too large, and not by how much.
     assert slope(0.2, None) == pytest.approx(slope(0.2, 2.5))
     assert slope(0.2, None) > 2 * slope(0.2, 0.8)
+    assert slope(0.2, math.nan) == slope(0.2, None)
     assert slope(0.5, 0.5, 0.5) == pytest.approx(slope(0.5, 0.5, 0.5, 0.5), rel=0.1)
 
 
@@ -582,6 +589,27 @@ def test_a_trial_that_turned_out_well_becomes_a_parent() -> None:
     run(study, DEEP, 2, inherited=0.5)
     elders = [trial.user_attrs[PARENT] for trial in study.trials]
     assert elders[0] == "exploration/0" and elders[2:] == ["exploration/1"] * 2
+
+
+def test_of_ranks_alone_only_what_the_space_holds_becomes_a_parent() -> None:
+    """The annealing's space lies around other plans, so a child would be one of theirs."""
+    plans = []
+    for method in ("svd", "spatial_svd"):
+        own = {
+            name: tuple(o for o in rows if o.method in (KEEP, method))
+            for name, rows in DEEP.options.items()
+        }
+        plans.append(DEEP.plan(allocate(replace(DEEP, options=own), Knobs(0.3))))
+    first, other = (
+        Parent(f"exploration/{n}", plan.to_json(), 0.4, DEEP.cost(DEEP.pick(plan)))
+        for n, plan in enumerate(plans)
+    )
+    narrowed = DEEP.narrow([first.plan], 0.2)
+    sampler = AnnealingSampler(narrowed, 0, outlook=Outlook(1.0, {}), parents=[first])
+    sampler.adopt([other])
+    assert sampler._parents == [first]
+    sampler.adopt([replace(first, label="exploration/2")])
+    assert len(sampler._parents) == 2
 
 
 def test_annealing_judges_its_children_by_the_constraint() -> None:
