@@ -75,25 +75,24 @@ def find_groups(
 def removable(
     groups: Sequence[ChannelGroup],
     layers: Sequence[LayerSpec],
-    every: Sequence[LayerSpec],
     left_alone: Mapping[str, str],
     refused: dict[str, str],
     ends: Collection[str] = (),
 ) -> tuple[ChannelGroup, ...]:
-    """The groups that the user's patterns leave free.
+    """The groups that only run through layers that may change.
 
     Args:
         groups: From `find_groups`.
         layers: Layers that may be transformed.
-        every: All layers that could be.
-        left_alone: Why the others of these may not.
+        left_alone: Why others with weights may not.
         refused: Takes the reasons of the groups that are not returned.
         ends: Layers that stay by default: what they read may become less, but not what they make.
     """
-    free, known = {layer.name for layer in layers}, {layer.name for layer in every}
+    free = {layer.name for layer in layers}
     found = []
     for group in groups:
-        weighted = [m for m in group.members if m.layer in known or m.side != "both"]
+        # What only passes channels on, such as batch norm, is in neither.
+        weighted = [m for m in group.members if m.layer in left_alone or m.side != "both"]
         blocked = next(
             (
                 member.layer
@@ -369,9 +368,19 @@ def _fault(
 
     Where layers run in training alone (`trained`), the network must run in training, too.
     """
-    if not groups:
-        return None
-    kept = [KeptChannels(group, _later_half(group)) for group in groups]
+    for choose in (_later_half, _every_other) if groups else ():
+        kept = [KeptChannels(group, choose(group)) for group in groups]
+        reason = _fault_without(work, inputs, kept, trained)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _fault_without(
+    work: nn.Module, inputs: tuple[Tensor, ...], kept: Sequence[KeptChannels], trained: bool
+) -> str | None:
+    """What goes wrong when these channels alone remain; None if nothing."""
+    groups = [part.group for part in kept]
     try:
         with torch.no_grad():
             small, inside = _computed(remove_channels(work, kept), inputs, groups)
@@ -392,9 +401,9 @@ def _fault(
     if not any(value.numel() for value in (*small, *whole)):
         # A detector that finds nothing would agree with any other; what it looks at tells more.
         small, whole = inside, inside_whole
+    if [one.shape for one in small] != [other.shape for other in whole]:
+        return "its channels are outputs of the network"
     for one, other in zip(small, whole, strict=True):
-        if one.shape != other.shape:
-            return "its channels are outputs of the network"
         if other.dtype == torch.bool:  # a mask, which knows no small differences
             one, other = one.float(), other.float()
         if other.numel() and not torch.allclose(
@@ -423,3 +432,11 @@ def _later_half(group: ChannelGroup) -> tuple[int, ...]:
     size = group.channels // group.chunks
     half = max(1, size // 2)
     return tuple(c for c in range(group.channels) if c % size >= size - half)
+
+
+def _every_other(group: ChannelGroup) -> tuple[int, ...]:
+    """Every other channel of each chunk, an odd number of them: a half may be whole parts of a
+    fixed size that a network reshapes its channels to, such as the heads of an attention."""
+    size = group.channels // group.chunks
+    own = range(0, size - 2 if size % 4 in (0, 3) and size > 2 else size, 2)
+    return tuple(c for c in range(group.channels) if c % size in own)

@@ -131,9 +131,11 @@ def build_ladders(
 
 
 def _params_each(modules: Mapping[str, nn.Module], group: ChannelGroup) -> int:
-    passing = [modules[member.layer] for member in group.of_side("both")]
+    passing = [(modules[member.layer], member.repeat) for member in group.of_side("both")]
     return sum(
-        len(list(module.parameters())) for module in passing if not isinstance(module, nn.Conv2d)
+        repeat * len(list(module.parameters()))
+        for module, repeat in passing
+        if not isinstance(module, nn.Conv2d)
     )
 
 

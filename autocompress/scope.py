@@ -87,7 +87,7 @@ def channel_groups(
     reasons = {**left_alone, **dict.fromkeys(bounded, "search.bounds names it")}
     free, ends = [layer for layer in layers if layer.name not in bounded], ends - bounded
     found, refused = find_groups(model, example)
-    groups = removable(found, free, every, reasons, refused, ends)
+    groups = removable(found, free, reasons, refused, ends)
     names = {member.layer for group in groups for member in group.members}
     others = tuple(layer for layer in every if layer.name in names and layer not in layers)
     return groups, others, refused

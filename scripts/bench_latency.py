@@ -133,7 +133,7 @@ def make_subject(name: str, deployment: Deployment, transforms: Sequence[str]) -
     seen = observe_layers(model, task, layers, images=IMAGES, patches=256)
     rows = build_table(model, layers, seen.factor_cache(model), seen, transforms)
     groups, _ = find_groups(model, example)
-    groups = removable(groups, layers, layers, {}, {})
+    groups = removable(groups, layers, {}, {})
     rows = replace(rows, ladders=build_ladders(model, task, groups, seen, "outputs"))
     errors = time.perf_counter() - start
     times = LayerTimes(deployment, cache_folder() / "layer-times")

@@ -93,7 +93,7 @@ def table_space(arena: Arena, channels: bool = False) -> tuple[SearchSpace, Fact
     layer_table = build_table(model, arena.layers, cache, seen, config.search.transforms)
     if channels:
         found, _ = find_groups(model, arena.example)
-        groups = removable(found, arena.layers, arena.layers, {}, {})
+        groups = removable(found, arena.layers, {}, {})
         ladders = build_ladders(model, arena.task, groups, seen, config.search.importance)
         layer_table = replace(layer_table, ladders=ladders)
     full = arena.baseline.profile.cost

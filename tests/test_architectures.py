@@ -69,7 +69,7 @@ def test_it_is_compressed_by_half(
     cache = FactorCache(model, seen.patches)
     table = build_table(model, layers, cache, seen, tuple(TRANSFORMS))
     groups, refused = find_groups(model, example)
-    groups = removable(groups, layers, layers, {}, refused)
+    groups = removable(groups, layers, {}, refused)
     assert groups or source in WITHOUT_GROUPS, refused
     table = replace(table, ladders=build_ladders(model, task, groups, seen, "outputs"))
     before = profile_model(model, example, latency=False)

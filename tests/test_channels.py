@@ -102,6 +102,27 @@ class Normed(nn.Module):
         return self.fc(self.four(x).relu().mean((2, 3)))
 
 
+class Attention(nn.Module):
+    """Heads of eight channels each, however many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 16)
+        self.query, self.key, self.value = (nn.Linear(16, 32) for _ in range(3))
+        self.mix, self.fc = nn.Linear(32, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).relu().flatten(2).transpose(1, 2)
+        count, length, _ = tokens.shape
+        query, key, value = (
+            part(tokens).reshape(count, length, -1, 8).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        seen = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+        mixed = self.mix(seen.transpose(1, 2).reshape(count, length, -1))
+        return self.fc(mixed.relu().mean(1))
+
+
 class Reused(nn.Module):
     """One layer is called twice: its inputs and outputs are the same channels."""
 
@@ -197,6 +218,23 @@ def test_what_can_not_be_removed_is_refused_with_a_reason(
     found, refused = groups_of(randomized(model))
     assert name not in found
     assert reason in refused[name]
+
+
+def test_parts_of_a_fixed_size_stay_whole() -> None:
+    """Half of the channels are whole heads; most other numbers are not."""
+    found, refused = groups_of(randomized(Attention()))
+    assert set(found) == {"stem", "mix"}
+    assert "the network fails" in refused["query"]
+
+
+def test_as_many_outputs_as_channels() -> None:
+    class Unbound(Residual):
+        def forward(self, x: Tensor) -> Any:
+            x = self.stem(x).relu()
+            return self.inner(x), *x.unbind(1)
+
+    found, refused = groups_of(randomized(Unbound()))
+    assert not found and refused["stem"] == "its channels are outputs of the network"
 
 
 def test_of_a_network_with_a_wrong_group_the_others_remain() -> None:
@@ -327,17 +365,33 @@ def test_a_layer_that_must_stay_keeps_its_channels() -> None:
     model = randomized(Residual())
     example = (torch.randn(1, 3, SIZE, SIZE),)
     groups, refused = find_groups(model, example)
-    every, _ = inspect_layers(model, example)
     layers, left_alone = inspect_layers(model, example, exclude=["back"])
-    assert removable(groups, layers, every, left_alone, refused) == ()
+    assert removable(groups, layers, left_alone, refused) == ()
     assert refused["stem"] == "its channels run through back: search.exclude names it"
     layers, left_alone = inspect_layers(model, example, include=None)
-    free = removable(groups, layers, every, left_alone, refused, ends={"stem", "fc"})
+    free = removable(groups, layers, left_alone, refused, ends={"stem", "fc"})
     assert [group.name for group in free] == ["inner"]
     assert "its channels run through stem: " in refused["stem"]
     layers, left_alone = inspect_layers(model, example, exclude=["fc"])
-    free = removable(groups, layers, every, left_alone, refused)
+    free = removable(groups, layers, left_alone, refused)
     assert [group.name for group in free] == ["inner"]
+
+
+def test_a_layer_that_can_not_change_passes_no_channels_that_do() -> None:
+    """A depthwise convolution that is called twice would count once in the costs."""
+
+    class Twice(Depthwise):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.middle(self.middle(self.act(self.expand(x))).relu())
+            return self.head(self.project(x.relu()).relu()).mean((2, 3))
+
+    model, example = randomized(Twice()), (torch.randn(1, 3, SIZE, SIZE),)
+    groups, refused = find_groups(model, example)
+    assert {group.name for group in groups} == {"expand", "project"}
+    layers, left_alone = inspect_layers(model, example)
+    free = removable(groups, layers, left_alone, refused)
+    assert [group.name for group in free] == ["project"]
+    assert "through middle: it was called 2 times" in refused["expand"]
 
 
 def test_an_output_may_be_a_mask() -> None:

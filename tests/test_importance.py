@@ -161,6 +161,28 @@ def test_all_kinds_of_groups_are_measured(model: nn.Module, importance: Importan
         remove_channels(model, [ladder.kept(ladder.choices[0].keep)])
 
 
+def test_what_passes_a_channel_on_at_several_positions_has_as_many_parameters() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm1d(8 * 16)
+            self.fc = nn.Linear(8 * 16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.fc(self.norm(self.stem(x).relu().flatten(1)))
+            return out
+
+    model = randomized(Flat())
+    ladder = ladders_of(model, "norm", task_of(model, 4))["stem"]
+    assert ladder.params_each == 2 * 16
+    small = remove_channels(model, [ladder.kept(ladder.choices[0].keep)])
+    removed = 8 - ladder.choices[0].keep
+    counts = [
+        sum(p.numel() for p in net.get_submodule("norm").parameters()) for net in (model, small)
+    ]
+    assert counts[0] - counts[1] == removed * ladder.params_each
+
+
 def test_what_two_readers_miss_is_added_up() -> None:
     model = randomized(Residual())
     with_both = ladders_of(model, "norm")["stem"].choices[0].impact
