@@ -416,13 +416,15 @@ class Rows:
     def __call__(self, layer: LayerSpec) -> tuple[Option, ...]:
         """The options of a layer; the first is to keep it."""
         if layer not in self._known:
-            choices = self._table.choices[layer.name]
-            if layer != self._whole[layer.name]:
-                choices = tuple(_narrower(layer, choices))
-            whole = Option(None, self._count(self._table.cost(layer)), 0.0, KEEP)
+            choices, whole = self._table.choices[layer.name], self._whole[layer.name]
+            if layer != whole:
+                # A method that saves no time for the whole layer is none of the parameter's values.
+                offered = {option.method for option in self(whole)}
+                narrower = _narrower(layer, choices)
+                choices = tuple(c for c in narrower if c.transform.name in offered)
+            keep = Option(None, self._count(self._table.cost(layer)), 0.0, KEEP)
             options = [self._option(choice) for choice in choices]
-            saving = [option for option in options if option.cost < whole.cost]
-            self._known[layer] = (whole, *saving)
+            self._known[layer] = (keep, *(o for o in options if o.cost < keep.cost))
         return self._known[layer]
 
     def figures(self, layer: LayerSpec) -> Figures:

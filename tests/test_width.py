@@ -21,9 +21,10 @@ from autocompress.layers import Cost, inspect_layers
 from autocompress.observation import observe_layers
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
-from autocompress.sensitivity import LayerTable, build_table
+from autocompress.sensitivity import Choice, LayerTable, build_table
 from autocompress.space import KEEP, SearchSpace
 from autocompress.surgery import apply_plan, build_plan
+from autocompress.transforms.svd import SVD
 from autocompress.width import ChannelSpace
 
 
@@ -173,6 +174,27 @@ def test_a_narrower_layer_has_only_ranks_that_save_there(
             assert option.choice is not None
             assert option.choice.params < full.params and option.choice.macs < full.macs
             assert option.error > 0
+
+
+def test_a_narrower_layer_has_no_method_that_the_whole_one_lacks(model: nn.Module) -> None:
+    """With times a method may save nothing at the whole width, and so be no value to choose."""
+    table, full = table_of(model)
+
+    def ms(choice: Choice) -> float:
+        return 2.0 if isinstance(choice.transform, SVD) else choice.fraction
+
+    table = replace(
+        table,
+        choices={n: tuple(replace(c, ms=ms(c)) for c in own) for n, own in table.choices.items()},
+        layer_ms={layer.name: 1.0 for layer in table.layers},
+        network_ms=10.0,
+    )
+    space = SearchSpace.from_table(table, "latency", replace(full, ms=10.0))
+    assert space.width is not None
+    fewest = {name: own[-1].keep for name, own in space.width.options.items()}
+    narrow = space.at(fewest)
+    for name, own in space.options.items():
+        assert {o.method for o in narrow.options[name]} <= {o.method for o in own}
 
 
 def test_fractions_mean_the_next_count_at_or_above(width: ChannelSpace) -> None:
