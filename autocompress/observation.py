@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autocompress.batch import samples_in, split_batch, tensors_in
+from autocompress.errors import ConfigError
 from autocompress.layers import LayerSpec
 from autocompress.surgery import FactorCache
 from autocompress.task import Task
@@ -75,6 +76,9 @@ def observe_layers(
         images: About how many training images to read.
         patches: How many patches to keep of each layer.
         seed: Fixes the places and the projections.
+
+    Raises:
+        ConfigError: If no image came to a layer.
     """
     generator = torch.Generator().manual_seed(seed)
     loader = task.calibrating
@@ -91,17 +95,28 @@ def observe_layers(
         for batch in task.calibration_batches(batch_count):
             # Small ones, which bounds the memory of the backward passes.
             for chunk in split_batch(batch, CHUNK):
+                count = samples_in(chunk)
                 for norm in norms:
-                    norm.train(samples_in(chunk) > 1)
+                    norm.train(count > 1)
+                for listener in listeners.values():
+                    listener.images = count
                 _backward(task.forward(model, chunk), generator)
                 model.zero_grad(set_to_none=True)
-    found = {name: listener.gradients for name, listener in listeners.items()}
+                for listener in listeners.values():
+                    listener.end_pass()
+    unseen = [name for name, listener in listeners.items() if not listener.patches]
+    if unseen:
+        raise ConfigError(
+            f"No training image, of about {images}, came to layer '{unseen[0]}', so nothing tells "
+            f"what may be done to it. Leave it alone: search.exclude = {unseen}."
+        )
     return Observations(
         {name: _first(one.patches, patches) for name, one in listeners.items()},
         {
-            name: _first([part for part in parts if part is not None], patches)
-            for name, parts in found.items()
-            if all(part is not None for part in parts)
+            # Where an image did not come to the layer, nothing depends on it.
+            name: _first(one.gradients, patches) * one.share_derived**0.5
+            for name, one in listeners.items()
+            if one.gradients
         },
     )
 
@@ -123,45 +138,95 @@ def _backward(output: Any, generator: torch.Generator) -> None:
     total.backward()  # type: ignore[no-untyped-call]
 
 
+@dataclass
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+        patches: Inputs at random places of it.
+        places: Number of its places.
+        gradient: Derivatives at the random ones; None until they are known.
+    """
+
+    patches: Tensor
+    places: int
+    gradient: Tensor | None = None
+
+
 class _Listener:
     """A forward hook that keeps inputs and derivatives of a layer at random places.
 
+    A layer may see something else than one row for each image: windows of an image, or frames, that
+    a network folds into the batch; the few images that no early exit took; one image after the
+    other.
+
     Attributes:
-        patches: One tensor for each call.
-        gradients: The same; None until the derivative is known.
+        images: Images in the forward pass that runs.
+        patches: Real inputs, one tensor for each call.
+        gradients: Derivatives at the same places; empty where there are none.
     """
 
     def __init__(self, layer: LayerSpec, share: int, generator: torch.Generator) -> None:
         self._layer, self._share, self._generator = layer, share, generator
+        self._calls: list[_Call] = []
+        self._passes: list[bool] = []
+        self.images = 1
         self.patches: list[Tensor] = []
-        self.gradients: list[Tensor | None] = []
+        self.gradients: list[Tensor] = []
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
+        if not output.numel():
+            return
         x = (args[0] if args else kwargs["input"]).detach()
         if self._layer.kind == "linear":
             count = output.numel() // output.shape[-1]
             rows = self._draw(count, x)
-            self.patches.append(x.reshape(-1, x.shape[-1])[rows].float())
-            self._keep(output, count / len(output), lambda g: g.reshape(count, -1)[rows])
+            call = _Call(x.reshape(-1, x.shape[-1])[rows].float(), count)
+            self._keep(call, output, lambda g: g.reshape(count, -1)[rows])
             return
         assert isinstance(module, nn.Conv2d)
-        image, row, column = (self._draw(n, x) for n in (len(output), *output.shape[-2:]))
-        self.patches.append(_cut(module, self._layer, x, image, row, column))
-        area = output.shape[-2] * output.shape[-1]
-        self._keep(output, area, lambda g: g[image, :, row, column])
+        channels, height, width = output.shape[-3:]
+        count = output.numel() // (channels * height * width)
+        image, row, column = (self._draw(n, x) for n in (count, height, width))
+        x = x.reshape(-1, *x.shape[-3:])
+        call = _Call(_cut(module, self._layer, x, image, row, column), count * height * width)
+        self._keep(
+            call, output, lambda g: g.reshape(-1, channels, height, width)[image, :, row, column]
+        )
+
+    def end_pass(self) -> None:
+        """Close a forward pass and its backward pass."""
+        calls, self._calls = self._calls, []
+        # Activation checkpointing calls a layer twice, and only one of the calls is derived.
+        derived = [call for call in calls if call.gradient is not None]
+        self._passes.append(bool(derived))
+        if self.gradients and not derived:
+            return
+        if derived and not self.gradients:
+            self.patches.clear()  # of passes whose outputs didn't depend on the layer
+        places = sum(call.places for call in derived or calls)
+        for call in derived or calls:
+            rows = -(-self._share * call.places // places)
+            self.patches.append(call.patches[:rows])
+            if call.gradient is not None:
+                self.gradients.append(call.gradient[:rows] * (places / self.images) ** 0.5)
+
+    @property
+    def share_derived(self) -> float:
+        """Share of the passes in which there were derivatives by the layer."""
+        return sum(self._passes) / len(self._passes)
 
     def _draw(self, limit: int, like: Tensor) -> Tensor:
         return torch.randint(limit, (self._share,), generator=self._generator).to(like.device)
 
-    def _keep(self, output: Tensor, places: float, at: Callable[[Tensor], Tensor]) -> None:
-        """Note the derivative by `output` once it is known."""
-        slot = len(self.gradients)
-        self.gradients.append(None)
+    def _keep(self, call: _Call, output: Tensor, at: Callable[[Tensor], Tensor]) -> None:
+        """Note a call, and the derivative by its output once it is known."""
+        self._calls.append(call)
 
         def note(gradient: Tensor) -> None:
-            self.gradients[slot] = (at(gradient) * places**0.5).float()
+            call.gradient = at(gradient).float()
 
         if output.requires_grad:
             output.register_hook(note)  # type: ignore[no-untyped-call]

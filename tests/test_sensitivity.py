@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from conftest import TinyNet, make_loader
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from autocompress.errors import ConfigError
 from autocompress.layers import inspect_layers
 from autocompress.observation import Observations, observe_layers, output_change
 from autocompress.plan import Plan
@@ -207,6 +209,98 @@ def test_the_gradient_of_a_convolution_is_taken_where_the_patch_is() -> None:
     ).all(1)
     given = seen.gradients["conv"].abs().sum(dim=1) > 0
     assert corner.any() and torch.equal(given, corner)
+
+
+class Tokens(nn.Module):
+    """The same function of an image's pixels, however they are handed to the layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        count, length, channels = pixels.shape
+        if self.how == "windows":
+            mixed = self.mix(pixels.reshape(count * 4, length // 4, channels))
+        elif self.how == "sequence first":
+            mixed = self.mix(pixels.transpose(0, 1)).transpose(0, 1)
+        elif self.how == "one by one":
+            mixed = torch.stack([self.mix(one) for one in pixels])
+        elif self.how == "recomputed":
+            mixed = checkpoint(self.mix, pixels.requires_grad_(), use_reentrant=False)
+        elif self.how == "recomputed, reentrant":
+            mixed = checkpoint(self.mix, pixels.requires_grad_(), use_reentrant=True)
+        else:
+            mixed = self.mix(pixels)
+        out: Tensor = self.head(mixed.reshape(count, length, -1).relu().mean(1))
+        return out
+
+
+@pytest.mark.parametrize(
+    "how", ["windows", "sequence first", "one by one", "recomputed", "recomputed, reentrant"]
+)
+def test_derivatives_are_those_of_an_image_however_a_layer_is_called(how: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(96, 3, 4, 4)
+    plain, other = Tokens("plain"), Tokens(how)
+    other.load_state_dict(plain.state_dict())
+    squares = [
+        observed(model, images).gradients["mix"].square().sum(1).mean() for model in (plain, other)
+    ]
+    assert float(squares[1]) == pytest.approx(float(squares[0]), rel=0.1)
+
+
+def test_convolutions_of_single_images_are_observed() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.conv(one).mean((1, 2)) for one in x])
+
+    class Batch(Single):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(x).mean((2, 3))
+            return out
+
+    torch.manual_seed(0)
+    images, single, batch = torch.randn(64, 3, 5, 6), Single(), Batch()
+    batch.load_state_dict(single.state_dict())
+    one, other = (observed(model, images) for model in (single, batch))
+    assert one.patches["conv"].shape == other.patches["conv"].shape == (4096, 3, 3, 3)
+    squares = [seen.gradients["conv"].square().sum(1).mean() for seen in (one, other)]
+    assert float(squares[0]) == pytest.approx(float(squares[1]), rel=0.1)
+
+
+def test_layers_of_an_early_exit_are_observed_on_the_images_that_go_on() -> None:
+    class Early(nn.Module):
+        def __init__(self, limit: float) -> None:
+            super().__init__()
+            self.limit = limit
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.first(x)
+            unsure = x[:, 0] > self.limit
+            return out.index_put((unsure,), self.second(out[unsure]))
+
+    torch.manual_seed(0)
+    images = torch.randn(96, 4)
+    images[0, 0], images[1:64, 0] = 2.0, -1.0  # the second chunk has none
+    seen = observed(Early(0.5), images)
+    share = float((images[:, 0] > 0.5).float().mean())
+    square = float(seen.gradients["second"].square().sum(1).mean())
+    assert square == pytest.approx(4 * share, rel=0.7)
+    images[1:, 0] = -1.0
+    model = Early(0.5)
+    layers, _ = inspect_layers(model, (images[:1],))
+    rest = [(images[1:], torch.zeros(95, dtype=torch.long))]
+    task = Task(model, rest, rest, rest)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="exclude = \\['second'\\]"):
+        observe_layers(model, task, layers, images=95)
 
 
 def test_without_derivatives_the_impact_is_the_squared_error() -> None:
