@@ -315,7 +315,8 @@ def _checked(
     groups: Sequence[ChannelGroup],
     refused: dict[str, str],
 ) -> list[ChannelGroup]:
-    """The groups that can be removed; all at once where that goes, else one by one."""
+    """The groups that can be removed; all at once where that goes, else one by one, and of those
+    that can't lose channels together the first ones."""
     trained = _trains_more(work, inputs)
     if _fault(work, inputs, groups, trained) is None:
         return list(groups)
@@ -326,12 +327,16 @@ def _checked(
             good.append(group)
         else:
             refused[group.name] = reason
-    reason = _fault(work, inputs, good, trained)
-    if reason is not None:
-        for group in good:
+    if _fault(work, inputs, good, trained) is None:
+        return good
+    together: list[ChannelGroup] = []
+    for group in good:
+        reason = _fault(work, inputs, [*together, group], trained)
+        if reason is None:
+            together.append(group)
+        else:
             refused[group.name] = f"together with others {reason}"
-        return []
-    return good
+    return together
 
 
 def _trains_more(work: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -242,6 +242,21 @@ def test_of_a_network_with_a_wrong_group_the_others_remain() -> None:
     assert {"two", "four"} <= set(found)
 
 
+def test_of_groups_that_can_not_lose_channels_together_the_first_remain() -> None:
+    class Wide(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.stem.out_channels + self.inner.out_channels < 13:
+                raise ValueError("too narrow")
+            return super().forward(x)
+
+    found, refused = groups_of(randomized(Wide()))
+    assert set(found) == {"stem"}
+    assert refused["inner"] == (
+        "together with others without some of its channels the network fails: "
+        "ValueError: too narrow"
+    )
+
+
 def test_a_layer_that_is_called_twice_is_never_offered_wrongly(images: Tensor) -> None:
     model = randomized(Reused())
     found, _ = groups_of(model)
