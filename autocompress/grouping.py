@@ -7,7 +7,7 @@ runs through.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
@@ -315,18 +315,24 @@ def _checked(
     groups: Sequence[ChannelGroup],
     refused: dict[str, str],
 ) -> list[ChannelGroup]:
-    """The groups that can be removed; all at once where that goes, else one by one, and of those
-    that can't lose channels together the first ones."""
+    """The groups that can be removed; of those that can't lose channels together the first ones."""
     trained = _trains_more(work, inputs)
     if _fault(work, inputs, groups, trained) is None:
         return list(groups)
-    good = []
-    for group in groups:
-        reason = _fault(work, inputs, [group], trained)
-        if reason is None:
-            good.append(group)
-        else:
-            refused[group.name] = reason
+
+    def sound(some: Sequence[ChannelGroup]) -> Iterator[ChannelGroup]:
+        """Those that can be removed, found by halves, for few can't as a rule."""
+        half = len(some) // 2
+        for part in (some[:half], some[half:]):
+            reason = _fault(work, inputs, part, trained)
+            if reason is None:
+                yield from part
+            elif len(part) > 1:
+                yield from sound(part)
+            else:
+                refused[part[0].name] = reason
+
+    good = list(sound(groups))
     if _fault(work, inputs, good, trained) is None:
         return good
     together: list[ChannelGroup] = []
