@@ -83,7 +83,7 @@ from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
 from autocompress.trials import CHECKPOINT, EXTRA, counted, has_weights, violation, within_delta
 from autocompress.watch import Watch
-from autocompress.weights import state_digest
+from autocompress.weights import portable_state, state_digest
 
 logger = logging.getLogger("autocompress")
 
@@ -269,7 +269,7 @@ def _run(setting: _Setting, command: str) -> Outcome:
     bound = {
         **bound_settings(config),
         DATA: task.fingerprint,
-        WEIGHTS: state_digest(task.model.state_dict()),
+        WEIGHTS: state_digest(portable_state(task.model)),
     }
     exploration = _open(setting, "exploration", bound)
     folder.claim(exploration, config.run.storage)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from autocompress import __version__
 from autocompress.card import CARD, Facts, is_generated, write_card
 from autocompress.config import DEFAULT_FORMATS
-from autocompress.errors import AutocompressError, ConfigError
+from autocompress.errors import ConfigError
 from autocompress.formats import (
     FORMATS,
     INT8_FILE,
@@ -51,6 +51,7 @@ from autocompress.plan import Plan
 from autocompress.predict import SCRIPTS, write_scripts
 from autocompress.profiler import Example, Profile, profile_model
 from autocompress.surgery import build_plan
+from autocompress.weights import portable_state
 
 TRUSTED_SOURCES = ("zoo", "torchvision", "timm")
 WEIGHTS_FILE = "model.safetensors"
@@ -128,7 +129,7 @@ def save_model(
         image=None if image is None else dict(image),
         task=None if task is None else dict(task),
     )
-    state = _state(model)
+    state = portable_state(model)
     with _replacing(target) as place:
         (place / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
         save_file(state, place / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -225,7 +226,7 @@ def _check_like(model: nn.Module, home: Path) -> None:
     """Refuse a network that has other weights, by name and shape, than the folder's."""
     with safe_open(existing(home / WEIGHTS_FILE), framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    own = {name: tuple(value.shape) for name, value in _state(model).items()}
+    own = {name: tuple(value.shape) for name, value in portable_state(model).items()}
     differing = sorted(
         name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name)
     )
@@ -298,19 +299,6 @@ def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False
             f"{' '.join(str(error).split())}"
         ) from error
     return network.eval()
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers; tied weights are written under each of their names."""
-    state = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise AutocompressError(
-                f"'{name}' in the network's state is a {type(value).__name__}; only tensors can "
-                "be saved. Register it as a buffer."
-            )
-        state[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return state
 
 
 def _adopt_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -458,7 +458,7 @@ def _trace(model: nn.Module, example: Example, largest: int | None = None) -> Ex
     with _quiet():
         try:
             shapes = _by_parameter(model, _free_batch(pair, largest))
-            program = torch.export.export(model, pair, dynamic_shapes=shapes)
+            program = _exported(model, pair, shapes)
         except Exception as error:
             raise AutocompressError(
                 f"torch.export can't trace {type(model).__name__}: {first_line(error)}"
@@ -468,6 +468,17 @@ def _trace(model: nn.Module, example: Example, largest: int | None = None) -> Ex
         for node in part.graph.nodes if isinstance(part, GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return program
+
+
+def _exported(model: nn.Module, example: Example, shapes: tuple[Any, ...]) -> ExportedProgram:
+    try:
+        return torch.export.export(model, example, dynamic_shapes=shapes)
+    except Exception as error:
+        # By the network's bytecode len(x) is no constant, as it is in a run of it.
+        try:
+            return torch.export.export(model, example, dynamic_shapes=shapes, strict=True)
+        except Exception:
+            raise error from None
 
 
 def _pair(example: Example) -> Example:
@@ -514,15 +525,33 @@ def _difference(
                 )
             difference = _distance(wanted, got)
             scale = wanted.double().abs().max().item()
-            if not difference <= tolerance * scale and not (  # so that NaN fails too
-                difference <= ROUNDING * _rounding(model, batch, expected)
-            ):
-                raise AutocompressError(
-                    f"{name} differs from the network: by {difference:.2g} where outputs reach "
-                    f"{scale:.3g} (at most {tolerance:g} of that is allowed)."
-                )
+            if not difference <= tolerance * scale:  # so that NaN fails too
+                _need_same(model, batch, expected, tolerance)
+                if not difference <= ROUNDING * _rounding(model, batch, expected):
+                    raise AutocompressError(
+                        f"{name} differs from the network: by {difference:.2g} where outputs reach "
+                        f"{scale:.3g} (at most {tolerance:g} of that is allowed)."
+                    )
             largest = max(largest, difference)
     return largest
+
+
+def _need_same(
+    model: nn.Module, inputs: Example, outputs: Sequence[Tensor], tolerance: float
+) -> None:
+    """Refuse a network that is random: its outputs tell nothing of a file's.
+
+    Raises:
+        AutocompressError: If it answers otherwise when it is asked again.
+    """
+    with torch.no_grad():
+        again = list(tensors_in(model(*inputs)))
+    for one, other in zip(outputs, again, strict=True):
+        if _distance(one, other) > tolerance * one.double().abs().max().item():
+            raise AutocompressError(
+                f"{type(model).__name__} answers the same images differently each time, in "
+                "evaluation mode too, so no file can be compared with it."
+            )
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

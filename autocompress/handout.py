@@ -105,8 +105,10 @@ def export_trial(
     origin = attrs["origin"]
     if origin is None:
         raise ConfigError(
-            "The study's network came from Python and can't be built here; use "
-            "autocompress.load(folder, model=YourNetwork()) on its best/ folder."
+            "The study's network came from Python and can't be built here. Its winner and the next "
+            "best can be had there, by autocompress.load(folder, model=YourNetwork()) on best/ and "
+            "second/; any trial only where a study file names a function that makes the network "
+            "(model.source = 'my_code:network')."
         )
     chosen = _best(folder) if label == "best" else _trial(folder, studies, label)
     base = build_model(origin["source"], origin["arguments"], None, study_folder)

@@ -41,7 +41,7 @@ from autocompress.progress import Display, NullDisplay
 from autocompress.sensitivity import LayerTable
 from autocompress.sources import task_from_config
 from autocompress.store import PLACE, SETTINGS, load_study
-from autocompress.task import Task
+from autocompress.task import Task, unfreeze
 from autocompress.weights import fetch_weights
 
 
@@ -172,7 +172,7 @@ def join(config: StudyConfig, study: Study, display: Display, code: Path | None 
             f"expected {facts['config'][DATA]}). Give the same data: --data-root FOLDER."
         )
     task.amp_dtype = torch.bfloat16 if facts["precision"] == "bfloat16" else None
-    task.model.requires_grad_(True)
+    unfreeze(task.model)
     baseline, example = _baseline(task, study, store)
     # What it says of the latency was said when the study began.
     baseline, meter = time_baseline(config, baseline, example, study, NullDisplay())

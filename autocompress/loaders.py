@@ -428,7 +428,8 @@ def check_repeats(name: str, loader: Loader) -> None:
     if not same:
         raise ConfigError(
             f"{name} begins with another batch in every pass, so networks can't be compared on it: "
-            "it is shuffled or augmented at random. Give batches that stay the same. (Where "
+            "it is shuffled, drawn or augmented at random. Give batches that stay the same "
+            "(shuffle=False). (Where "
             "validation data was cut from augmented training data: give val, or set data.val_from "
             "= 'test'.)"
         )
@@ -531,11 +532,12 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
             f"Validation data can't be cut off a {type(loader).__name__}; give val yourself, or "
             "give train as a torch.utils.data.DataLoader."
         )
-    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+    plain = _is_shuffled(loader) or isinstance(loader.sampler, SequentialSampler)
+    plain = plain and type(loader) is DataLoader
     if isinstance(loader.dataset, IterableDataset) or not plain or loader.batch_size is None:
         raise ConfigError(
-            "Validation data can't be cut off a DataLoader with an iterable data set or a sampler "
-            "of its own; give val yourself."
+            "Validation data can't be cut off a DataLoader with an iterable data set, a sampler of "
+            "its own or a class of its own; give val yourself."
         )
     dataset = loader.dataset
     labels = labels_of(dataset)
@@ -555,10 +557,11 @@ def in_order(loader: Loader) -> Loader:
     """A loader that gives its samples in the same order in every pass.
 
     Scores of two networks are compared sample by sample. A shuffled DataLoader is replaced by one
-    that does not shuffle; of any other loader the order is taken for fixed, see `check_repeats`.
+    that does not shuffle; of any other loader, subclasses among them, the order is taken for fixed,
+    see `check_repeats`.
     """
     loader = _without_subset_sampler(loader)
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+    if _is_shuffled(loader) and type(loader) is DataLoader:
         return like(loader, loader.dataset, False, loader.drop_last)
     return loader
 
@@ -572,9 +575,17 @@ def loader_labels(loader: Loader) -> Labels | None:
     return None
 
 
+def _is_shuffled(loader: Loader) -> bool:
+    """Whether a DataLoader gives each sample of its data set once, in a random order."""
+    sampler = loader.sampler if isinstance(loader, DataLoader) else None
+    if not isinstance(sampler, RandomSampler):
+        return False
+    return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+
+
 def _without_subset_sampler(loader: Loader) -> Loader:
     """The same samples, shuffled, with a `Subset` in place of a SubsetRandomSampler."""
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, SubsetRandomSampler):
+    if type(loader) is DataLoader and isinstance(loader.sampler, SubsetRandomSampler):
         chosen = Subset(loader.dataset, list(loader.sampler.indices))
         return like(loader, chosen, True, loader.drop_last)
     return loader

@@ -23,7 +23,7 @@ from autocompress import __version__
 from autocompress.artifacts import fetch_text, save_text, write_text
 from autocompress.baseline import Baseline, check_better_than_guessing, train_baseline
 from autocompress.channels import ChannelGroup
-from autocompress.config import StudyConfig, cache_folder
+from autocompress.config import FinetuneConfig, StudyConfig, cache_folder
 from autocompress.costs import is_timed
 from autocompress.errors import AutocompressError, ConfigError, DamagedArtifact, StudyMismatch
 from autocompress.evaluation import Evaluation, drop_bound, evaluate
@@ -47,7 +47,7 @@ from autocompress.scope import bound_table, bound_text, channel_groups, why_refu
 from autocompress.sensitivity import LayerTable, build_table
 from autocompress.space import SearchSpace
 from autocompress.store import StudyFolder
-from autocompress.task import Task
+from autocompress.task import Task, unfreeze
 from autocompress.training import Recipe, fastest_precision
 from autocompress.usage import usage_of
 from autocompress.weights import portable_state, save_weights, state_digest, write_weights
@@ -166,8 +166,13 @@ def _make_baseline(
     config: StudyConfig, task: Task, display: Display, folder: StudyFolder, study: Study
 ) -> tuple[Baseline, tuple[torch.Tensor, ...]]:
     """Train or load the baseline, score it on validation data and profile it."""
-    if not any(parameter.requires_grad for parameter in task.model.parameters()):
-        task.model.requires_grad_(True)
+    imitates = task.distillation is not None or task.training is not None
+    if config.finetune.distillation not in (0, FinetuneConfig().distillation) and not imitates:
+        display.say(
+            f"finetune.distillation = {config.finetune.distillation:g} has no effect: with a loss "
+            "of your own nothing is distilled, unless you give a distillation function, too."
+        )
+    if unfreeze(task.model):
         display.say("All of the network's parameters were frozen; they are made trainable.")
     precision = study.user_attrs.get("precision")
     if precision is None:

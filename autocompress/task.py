@@ -19,9 +19,13 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from autocompress.batch import Batch, first_samples, tensors_in, to_device
 from autocompress.errors import ConfigError, did_you_mean
+from autocompress.manifest import dtype_name
 from autocompress.metrics import Metric, ScoreFunction, as_metric
+from autocompress.random_numbers import OwnNumbers
 from autocompress.scale import Scale
 
+IGNORED = -100
+"""A label that neither the default loss nor the default metric counts, as PyTorch has it."""
 WEIGHT_DECAY = 5e-4
 WARM_UP_SHARE = 0.15
 """Of the default optimizer, and of the default schedule's steps."""
@@ -87,16 +91,37 @@ def cross_entropy(output: Any, batch: Batch, label_smoothing: float = 0.0) -> Te
 def correct(output: Any, batch: Batch) -> Tensor:
     """The default metric: 1 for each label at which the largest logit is, else 0.
 
+    Of labels for each pixel those that the default loss ignores, too, don't count.
+
+    Returns:
+        `n` shares of labels, 0 to 1.
+
     Raises:
-        ConfigError: If there are not as many outputs as labels; broadcasting would hide that.
+        ConfigError: If there are not as many outputs as labels, or these are no classes of at least
+            two; broadcasting would hide that.
     """
-    if len(output) != len(batch[1]):
+    labels = batch[1]
+    if len(output) != len(labels):
         raise ConfigError(
-            f"The forward pass gave {len(output)} outputs for {len(batch[1])} labels; it must give "
+            f"The forward pass gave {len(output)} outputs for {len(labels)} labels; it must give "
             "one for each sample."
         )
-    hits: Tensor = output.argmax(dim=1) == batch[1]
-    return hits.float()
+    shape = tuple(output.shape)
+    fits = shape[:1] + shape[2:] == tuple(labels.shape)
+    if len(shape) < 2 or shape[1] < 2 or not fits or labels.is_floating_point():
+        raise ConfigError(
+            "Accuracy, the default metric, wants outputs for at least two classes, of shape "
+            "(images, classes), and labels that are their numbers, of shape (images); got outputs "
+            f"of shape {shape} and labels of shape {tuple(labels.shape)}, "
+            f"{dtype_name(labels)}. Give a metric of your own (metric=...); of one-hot labels "
+            "labels.argmax(1) are the numbers."
+        )
+    hits: Tensor = output.argmax(dim=1) == labels
+    if hits.ndim == 1:
+        return hits.float()
+    counted = (labels != IGNORED).flatten(1)
+    shares: Tensor = (hits.flatten(1) & counted).sum(1) / counted.sum(1).clamp_min(1)
+    return shares
 
 
 def logit_distillation(student: Any, teacher: Any, temperature: float = 4.0) -> Tensor:
@@ -214,7 +239,7 @@ class Task:
         """The first `count` batches of `calibration`, on the device; the same in each call."""
         if self.calibration is not None and hasattr(self.calibration, "reseed"):
             self.calibration.reseed(0)
-        return batches(self.calibrating, self.device, count)
+        return batches(_repeated(self.calibrating), self.device, count)
 
     def example(self) -> tuple[Tensor, ...]:
         """One validation image on the CPU, as the tensors that `model(*inputs)` takes.
@@ -267,6 +292,23 @@ class Task:
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
+def _repeated(loader: Loader) -> Iterator[Batch]:
+    """The batches of a loader, shuffled and augmented alike in every pass."""
+    generator = getattr(loader, "generator", None)
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        generator = None
+    numbers = OwnNumbers(0, generator)
+    with numbers.used():
+        source = iter(loader)
+    while True:
+        with numbers.used():
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+        yield batch
+
+
 def batches(loader: Iterable[Batch], device: torch.device, count: int | None) -> Iterator[Batch]:
     """The first `count` batches of `loader` (all for None), on `device`."""
     for batch in islice(loader, count):
@@ -317,6 +359,17 @@ def classifies(task: Task) -> bool:
     return task.metric is correct or by_cross_entropy(task)
 
 
+def unfreeze(model: nn.Module) -> bool:
+    """Make all parameters trainable where none is; whether that was so.
+
+    Where some are, the others are frozen on purpose.
+    """
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return False
+    model.requires_grad_(True)
+    return True
+
+
 def check_outputs(task: Task) -> None:
     """Run the network and the metric on two samples, before any work is spent.
 
@@ -333,11 +386,36 @@ def check_outputs(task: Task) -> None:
     batch = next(iter(task.train), None)
     if batch is None:
         raise ConfigError("The training loader is empty; give at least one batch.")
-    device = next(task.model.parameters()).device
-    samples = to_device(first_samples(batch, 2), device)
+    output, _ = _answered(task, batch)
+    outputs = output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else None
+    if outputs is not None and len(task.classes) > outputs:
+        raise ConfigError(
+            f"The data has {len(task.classes)} classes, the network has {outputs} outputs; set "
+            "model.arguments so that it has at least as many (num_classes)."
+        )
+    # The labels of training batches may be mixed, or smoothed.
+    output, samples = _answered(task, next(iter(task.val), batch))
+    try:
+        task.measure.join([task.measure.observe(output, samples)])
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The metric failed on two samples with {type(error).__name__}: {error}."
+        ) from error
+
+
+def _answered(task: Task, batch: Batch) -> tuple[Any, Batch]:
+    """What the network makes of two samples of a batch, in evaluation mode, and these samples.
+
+    Raises:
+        ConfigError: If it can't take them.
+    """
+    was_training = task.model.training
+    samples = to_device(first_samples(batch, 2), next(task.model.parameters()).device)
     try:
         with torch.no_grad():
-            output = task.forward(task.model.eval(), samples)
+            return task.forward(task.model.eval(), samples), samples
     except Exception as error:
         shapes = ", ".join(str(tuple(value.shape[1:])) for value in tensors_in(batch))
         raise ConfigError(
@@ -347,17 +425,3 @@ def check_outputs(task: Task) -> None:
         ) from error
     finally:
         task.model.train(was_training)
-    outputs = output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else None
-    if outputs is not None and len(task.classes) > outputs:
-        raise ConfigError(
-            f"The data has {len(task.classes)} classes, the network has {outputs} outputs; set "
-            "model.arguments so that it has at least as many (num_classes)."
-        )
-    try:
-        task.measure.join([task.measure.observe(output, samples)])
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"The metric failed on two samples with {type(error).__name__}: {error}."
-        ) from error

@@ -36,6 +36,7 @@ from autocompress.errors import ConfigError, TrainingDiverged
 from autocompress.evaluation import recalibrate
 from autocompress.kernels import fast_kernels
 from autocompress.models import load_state
+from autocompress.random_numbers import OwnNumbers
 from autocompress.task import (
     Loader,
     Task,
@@ -474,22 +475,17 @@ class _Data:
             loader.reseed(seed)
         if views is not None and hasattr(loader, "limit_views"):
             loader.limit_views(views)
-        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._numbers = OwnNumbers(seed)
         self._passes = self._read = 0
-        self._begun = self._random
+        self._begun = self._numbers.state
         self._batches: Iterator[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        others = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
+        with self._numbers.used():
             return self._next()
-        finally:
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(others)
 
     def _next(self) -> Batch:
         while True:
@@ -514,7 +510,7 @@ class _Data:
         if hasattr(self._loader, "reseed"):
             for _ in range(state["passes"]):
                 next(iter(self._loader), None)
-        self._passes, self._random = state["passes"], state["random"]
+        self._passes, self._numbers.state = state["passes"], state["random"]
         for _ in range(state["read"]):
             next(self)
 

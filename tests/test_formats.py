@@ -110,6 +110,34 @@ def test_a_network_that_rounds_much_may_differ_by_as_much() -> None:
             by(error)
 
 
+def test_a_length_in_a_forward_pass_is_the_batch_size(tmp_path: Path) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(torch.cat([self.first.expand(len(x), -1, -1), x], 1).mean(1))
+            return out
+
+    images = torch.randn(5, 6, 4)
+    network = Tokens().eval()
+    for name in ("onnx", "pt2"):
+        own = Source(network, (images[:1],), {})
+        assert write_format(FORMATS[name], own, images, tmp_path) < 1e-5
+
+
+def test_a_network_that_is_random_can_not_be_compared(tmp_path: Path) -> None:
+    class Random(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.nn.functional.dropout(x, 0.5, training=True))
+
+    images = torch.randn(5, 16)
+    own = Source(Random(16, 3).eval(), (images[:1],), {})
+    with pytest.raises(AutocompressError, match="answers the same images differently"):
+        write_format(FORMATS["onnx"], own, images, tmp_path)
+
+
 def test_half_precision_is_within_only(source: Source, tmp_path: Path) -> None:
     for name in ("onnx", "onnx-fp16"):
         write_format(FORMATS[name], source, IMAGES, tmp_path)

@@ -15,6 +15,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -300,6 +301,33 @@ def test_a_shuffled_loader_is_put_in_order() -> None:
     assert in_order(mine) is mine  # type: ignore[comparison-overlap]
 
 
+class Doubling(DataLoader[Any]):
+    """A loader of somebody's own, whose batches are its own business."""
+
+    def __iter__(self) -> Any:
+        return ((2 * images, labels) for images, labels in super().__iter__())
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        Doubling(TensorDataset(*make_images(64, 1)), batch_size=8, shuffle=True),
+        DataLoader(
+            range(64),  # type: ignore[arg-type]
+            batch_size=8,
+            sampler=RandomSampler(range(64), num_samples=16),
+        ),
+    ],
+    ids=["subclass", "draws"],
+)
+def test_what_would_be_another_loader_in_order_is_left_as_it_is(loader: Any) -> None:
+    assert in_order(loader) is loader
+    with pytest.raises(ConfigError, match="shuffle=False"):
+        check_repeats("test", loader)
+    with pytest.raises(ConfigError, match="give val yourself"):
+        split_loader(loader, 0.5, 0)
+
+
 class Unending(IterableDataset[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(int, 1)
@@ -330,7 +358,7 @@ def test_data_that_changes_from_pass_to_pass_is_refused() -> None:
     check_repeats("val", array_loader())
     with pytest.raises(ConfigError, match="val begins with another batch"):
         check_repeats("val", DataLoader(Noisy(*make_images(64, 1)), batch_size=8))
-    with pytest.raises(ConfigError, match="shuffled or augmented"):
+    with pytest.raises(ConfigError, match="shuffled, drawn or augmented"):
         check_repeats("val", array_loader(shuffle=True))
 
 

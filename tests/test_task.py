@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TinyNet, make_loader
+from conftest import TinyNet, make_images, make_loader
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from autocompress.batch import first_samples, part_of, samples_in, split_batch, to_device
 from autocompress.errors import ConfigError
@@ -17,6 +19,7 @@ from autocompress.task import (
     correct,
     cross_entropy,
     logit_distillation,
+    unfreeze,
     with_functions,
 )
 
@@ -90,6 +93,66 @@ def test_a_metric_that_fails_is_said_before_any_work(task: Task) -> None:
         check_outputs(task)
 
 
+def test_training_labels_may_be_mixed(task: Task) -> None:
+    """The metric is asked about validation data alone."""
+    images, labels = next(iter(task.train))
+    task.train = [(images, torch.eye(10)[labels])]  # type: ignore[assignment]
+    check_outputs(task)
+
+
+@pytest.mark.parametrize(
+    ("output", "labels"),
+    [
+        (torch.zeros(4, 1), torch.ones(4)),  # argmax is 0, whatever the network says
+        (torch.zeros(4, 1), torch.ones(4, 1)),
+        (torch.zeros(4), torch.ones(4, dtype=torch.int64)),
+        (torch.zeros(2, 2), torch.eye(2, dtype=torch.int64)),  # these would broadcast
+        (torch.zeros(4, 3), torch.ones(4)),
+    ],
+)
+def test_accuracy_is_of_classes_alone(output: Tensor, labels: Tensor) -> None:
+    with pytest.raises(ConfigError, match="Give a metric of your own"):
+        correct(output, (None, labels))
+
+
+def test_pixels_that_the_loss_ignores_do_not_count() -> None:
+    labels = torch.tensor([[[0, 1], [-100, -100]], [[-100, -100], [-100, -100]]])
+    logits = torch.zeros(2, 3, 2, 2)
+    assert correct(logits, (None, labels)).tolist() == [0.5, 0.0]
+
+
+def test_calibration_batches_are_the_same_whatever_was_drawn_before() -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            image, label = super().__getitem__(index)
+            return image + torch.rand(()), label
+
+    for generator in (None, torch.Generator()):
+        loader = DataLoader(
+            Noisy(*make_images(64, 1)), batch_size=8, shuffle=True, generator=generator
+        )
+        task = Task(TinyNet(), loader, loader, loader)
+        passes = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            numbers = torch.rand(3)
+            passes.append(torch.cat([images for images, _ in task.calibration_batches(4)]))
+            torch.manual_seed(seed)
+            assert torch.equal(torch.rand(3), numbers)
+        assert torch.equal(*passes)
+        before = torch.get_rng_state()
+        list(task.calibration_batches(2))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_frozen_parameters_stay_frozen_unless_all_are() -> None:
+    model = TinyNet()
+    model.stem.weight.requires_grad_(False)
+    assert not unfreeze(model) and not model.stem.weight.requires_grad
+    model.requires_grad_(False)
+    assert unfreeze(model) and all(p.requires_grad for p in model.parameters())
+
+
 def test_a_batch_may_hold_what_has_no_samples() -> None:
     batch = {"image": torch.zeros(4, 2), "weight": 1.0, "step": torch.tensor(3), "names": ["a"] * 4}
     cut = first_samples(batch, 2)
@@ -99,7 +162,8 @@ def test_a_batch_may_hold_what_has_no_samples() -> None:
 
 def test_the_defaults_serve_dense_outputs() -> None:
     logits, labels = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
-    assert correct(logits, (None, labels)).shape == (2, 3, 4)
+    shares = correct(logits, (None, labels))
+    torch.testing.assert_close(shares, (logits.argmax(1) == labels).float().mean((1, 2)))
     same = logit_distillation(logits, logits)
     assert float(same) == pytest.approx(0.0, abs=1e-5)
     flat = logits.permute(0, 2, 3, 1).reshape(-1, 5)

@@ -51,7 +51,9 @@ HERE = Path(__file__).parent
 
 
 def net():
-    return TinyNet()
+    network = TinyNet()
+    network.stem.weight.requires_grad_(False)
+    return network
 
 
 class Loader(DataLoader):
@@ -217,6 +219,9 @@ def test_a_worker_joins_from_the_database_alone(mine: Path, tmp_path_factory: An
     theirs = [t for t in study.trials if t.user_attrs[WORKER] != study.trials[0].user_attrs[WORKER]]
     assert theirs and all(t.state == TrialState.COMPLETE for t in theirs)
     assert said.count("/30]") >= 30, "the conductor tells of those, too"
+    config, study = read_settings(Place(url, "mine", code=mine.parent))
+    joined = joining.join(config, study, NullDisplay(), mine.parent).bench.task.model
+    assert [n for n, p in joined.named_parameters() if not p.requires_grad] == ["stem.weight"]
 
 
 @pytest.mark.slow
