@@ -102,6 +102,8 @@ LEFT = 0.1
 is none,"""
 PAID = 0.97
 """or while the last of these trials made it this much cheaper."""
+PAID_FOR = "cost_before_extra_trials"
+"""User attribute of the annealing: what the winner cost before the last of them; None for none."""
 
 
 @dataclass(frozen=True)
@@ -453,15 +455,23 @@ def _anneal(
         # What is finished goes on only where more is allowed than then.
         allowed -= finished["config"]["search"].get("extra_trials", allowed)
     if longer and (finished is None or allowed > 0):
-        _go_on(config, stage, runner)
+        # One that was interrupted goes on as it would have; one that is allowed more tries them.
+        least = annealing.user_attrs.get(PAID_FOR) if finished is None else None
+        _go_on(config, stage, runner, math.inf if least is None else least)
     return annealing
 
 
-def _go_on(config: StudyConfig, stage: Stage, runner: Runner) -> None:
-    """Trials beyond those planned, while they pay or the tolerance is far from spent."""
+def _go_on(config: StudyConfig, stage: Stage, runner: Runner, least: float) -> None:
+    """Trials beyond those planned, while they pay or the tolerance is far from spent.
+
+    Args:
+        config: The study file.
+        stage: The annealing.
+        runner: Carries trials out.
+        least: What the winner cost before the last of such trials; infinity for none.
+    """
     bench, annealing = runner.bench, stage.study
     display = bench.display
-    least = math.inf
     while True:
         # After the last trials who would be idle begins with second seeds.
         last = annealing.user_attrs.get(EXTRA, 0) >= config.search.extra_trials
@@ -485,6 +495,7 @@ def _go_on(config: StudyConfig, stage: Stage, runner: Runner) -> None:
         why = unused if math.isfinite(left) else "No network is within delta yet"
         display.say(f"{why}: {more} more trials.")
         least = min(least, cost)
+        annealing.set_user_attr(PAID_FOR, least if math.isfinite(least) else None)
         annealing.set_user_attr(EXTRA, given + more)
         stage = replace(stage, total=stage.total + more)
         runner.run(stage)

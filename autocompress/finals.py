@@ -215,6 +215,11 @@ class Finals:
             orders += [(label, second) for label in [*once, *promising]]
         return orders[:room]
 
+    def unsure(self) -> list[Order]:
+        """The second seed of the cheapest that is within delta now, where it had one only."""
+        best = self._met_now()[:1]
+        return [(label, self._seeds[1]) for label in best if len(self._fits[label]) == 1]
+
     def fits(self, label: str) -> Sequence[LongFit]:
         """The long fine-tunings by which a trial is judged: of those of one kind that are within
         delta the first, as `by_trial` puts them, else of all."""

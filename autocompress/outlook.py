@@ -184,7 +184,8 @@ def outlook_of(
     ends = {}
     for label, kinds in by_trial(fits, recipe).items():
         known = [end for fit in kinds[0] if (end := _as_long_as_now(fit, recipe)) is not None]
-        for fit in known:
+        # One that failed tells nothing of others.
+        for fit in (one for one in known if one.weights is not None):
             found = found.having_seen(stage_of(label), fit.before, fit.after)
         if known:
             ends[label] = mean_bound(known)

@@ -94,7 +94,8 @@ class Runner:
                     post.look_out()
 
     def fit_long(self, again: bool = False) -> bool:
-        """Fine-tune at length what promises to come within delta by it, `ROUND` networks at most.
+        """Fine-tune at length what promises to come within delta by it, `ROUND` networks at most,
+        and the second seeds without which none of them may win.
 
         As many at a time as there are workers, with those that were ordered before and are still
         to be done.
@@ -116,6 +117,9 @@ class Runner:
             if room > left:
                 wanted = Finals.of(bench).wanted(room, again, sure=again and spent >= ROUND - 2)
                 new = order(finals, wanted, bench.finetune, most=room - left)
+            if again and not left and not new:
+                # However much was spent: no winner has had but one seed.
+                new = order(finals, Finals.of(bench).unsure(), bench.finetune)
             if not left + len(new):
                 return spent > 0
             spent += len({label for label, _ in new})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -427,7 +428,7 @@ def test_with_more_workers_more_trials_come_at_a_time(
     )
     config = tiny_config(tmp_path, **{"search.extra_trials": 10})
     stage = Stage("annealing", study, cast(SearchSpace, object()), 15)
-    conductor._go_on(config, stage, cast(Runner, told))
+    conductor._go_on(config, stage, cast(Runner, told), math.inf)
     assert totals == [19, 23, 25] and study.user_attrs[EXTRA] == 10
     assert asked == [False, False, False, True], "second seeds for the idle, after the last trials"
 
@@ -460,6 +461,22 @@ def test_the_annealing_goes_on_while_that_pays(
     plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
     run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
     assert ended(tmp_path / "tiny")["annealing"] == 10
+
+
+def test_what_was_interrupted_after_its_search_gets_no_more_trials(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    plan: dict[str, Any] = {"trials": 2, "annealing_trials": 6, "finetune.final_epochs": 2.0}
+    monkeypatch.setattr(conductor, "standing", lambda bench: (100.0, 0.0))
+    for _ in range(3):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(conductor, "conclude", interrupted)
+            run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
+    run_study(tiny_config(tmp_path, **plan), task, NullDisplay())
+    assert ended(tmp_path / "tiny")["annealing"] == 8
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])

@@ -67,7 +67,7 @@ class Fits:
         spent = 0
         while spent < ROUND:
             outlook = OUTLOOK
-            for fit in fits:
+            for fit in (one for one in fits if one.weights is not None):
                 outlook = outlook.having_seen("annealing", fit.before, fit.after)
             own = {fit.trial: [one for one in fits if one.trial == fit.trial] for fit in fits}
             ends = {label: mean_bound(several) for label, several in own.items()}

@@ -12,6 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from test_objective import Ends, make_bench, run
 
+from autocompress import runner
 from autocompress.crew import Solo
 from autocompress.evaluation import evaluate
 from autocompress.longfits import LOST, order, withdraw_others
@@ -159,6 +160,17 @@ def test_who_would_be_idle_while_one_goes_on_begins_with_the_second_seed(bench: 
     assert Runner(bench, Two(bench), lambda: None).fit_long(again=True)
     assert waited[0] == [(LABEL, 0), (LABEL, 1)]
     assert [(fit.trial, fit.seed) for fit in bench.long_fits] == waited[0]
+
+
+def test_however_many_there_were_the_best_gets_its_second_seed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "ROUND", 1)
+    bench.delta = 90.0
+    one = Runner(bench, Solo(bench), lambda: None)
+    assert one.fit_long() and [fit.seed for fit in bench.long_fits] == [0]
+    assert one.fit_long(again=True) and [fit.seed for fit in bench.long_fits] == [0, 1]
+    assert not one.fit_long(again=True)
 
 
 def test_one_whose_worker_died_at_once_comes_again(bench: Bench) -> None:

@@ -136,6 +136,18 @@ def test_plans_that_were_only_fine_tuned_further_tell_the_first_step() -> None:
     assert twice > 1.3 * once**2
 
 
+def test_a_long_fine_tuning_that_failed_tells_nothing_of_others() -> None:
+    failed = LongFit(
+        "annealing/0", 0, 16.0, RECIPE.final_learning_rate, 2.0, 150.0, 150.0, None, 1.0
+    )
+    annealing = study_with(trial(2.0), trial(2.0), **{EPOCHS: 4.0})
+    before = outlook_of({"annealing": annealing}, RECIPE, DELTA, True)
+    after = outlook_of({"annealing": annealing}, RECIPE, DELTA, True, [failed])
+    assert after.steps == before.steps
+    one, other = (after.expected("annealing", t) for t in annealing.trials)
+    assert one == 150.0 and other == before.expected("annealing", annealing.trials[1])
+
+
 def test_a_long_fine_tuning_tells_the_second_step() -> None:
     one = LongFit("annealing/0", 0, 16.0, RECIPE.final_learning_rate, 2.0, 0.1, 0.7, "w", 1.0)
     annealing = study_with(trial(2.0), **{EPOCHS: 4.0})
