@@ -181,13 +181,17 @@ def test_a_narrower_layer_has_no_method_that_the_whole_one_lacks(model: nn.Modul
     table, full = table_of(model)
 
     def ms(choice: Choice) -> float:
-        return 2.0 if isinstance(choice.transform, SVD) else choice.fraction
+        return 1.01 if isinstance(choice.transform, SVD) else choice.fraction
 
     table = replace(
         table,
         choices={n: tuple(replace(c, ms=ms(c)) for c in own) for n, own in table.choices.items()},
         layer_ms={layer.name: 1.0 for layer in table.layers},
         network_ms=10.0,
+        # A narrow layer takes as long as the whole one.
+        slowdown={
+            layer.name: {"in": ((0.25, 4.0),), "out": ((0.25, 4.0),)} for layer in table.layers
+        },
     )
     space = SearchSpace.from_table(table, "latency", replace(full, ms=10.0))
     assert space.width is not None
