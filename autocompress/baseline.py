@@ -18,13 +18,13 @@ from autocompress.config import cache_folder
 from autocompress.errors import ConfigError
 from autocompress.evaluation import Evaluation
 from autocompress.loaders import loader_labels
-from autocompress.models import load_state
+from autocompress.models import load_state, portable_state
 from autocompress.profiler import Profile
 from autocompress.progress import Display
 from autocompress.recipes import BaselineRecipe, follow
 from autocompress.task import Task, correct
 from autocompress.training import FitResult, fit
-from autocompress.weights import portable_state, state_digest, write_weights
+from autocompress.weights import state_digest, write_weights
 
 
 @dataclass(frozen=True)

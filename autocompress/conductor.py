@@ -35,7 +35,7 @@ from autocompress.joining import Place
 from autocompress.latency import Deployment
 from autocompress.logs import study_log
 from autocompress.longfits import order, withdraw_others
-from autocompress.models import load_state
+from autocompress.models import load_state, portable_state
 from autocompress.news import Bulletin
 from autocompress.notes import OUTCOME, outcome_facts
 from autocompress.objective import Bench, timed
@@ -83,7 +83,7 @@ from autocompress.task import Task, check_outputs
 from autocompress.training import Recipe
 from autocompress.trials import CHECKPOINT, EXTRA, counted, has_weights, violation, within_delta
 from autocompress.watch import Watch
-from autocompress.weights import portable_state, state_digest
+from autocompress.weights import state_digest
 
 logger = logging.getLogger("autocompress")
 

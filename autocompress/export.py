@@ -46,12 +46,11 @@ from autocompress.formats import (
     write_format,
 )
 from autocompress.manifest import Manifest, dtype_name, existing, read_manifest, read_text
-from autocompress.models import build_model, load_state
+from autocompress.models import build_model, load_state, portable_state
 from autocompress.plan import Plan
 from autocompress.predict import SCRIPTS, write_scripts
 from autocompress.profiler import Example, Profile, profile_model
 from autocompress.surgery import build_plan
-from autocompress.weights import portable_state
 
 TRUSTED_SOURCES = ("zoo", "torchvision", "timm")
 WEIGHTS_FILE = "model.safetensors"

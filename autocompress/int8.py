@@ -19,7 +19,7 @@ from autocompress.checkpoint import Checkpoint
 from autocompress.evaluation import Evaluation, evaluate, paired_drop
 from autocompress.finals import Finalist
 from autocompress.formats import INT8_FILE, export_onnx
-from autocompress.models import load_state
+from autocompress.models import load_state, portable_state
 from autocompress.objective import Bench
 from autocompress.progress import Display
 from autocompress.quantization import (
@@ -31,7 +31,7 @@ from autocompress.quantization import (
 )
 from autocompress.store import StudyFolder
 from autocompress.training import Recipe
-from autocompress.weights import portable_state, state_digest, write_weights
+from autocompress.weights import state_digest, write_weights
 
 
 @dataclass(frozen=True)

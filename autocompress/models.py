@@ -122,6 +122,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     load_state(model, state, strict=False)
 
 
+def portable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, every tensor contiguous and in memory of its own.
+
+    Raises:
+        ConfigError: If something in it is no tensor.
+    """
+    state = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"'{name}' in the network's state is a {type(value).__name__}; only tensors can "
+                "be saved. Register it as a buffer."
+            )
+        state[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return state
+
+
 def load_state(model: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
     """Load tensors by name, as they are named by the network's modules of today.
 

@@ -35,7 +35,7 @@ from autocompress.layertimes import LayerTimes, with_times
 from autocompress.loaders import describe_input
 from autocompress.manifest import dtype_name
 from autocompress.metrics import check_value
-from autocompress.models import load_state
+from autocompress.models import load_state, portable_state
 from autocompress.objective import Bench, timed
 from autocompress.observation import Observations, observe_layers
 from autocompress.plan import group_to_dict
@@ -50,7 +50,7 @@ from autocompress.store import StudyFolder
 from autocompress.task import Task, unfreeze
 from autocompress.training import Recipe, fastest_precision
 from autocompress.usage import usage_of
-from autocompress.weights import portable_state, save_weights, state_digest, write_weights
+from autocompress.weights import save_weights, state_digest, write_weights
 
 DATA, WEIGHTS = FINGERPRINTS = ("data fingerprint", "weights fingerprint")
 """What binds a study besides its settings, known once data and network are loaded."""

@@ -17,12 +17,13 @@ from autocompress.config import StudyConfig, parse_config
 from autocompress.data import Data, load_data
 from autocompress.evaluation import evaluate
 from autocompress.loaders import loader_labels
+from autocompress.models import portable_state
 from autocompress.progress import Display
 from autocompress.recipes import BaselineRecipe, describe, recipe_for, recipe_of
 from autocompress.sources import task_from_config
 from autocompress.task import Task, check_outputs
 from autocompress.training import FitResult, fastest_precision
-from autocompress.weights import portable_state, write_weights
+from autocompress.weights import write_weights
 
 
 @dataclass(frozen=True)

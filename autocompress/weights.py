@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from autocompress.artifacts import fetched, replacing
-from autocompress.errors import ConfigError, DamagedArtifact
+from autocompress.errors import DamagedArtifact
+from autocompress.models import portable_state
 
 DIGEST = "digest"
 """Where a file of weights keeps their digest: a bit that flips is no error for safetensors."""
@@ -50,23 +51,6 @@ def fetch_weights(artifact_id: str, store: ArtifactStore) -> dict[str, Tensor]:
     # Weights that were kept before there were digests have none.
     if digest not in (None, state_digest(state)):
         raise DamagedArtifact(f"{damaged} (their digest is another); {cure}")
-    return state
-
-
-def portable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU, every tensor contiguous and in memory of its own.
-
-    Raises:
-        ConfigError: If something in it is no tensor.
-    """
-    state = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ConfigError(
-                f"'{name}' in the network's state is a {type(value).__name__}; only tensors can "
-                "be saved. Register it as a buffer."
-            )
-        state[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     return state
 
 
