@@ -23,10 +23,10 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from autocompress.batch import KnownBatch, first_samples, samples_in, tensors_in, to_device
+from autocompress.batch import KnownBatch, samples_in, tensors_in
 from autocompress.errors import ConfigError
 from autocompress.manifest import dtype_name
-from autocompress.task import Loader, Task, call_on_images, cross_entropy
+from autocompress.task import Loader, Task, answered, call_on_images, cross_entropy
 
 Labels = NDArray[np.int64]
 
@@ -367,16 +367,11 @@ def _images_and_labels(role: str, batch: Any) -> tuple[Tensor, Tensor]:
 
 def _output_count(task: Task, batch: Any) -> int | None:
     """The number of classes that the network tells apart; None where that can't be told."""
-    samples = to_device(first_samples(batch, 2), next(task.model.parameters()).device)
-    was_training = task.model.training
     try:
-        with torch.no_grad():
-            output = task.forward(task.model.eval(), samples)
-    except Exception:
+        output, _ = answered(task, batch)
+    except ConfigError:
         # Whether the network can take the data is asked elsewhere.
         return None
-    finally:
-        task.model.train(was_training)
     return output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
 
 
@@ -532,8 +527,10 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
             f"Validation data can't be cut off a {type(loader).__name__}; give val yourself, or "
             "give train as a torch.utils.data.DataLoader."
         )
-    plain = _is_shuffled(loader) or isinstance(loader.sampler, SequentialSampler)
-    plain = plain and type(loader) is DataLoader
+    shuffled = _is_shuffled(loader)
+    plain = type(loader) is DataLoader and (
+        shuffled or isinstance(loader.sampler, SequentialSampler)
+    )
     if isinstance(loader.dataset, IterableDataset) or not plain or loader.batch_size is None:
         raise ConfigError(
             "Validation data can't be cut off a DataLoader with an iterable data set, a sampler of "
@@ -545,7 +542,6 @@ def split_loader(loader: Loader, fraction: float, seed: int) -> tuple[Loader, Lo
         labels = np.zeros(len(cast(Any, dataset)), np.int64)
     rest, chosen = stratified_split(labels, fraction, seed)
     quiet = dataset.unaugmented() if isinstance(dataset, LazyImages) else dataset
-    shuffled = isinstance(loader.sampler, RandomSampler)
     # Batch norm can't train on a last batch of one sample, which the cut might leave.
     alone = len(rest) > loader.batch_size and len(rest) % loader.batch_size == 1
     drop_last = loader.drop_last or alone

@@ -386,7 +386,7 @@ def check_outputs(task: Task) -> None:
     batch = next(iter(task.train), None)
     if batch is None:
         raise ConfigError("The training loader is empty; give at least one batch.")
-    output, _ = _answered(task, batch)
+    output, _ = answered(task, batch)
     outputs = output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else None
     if outputs is not None and len(task.classes) > outputs:
         raise ConfigError(
@@ -394,7 +394,7 @@ def check_outputs(task: Task) -> None:
             "model.arguments so that it has at least as many (num_classes)."
         )
     # The labels of training batches may be mixed, or smoothed.
-    output, samples = _answered(task, next(iter(task.val), batch))
+    output, samples = answered(task, next(iter(task.val), batch))
     try:
         task.measure.join([task.measure.observe(output, samples)])
     except ConfigError:
@@ -405,7 +405,7 @@ def check_outputs(task: Task) -> None:
         ) from error
 
 
-def _answered(task: Task, batch: Batch) -> tuple[Any, Batch]:
+def answered(task: Task, batch: Batch) -> tuple[Any, Batch]:
     """What the network makes of two samples of a batch, in evaluation mode, and these samples.
 
     Raises:
