@@ -71,7 +71,8 @@ def _carry_out(bench: Bench, trial: Trial) -> tuple[float, float]:
 
 
 def announce_long(bench: Bench, trial: FrozenTrial) -> None:
-    """Say how an ended one went."""
+    """Count an ended one, and say how it went."""
+    bench.display.long_fit_ended()
     label, attrs = trial.user_attrs[PARENT], trial.user_attrs
     if trial.state != TrialState.COMPLETE:
         bench.display.say(f"The long fine-tuning of {label} failed: {attrs.get('reason')}")

@@ -125,6 +125,12 @@ class Bulletin:
             self._tally.trial_finished(number, drop, cost_ratio, feasible, facts)
         self._display.trial_finished(number, drop, cost_ratio, feasible, state, reason, facts)
 
+    def long_fit_ended(self) -> None:
+        """A long fine-tuning has ended."""
+        with self._lock:
+            self._tally.long_fit_ended()
+        self._display.long_fit_ended()
+
     def close(self) -> None:
         """The display is its owner's to close."""
 

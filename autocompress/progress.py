@@ -99,6 +99,10 @@ class Display(Protocol):
         """
         ...
 
+    def long_fit_ended(self) -> None:
+        """A long fine-tuning has ended; `say` tells how."""
+        ...
+
     def close(self) -> None:
         """Take the display off the screen; may be called twice."""
         ...
@@ -186,6 +190,9 @@ class PlainDisplay:
         self._print(plain_trial_line(tally, number, words))
         words += _all_facts(tally, facts)
         logger.info("%s", plain_trial_line(tally, number, words), extra=SHOWN)
+
+    def long_fit_ended(self) -> None:
+        self._tally.long_fit_ended()
 
     def close(self) -> None:
         """Nothing is on the screen that could be taken off."""
@@ -278,6 +285,9 @@ class LiveDisplay:
         # What it is given as one of several things to print loses its own settings.
         self.console.print(line, no_wrap=True, overflow="ellipsis")
 
+    def long_fit_ended(self) -> None:
+        self._tally.long_fit_ended()
+
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
@@ -336,6 +346,9 @@ class NullDisplay:
         tally = Tally(time.monotonic, scale=self._scale)
         words = tally.outcome(drop, cost_ratio, feasible, state, reason) + _all_facts(tally, facts)
         logger.info("trial %d  %s", number, "  ".join(words))
+
+    def long_fit_ended(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

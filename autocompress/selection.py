@@ -65,7 +65,12 @@ def conclude(
     labelled, scale = candidates(bench), bench.task.scale
     previous = finished_result(config, bench, folder)
     if previous is not None:
-        display.say("Nothing to do: the study is finished.")
+        added = _count_again(config, bench, previous, seconds)
+        if added > 0:
+            write_text(folder.result, json.dumps(previous, indent=1))
+            display.say(f"{added} more trials left no network to choose: the result stands.")
+        else:
+            display.say("Nothing to do: the study is finished.")
         _tell_of_formats(config, previous, folder, display)
         return previous
     within = sorted(
@@ -131,6 +136,28 @@ def finished_result(
     return result if stands else None
 
 
+def _counts(bench: Bench) -> dict[str, int]:
+    """Stage to its trials that ended."""
+    return {stage: len(trials_spent(study)) for stage, study in bench.studies.items()}
+
+
+def _count_again(
+    config: StudyConfig, bench: Bench, result: dict[str, Any], seconds: Mapping[str, float]
+) -> int:
+    """Note in a result the trials that ended since and changed nothing; returns how many."""
+    now = _counts(bench)
+    added = sum(now.values()) - sum(map(int, result["trials"].values()))
+    if added > 0:
+        spent = {key: seconds[key] for key in ("exploration", "annealing", "finals")}
+        result["trials"] = now
+        result["config"]["search"] = config.model_dump(mode="json")["search"]
+        result["seconds"] = result["seconds"] | spent
+        result["pace"] = pace(bench.studies)
+        result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+        result |= search_facts(View.read(result, bench.studies))
+    return added
+
+
 def _tell_of_formats(
     config: StudyConfig, result: Mapping[str, Any], folder: StudyFolder, display: Display
 ) -> None:
@@ -171,7 +198,7 @@ def _facts(
         "second": None,
         "int8": None,
         "nearest": None,
-        "trials": {stage: len(trials_spent(study)) for stage, study in bench.studies.items()},
+        "trials": _counts(bench),
         "long_fits": [asdict(fit) for fit in bench.long_fits],
         "candidates": sorted(labelled),
         "final_epochs": bench.finetune.final_epochs,

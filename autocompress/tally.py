@@ -157,6 +157,14 @@ class Tally:
         self.history += [] if self.best is None else [self.best[0]]
         return better
 
+    def long_fit_ended(self) -> None:
+        """Count a long fine-tuning, in the stage that has no other trials."""
+        if self.name == "finals":
+            self.rows.pop("", None)
+            self.done += 1
+            self.finished += 1
+            self.first_trial, self.last_end = self.stage_start, self.clock()
+
     def elapsed(self) -> float:
         """Seconds of the stage."""
         return 0.0 if self.stage_start is None else self.clock() - self.stage_start

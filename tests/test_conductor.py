@@ -594,6 +594,34 @@ def test_a_folder_does_not_answer_for_another_study(task: Task, tmp_path: Path) 
     assert again.summary["delta"] == 4.0 and again.summary["test_reads"] == 1
 
 
+def test_trials_that_are_added_in_vain_are_counted(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_study(tiny_config(tmp_path), task, NullDisplay())
+    task.test, reads = count_reads(task.test)
+    display = Recorder()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(objective, "recalibrate", fail)
+    again = run_study(tiny_config(tmp_path, trials=8), task, display)
+    assert ended(tmp_path / "tiny") == {"exploration": 8, "annealing": 3} == again.summary["trials"]
+    assert json.loads((tmp_path / "tiny" / "result.json").read_text()) == again.summary
+    assert again.summary["config"]["search"]["trials"] == 8
+    assert again.summary["best"] == first.summary["best"] and reads == []
+    assert again.summary["seconds"]["test"] == first.summary["seconds"]["test"]
+    assert again.summary["finished"] >= first.summary["finished"]
+    [said] = [line for line in display.lines if "the result stands" in line]
+    assert said.startswith("2 more trials left no network") and "Nothing to do" not in str(
+        display.lines
+    )
+    assert "no luck" in (tmp_path / "tiny" / "report.html").read_text()
+    display = Recorder()
+    run_study(tiny_config(tmp_path, trials=8), task, display)
+    assert any("Nothing to do" in line for line in display.lines)
+
+
 def test_the_baseline_of_a_study_is_kept_with_it(task: Task, tmp_path: Path) -> None:
     settings = {"trials": 1, "annealing_trials": 0, "baseline.epochs": 1.0}
     state = {key: value.clone() for key, value in task.model.state_dict().items()}

@@ -129,6 +129,27 @@ def test_a_plain_log_names_the_worker() -> None:
     assert lines[1].startswith("[exploration 0/4] worker 1  trial 1  fine-tune 0.5/1")
 
 
+@pytest.mark.parametrize("make", [PlainDisplay, LiveDisplay])
+def test_long_fits_count_where_they_are_the_stage(
+    make: type[PlainDisplay] | type[LiveDisplay],
+) -> None:
+    """Else they are no trials of the stage that goes on meanwhile."""
+    clock = HandClock()
+    display = make(terminal(), clock)
+    display.stage("annealing", 4, done=1, delta=1.0)
+    display.long_fit_ended()
+    assert display._tally.counter() == "annealing 1/4"
+    display.stage("finals", 3, delta=1.0)
+    for done, left in ((1, 20.0), (2, 10.0)):
+        display.step("fine-tune annealing/7 at length", 3.0, 10.0)
+        clock.now += 10
+        display.long_fit_ended()
+        assert display._tally.counter() == f"finals {done}/3"
+        assert display._tally.eta() == pytest.approx(left)
+        assert not display._tally.rows
+    display.close()
+
+
 def test_a_phase_of_unknown_length_has_no_figures() -> None:
     console, clock = pipe(), HandClock()
     display = PlainDisplay(console, clock)
