@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from autocompress.errors import AutocompressError as AutocompressError
     from autocompress.export import load as load
     from autocompress.export import save as save
+    from autocompress.handout import export_trial as export_trial
     from autocompress.metrics import MeanScore as MeanScore
     from autocompress.metrics import TorchMetric as TorchMetric
     from autocompress.plan import Plan as Plan
@@ -44,6 +45,7 @@ _HOMES = {
     "TorchMetric": "metrics",
     "apply_plan": "surgery",
     "compress": "api",
+    "export_trial": "handout",
     "load": "export",
     "load_config": "config",
     "open_onnx": "runtime",

@@ -225,7 +225,8 @@ def _check_like(model: nn.Module, home: Path) -> None:
     """Refuse a network that has other weights, by name and shape, than the folder's."""
     with safe_open(existing(home / WEIGHTS_FILE), framework="pt") as file:
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    own = {name: tuple(value.shape) for name, value in portable_state(model).items()}
+    state = model.state_dict().items()
+    own = {name: tuple(value.shape) for name, value in state if isinstance(value, Tensor)}
     differing = sorted(
         name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name)
     )

@@ -21,12 +21,13 @@ from autocompress.export import ExportReport, made_up, save_model
 from autocompress.formats import INT8_FILE
 from autocompress.layermap import layer_rows
 from autocompress.models import build_model, load_state
+from autocompress.naming import config_of, modules_of, studies_of
 from autocompress.objective import LATENCY, find_trial
 from autocompress.plan import Plan
 from autocompress.profiler import Example, Latency, Profile, profile_model
 from autocompress.quantization import Quantizer
 from autocompress.sources import task_from_config
-from autocompress.store import StudyFolder
+from autocompress.store import StudyFolder, folder_of
 from autocompress.surgery import build_plan
 from autocompress.task import Task
 from autocompress.trials import WEIGHTS
@@ -70,6 +71,63 @@ class Chosen:
 
 
 def export_trial(
+    study: str | Path,
+    trial: str,
+    folder: str | Path,
+    model: nn.Module | None = None,
+    formats: Sequence[str] = DEFAULT_FORMATS,
+    images: Tensor | Example | None = None,
+) -> ExportReport:
+    """Write the network of any trial, as `best/` holds the winner's.
+
+    The same from the command line, for studies whose network is made by name: `python -m
+    autocompress.study export`.
+
+    Args:
+        study: The study's folder, such as `runs/study`. Where its database has a password, the
+            variable AUTOCOMPRESS_STORAGE gives the whole URL.
+        trial: "best", or a trial as report and dashboard name it, such as "annealing/7".
+        folder: The folder to write; `autocompress.load` reads it.
+        model: A fresh instance of the baseline's network, which is not changed. Needed only for a
+            network that came from Python.
+        formats: Any of `formats.FORMATS`.
+        images: Inputs to compare the exported files with the network on, batch first; made-up ones
+            if None.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: If there is no such study or trial, it has no weights, its network can't be
+            built or isn't `model` compressed, a format is unknown, or `folder` is something else
+            than a saved network.
+
+    Examples:
+        >>> autocompress.export_trial(
+        ...     "runs/study", "annealing/7", "small", model=Net()
+        ... )  # doctest: +SKIP
+    """
+    if not Path(study).is_dir():
+        raise ConfigError(f"There is no folder {study}; give a study's, such as runs/study.")
+    config = config_of(str(study), {})
+    studies = studies_of(config)
+    reading = None
+    if images is not None:
+        real = (images,) if isinstance(images, Tensor) else images
+        reading = Reading(real, _usage_told(studies["exploration"].user_attrs))
+    return write_trial(
+        folder_of(config),
+        studies,
+        trial,
+        Path(folder),
+        modules_of(str(study)),
+        formats=formats,
+        reading=reading,
+        model=model,
+    )
+
+
+def write_trial(
     folder: StudyFolder,
     studies: Mapping[str, Study],
     label: str,
@@ -79,6 +137,7 @@ def export_trial(
     say: Callable[[str], None] = print,
     formats: Sequence[str] = DEFAULT_FORMATS,
     reading: Reading | None = None,
+    model: nn.Module | None = None,
 ) -> ExportReport:
     """Write the network of a trial to a folder.
 
@@ -94,39 +153,35 @@ def export_trial(
         formats: Any of `formats.FORMATS`.
         reading: What the study's data tell, see `read_task`; if None, the files are compared on
             made-up inputs.
+        model: The baseline's network, whatever its weights, which is not changed; None: built by
+            its name.
 
     Raises:
-        ConfigError: If there is no such trial, it has no weights, or its network can only be built
-            in Python.
+        ConfigError: If there is no such trial, it has no weights, or its network can't be built.
     """
     attrs = studies["exploration"].user_attrs
     if "origin" not in attrs:
         raise ConfigError("This study has no trial yet, and so no network to write; run it first.")
     origin = attrs["origin"]
-    if origin is None:
+    if origin is None and model is None:
         raise ConfigError(
-            "The study's network came from Python and can't be built here. Its winner and the next "
-            "best can be had there, by autocompress.load(folder, model=YourNetwork()) on best/ and "
-            "second/; any trial only where a study file names a function that makes the network "
-            "(model.source = 'my_code:network')."
+            "The study's network came from Python and can't be built here. In Python, "
+            f"autocompress.export_trial({str(folder.path)!r}, {label!r}, {str(target)!r}, "
+            "model=YourNetwork()) writes it."
         )
     chosen = _best(folder) if label == "best" else _trial(folder, studies, label)
-    base = build_model(origin["source"], origin["arguments"], None, study_folder)
-    model = build_plan(base, chosen.plan)
-    load_state(model, chosen.state)
+    network = _network(origin, chosen, label, study_folder, model)
     example = made_up(attrs["input_shapes"], attrs.get("input_dtypes", ()))
     latency = None if chosen.latency is None else Latency(**chosen.latency)
-    profile = profile_model(model, example, latency=False)
-    # Studies of earlier versions tell only the first two.
-    names = ("classes", "normalization", "image", "task")
-    usage = {name: attrs.get(name) for name in names} if reading is None else reading.usage
+    profile = profile_model(network, example, latency=False)
+    usage = _usage_told(attrs) if reading is None else reading.usage
     with TemporaryDirectory() as place:
         int8 = None
         if quantizer is not None:
-            int8 = _quantized(quantizer, model.eval(), Path(place) / INT8_FILE, say)
+            int8 = _quantized(quantizer, network, Path(place) / INT8_FILE, say)
         return save_model(
             target,
-            model.eval(),
+            network,
             chosen.plan,
             origin,
             example,
@@ -137,6 +192,39 @@ def export_trial(
             facts=chosen.facts,
             **usage,
         )
+
+
+def _network(
+    origin: Mapping[str, Any] | None,
+    chosen: Chosen,
+    label: str,
+    study_folder: Path | None,
+    model: nn.Module | None,
+) -> nn.Module:
+    """The network that is handed out, with its weights, in evaluation mode.
+
+    Raises:
+        ConfigError: If it can't be built.
+    """
+    base = model
+    if base is None:
+        assert origin is not None, "one of the two tells what the network is"
+        base = build_model(origin["source"], origin["arguments"], None, study_folder)
+    network = build_plan(base, chosen.plan).cpu()
+    try:
+        load_state(network, chosen.state)
+    except RuntimeError as error:
+        given = "" if model is None else f" {type(model).__name__} that was given"
+        raise ConfigError(
+            f"The weights of {label} don't fit the network{given}: {' '.join(str(error).split())}"
+        ) from error
+    return network.eval()
+
+
+def _usage_told(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """How the study's images become inputs, and what its network does, by what it tells itself."""
+    # Studies of earlier versions tell only the first two.
+    return {name: attrs.get(name) for name in ("classes", "normalization", "image", "task")}
 
 
 def read_task(

@@ -615,7 +615,7 @@ def export(
 
     from autocompress.config import DEFAULT_FORMATS
     from autocompress.formats import choose_formats
-    from autocompress.handout import export_trial, quantizer_of, read_task
+    from autocompress.handout import quantizer_of, read_task, write_trial
     from autocompress.naming import config_of, modules_of, studies_of
     from autocompress.sources import load_transforms, task_from_config
     from autocompress.store import folder_of
@@ -631,7 +631,7 @@ def export(
     if int8:
         quantizer = quantizer_of(config, folder, task_from_config(config, modules))
     reading = read_task(config, studies, modules, say=complain)
-    written = export_trial(
+    written = write_trial(
         folder, studies, trial, target, modules, quantizer, complain, names, reading
     )
     voice = Voice(json=json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from autocompress import selection
 from autocompress.config import parse_config
 from autocompress.errors import ConfigError, StudyMismatch
 from autocompress.export import save_model
+from autocompress.naming import config_of, studies_of
 from autocompress.sources import _like_pretrained, pick_device, task_from_config
+from autocompress.store import StudyFolder
+from autocompress.trials import WEIGHTS
+from autocompress.weights import fetch_weights
 
 QUICK: dict[str, Any] = {
     "trials": 2,
@@ -57,6 +62,48 @@ def test_a_network_becomes_smaller_and_stays_itself(model: nn.Module, tmp_path: 
     loaded = autocompress.load(outcome.folder / "best", model=TinyNet())
     images = make_images(4, 9)[0]
     torch.testing.assert_close(loaded(images), outcome.model(images))
+
+
+def test_any_trial_of_a_network_from_python_is_handed_out(
+    model: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = make_loader(256, 1), make_loader(64, 3)
+    folder = autocompress.compress(model, train, test, out=tmp_path, **QUICK).folder
+    fresh, images = TinyNet(), make_images(6, 9)[0]
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    report = autocompress.export_trial(
+        folder, "annealing/0", tmp_path / "it", fresh, ["onnx"], images
+    )
+    assert report.checks["model.onnx"] < 1e-3 and report.checked_with == "6 real inputs"
+    torch.testing.assert_close(fresh.state_dict(), before)
+    # It is that trial's network, with its weights.
+    studies = studies_of(config_of(str(folder), {}))
+    attrs = studies["annealing"].trials[0].user_attrs
+    loaded = autocompress.load(tmp_path / "it", model=TinyNet())
+    assert (tmp_path / "it" / "plan.json").read_text().strip() == attrs["plan"]
+    stored = fetch_weights(
+        attrs[WEIGHTS], StudyFolder(folder).artifact_store(studies["exploration"])
+    )
+    torch.testing.assert_close(loaded.state_dict(), stored)
+    told = json.loads((tmp_path / "it" / "profile.json").read_text())
+    assert told["score"] == attrs["metrics"]["score"]
+    autocompress.export_trial(folder, "best", tmp_path / "winner", TinyNet(), [])
+    winner = autocompress.load(tmp_path / "winner", model=TinyNet())
+    best = autocompress.load(folder / "best", model=TinyNet())
+    torch.testing.assert_close(winner.state_dict(), best.state_dict())
+
+    with pytest.raises(
+        ConfigError, match=r"export_trial\(.*'annealing/0', .*model=YourNetwork\(\)"
+    ):
+        autocompress.export_trial(folder, "annealing/0", tmp_path / "other")
+    with pytest.raises(ConfigError, match="no trial 'annealing/9'"):
+        autocompress.export_trial(folder, "annealing/9", tmp_path / "other", TinyNet())
+    for other, why in ((nn.Linear(3, 2), "network"), (TinyNet(width=32), "TinyNet that was")):
+        with pytest.raises(ConfigError, match=why):
+            autocompress.export_trial(folder, "annealing/0", tmp_path / "other", other)
+    with pytest.raises(ConfigError, match="no folder .*none"):
+        autocompress.export_trial(tmp_path / "none", "annealing/0", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_calling_it_again_goes_on(model: nn.Module, tmp_path: Path) -> None:
