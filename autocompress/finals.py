@@ -102,18 +102,21 @@ def standing(bench: Bench) -> tuple[float, float] | None:
     """The cheapest network that is surely within delta now: its cost, in the objective's unit, and
     what it leaves of delta, in points; None where none is.
 
-    Of a trial that was fine-tuned at length the better of its bounds counts, before and after.
+    As `choose_finalists` would hand it out now, though no network is read.
     """
     delta, labelled = bench.delta, candidates(bench)
     finals = Finals.of(bench, labelled)
     found: list[tuple[float, float]] = []
     for label, trial in labelled.items():
-        fits = finals.fits(label)
-        end = mean_bound(fits) if fits else None
-        bounds = [lost(trial, delta)] if _stands(trial, end, delta) else []
-        bounds += [end] if end is not None and end <= delta else []
-        if bounds:
-            found.append((trial.values[1], min(bounds)))
+        ends = [fit for fit in finals.fits(label) if fit.weights is not None]
+        end, own = mean_bound(ends) if ends else None, lost(trial, delta)
+        # Weights are chosen by the first figure, and told to lose the second.
+        options = [(fit.bound, mean_bound(ends)) for fit in ends] if finals.met(label) else []
+        if _stands(trial, end, delta):
+            options.append((own, own if end is None else _both(own, end)))
+        options = [option for option in options if option[0] <= delta]
+        if options:
+            found.append((trial.values[1], min(options)[1]))
     if not found:
         return None
     cost, bound = min(found)

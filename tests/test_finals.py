@@ -236,17 +236,21 @@ def test_should_the_best_fail_its_second_seed_the_next_has_one_already() -> None
         ({}, 100, 1.0),  # the cheapest that is within 5 as its trial left it
         ({"annealing/1": 4.5}, 60, 0.5),  # a cheaper one, by its long fine-tuning
         ({"annealing/1": 5.5}, 100, 1.0),
-        ({"annealing/0": 4.5}, 100, 1.0),  # that of its trial is better
+        ({"annealing/0": 4.5}, 100, 0.75),  # its trial's weights are better; both tell of it
         ({"annealing/0": 2.0}, 100, 3.0),
         ({"annealing/0": 7.0}, 200, 4.0),  # it was lucky; a dearer one is left
     ],
 )
 def test_what_stands_is_the_cheapest_within_delta(
-    ends: dict[str, float], cost: float, left: float
+    ends: dict[str, float], cost: float, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = trials((100, 4.0), (60, 6.0), (40, 8.0), (200, 1.0))
     fits = [long_fit(label, 0, bound) for label, bound in ends.items()]
     assert standing(bench_of(found, fits)) == (cost, pytest.approx(left))
+    # It leaves what the one will leave that is handed out.
+    winner = choose(found, Fits(lambda label, seed: None), monkeypatch, done=fits)[0]
+    assert found[winner.label].values[1] == cost
+    assert winner.bound == pytest.approx(DELTA - left)
 
 
 def test_nothing_stands_where_nothing_is_within_delta() -> None:
