@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from math import lcm
@@ -126,7 +127,7 @@ def _trace(
     """Torch-Pruning's groups as plain rows, and the layers whose groups can't be followed."""
     import torch_pruning
 
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings(), torch.enable_grad(), _shuffles_unmapped():
         warnings.simplefilter("ignore")
         graph = torch_pruning.DependencyGraph().build_dependency(
             model, inputs, forward_fn=lambda net, values: net(*values), verbose=False
@@ -154,6 +155,28 @@ def _trace(
             rows.append(_Item(name, node.module, side, list(channels), list(channels.values())))
         found.append(rows)
     return found, refused
+
+
+@contextmanager
+def _shuffles_unmapped() -> Iterator[None]:
+    """A block in which a reshape behind which Torch-Pruning finds no channels is left as it is.
+
+    It divides by their number, so one channel shuffle (ShuffleNet's) costs all groups. What runs
+    through such a reshape is followed wrongly then, and fails the check; all else is found.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    update = index_mapping.update_reshape_index_mapping
+
+    def tolerant(graph: Any, node: Any) -> None:
+        with suppress(ZeroDivisionError):
+            update(graph, node)
+
+    index_mapping.update_reshape_index_mapping = tolerant
+    try:
+        yield
+    finally:
+        index_mapping.update_reshape_index_mapping = update
 
 
 def _not_followed(error: Exception) -> str:

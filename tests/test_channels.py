@@ -470,6 +470,15 @@ class Biased(Finder):
         return super().forward(x * len(self.stem.weight))
 
 
+def test_a_channel_shuffle_spoils_only_the_groups_that_run_through_it() -> None:
+    """Half of a block passes, half is computed, and both are interleaved."""
+    model = torchvision.models.ShuffleNetV2([3, 3, 3], [8, 8, 16, 24, 32], num_classes=5).eval()
+    groups, refused = find_groups(model, (torch.randn(1, 3, 64, 64),))
+    inner = {f"stage{stage}.{block}.branch2.0" for stage in (2, 3, 4) for block in range(3)}
+    assert {group.name for group in groups} == {"conv1.0", *inner, "conv5.0"}
+    assert "stage3.0.branch1.2" in refused
+
+
 @pytest.mark.parametrize("threshold", [float("inf"), float("-inf")])
 def test_of_a_network_that_finds_nothing_the_layers_are_compared(threshold: float) -> None:
     torch.manual_seed(0)
