@@ -179,10 +179,9 @@ def save(
     manifest = read_manifest(home)
     plan = Plan.from_json(read_text(home / "plan.json"))
     _check_like(model, home)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     real = (images,) if isinstance(images, Tensor) else images
     dtypes = manifest.dtypes if real is None else [dtype_name(value) for value in real]
-    example = made_up(manifest.inputs, dtypes, dtype)
+    example = made_up(manifest.inputs, dtypes, floating_type(model))
     own = copy.deepcopy(model).cpu().eval()
     before = Profile.from_dict(json.loads(read_text(home / "profile.json")))
     profile = replace(profile_model(own, example, latency=False), latency=before.latency)
@@ -219,6 +218,11 @@ def made_up(
         noise = torch.randn(tuple(shape)).to(floating)
         found.append(noise if dtype.is_floating_point else torch.zeros(tuple(shape), dtype=dtype))
     return tuple(found)
+
+
+def floating_type(model: nn.Module) -> torch.dtype:
+    """The type of a network's first parameter that is no whole number."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _check_like(model: nn.Module, home: Path) -> None:
@@ -289,7 +293,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False
     except SafetensorError as error:
         raise ConfigError(f"{weights} is damaged: {error}. Export the network again.") from error
     network = network.cpu()
-    _adopt_dtypes(network, state)
+    adopt_dtypes(network, state)
     try:
         load_state(network, state)
     except RuntimeError as error:
@@ -301,7 +305,7 @@ def load(folder: str | Path, model: nn.Module | None = None, trust: bool = False
     return network.eval()
 
 
-def _adopt_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+def adopt_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give weights the dtype in which they were saved: a copy would convert them silently."""
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         if name in state and value.dtype != state[name].dtype:

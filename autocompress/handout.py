@@ -17,7 +17,7 @@ from autocompress.card import Facts
 from autocompress.config import DEFAULT_FORMATS, StudyConfig
 from autocompress.errors import AutocompressError, ConfigError
 from autocompress.evaluation import evaluate
-from autocompress.export import ExportReport, made_up, save_model
+from autocompress.export import ExportReport, adopt_dtypes, floating_type, made_up, save_model
 from autocompress.formats import INT8_FILE
 from autocompress.layermap import layer_rows
 from autocompress.models import build_model, load_state
@@ -171,7 +171,8 @@ def write_trial(
         )
     chosen = _best(folder) if label == "best" else _trial(folder, studies, label)
     network = _network(origin, chosen, label, study_folder, model)
-    example = made_up(attrs["input_shapes"], attrs.get("input_dtypes", ()))
+    dtypes = attrs.get("input_dtypes", ())
+    example = made_up(attrs["input_shapes"], dtypes, floating_type(network))
     latency = None if chosen.latency is None else Latency(**chosen.latency)
     profile = profile_model(network, example, latency=False)
     usage = _usage_told(attrs) if reading is None else reading.usage
@@ -211,6 +212,7 @@ def _network(
         assert origin is not None, "one of the two tells what the network is"
         base = build_model(origin["source"], origin["arguments"], None, study_folder)
     network = build_plan(base, chosen.plan).cpu()
+    adopt_dtypes(network, chosen.state)
     try:
         load_state(network, chosen.state)
     except RuntimeError as error:

@@ -106,6 +106,18 @@ def test_any_trial_of_a_network_from_python_is_handed_out(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_trial_keeps_the_type_of_its_weights(model: nn.Module, tmp_path: Path) -> None:
+    def batches(count: int, seed: int) -> DataLoader[Any]:
+        images, labels = make_images(count, seed)
+        return DataLoader(TensorDataset(images.double(), labels), batch_size=64)
+
+    precise = model.double()
+    outcome = autocompress.compress(precise, batches(256, 1), batches(64, 3), out=tmp_path, **QUICK)
+    autocompress.export_trial(outcome.folder, "annealing/0", tmp_path / "it", TinyNet(), [])
+    loaded = autocompress.load(tmp_path / "it", model=TinyNet())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+
+
 def test_calling_it_again_goes_on(model: nn.Module, tmp_path: Path) -> None:
     def run(**changes: Any) -> autocompress.Outcome:
         train, test = make_loader(256, 1), make_loader(64, 3)
