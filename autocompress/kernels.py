@@ -59,6 +59,7 @@ def _slow_in_bfloat16(model: nn.Module) -> list[nn.Module]:
         layer
         for layer in model.modules()
         if type(layer) is nn.Conv2d
+        and layer.weight.dtype == torch.float32  # autocast leaves float64 alone
         and layer.groups == layer.in_channels > 1
         and (
             max(layer.stride) > 1

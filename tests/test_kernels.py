@@ -47,7 +47,7 @@ def test_a_layer_that_is_slow_in_bfloat16_computes_in_float32(options: dict[str,
 @pytest.mark.parametrize(
     ("layer", "dtype"),
     [(depthwise(), torch.bfloat16), (nn.Conv2d(16, 16, 3, stride=2), torch.bfloat16)]
-    + [(depthwise(stride=2), None)],
+    + [(depthwise(stride=2), None), (depthwise(stride=2).double(), torch.bfloat16)],
 )
 def test_other_layers_stay_as_they_are(layer: nn.Conv2d, dtype: torch.dtype | None) -> None:
     with fast_kernels(layer, CPU, dtype):
