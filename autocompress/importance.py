@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from math import lcm
 from typing import Literal
 
@@ -182,38 +183,64 @@ class _Reader:
         self._weight = module.get_parameter("weight").detach().cpu().float()
         self._groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self._name = name
-        self._patches = observations.patches[name]
-        self._gradients = observations.gradients.get(name)
-        self._exact = self._answer(range(self._patches.shape[1]))
-        statistics = InputStatistics.of_layer(module, self._patches)
-        self._unexplained = None if statistics is None else Unexplained(statistics, self._patches)
+        self._slopes = observations.slopes(name)
+        statistics = InputStatistics.of_layer(module, observations.patches[name])
+        self._seen = _Seen(observations.patches[name], statistics, self._answer)
+        means = observations.means.get(name)
+        self._common = None if means is None else _Seen(means.patches, statistics, self._answer)
 
     def without(self, kept: KeptChannels) -> tuple[float, float]:
         """Relative error of its outputs, and the predicted change of the network's."""
-        width = self._patches.shape[1]
-        inputs = kept_positions([kept], self._name, "in", width)
-        if self._unexplained is not None:
-            removed, remaining = split_channels(inputs, width)
-            rest = self._unexplained(removed, remaining)
-            left = self._exact - rest.flatten(1) @ self._weight[:, removed].flatten(1).T
-        else:
-            left = self._answer(inputs)
-        error = float((self._exact - left).norm() / self._exact.norm().clamp_min(1e-12))
-        if self._gradients is None:
+        exact = self._seen.exact
+        inputs = kept_positions([kept], self._name, "in", self._seen.width)
+        left = self._left(self._seen, inputs)
+        error = float((exact - left).norm() / exact.norm().clamp_min(1e-12))
+        if self._slopes is None:
             return error, error**2
-        return error, output_change(self._exact, left, self._gradients)
+        means = None
+        if self._common is not None:
+            means = (self._common.exact, self._left(self._common, inputs))
+        return error, output_change(exact, left, self._slopes, means)
 
-    def _answer(self, places: Sequence[int]) -> Tensor:
+    def _left(self, seen: _Seen, inputs: Sequence[int]) -> Tensor:
+        """The outputs, `n x out`, that are left without some input channels."""
+        if seen.unexplained is None:
+            return self._answer(seen.patches, inputs)
+        removed, remaining = split_channels(inputs, seen.width)
+        rest = seen.unexplained(removed, remaining)
+        return seen.exact - rest.flatten(1) @ self._weight[:, removed].flatten(1).T
+
+    def _answer(self, patches: Tensor, places: Sequence[int]) -> Tensor:
         """The outputs, `n x out`, where only some input channels are read."""
-        each_in = self._patches.shape[1] // self._groups
+        each_in = patches.shape[1] // self._groups
         each_out = len(self._weight) // self._groups
         parts = []
         for number in range(self._groups):
             own = [place for place in places if place // each_in == number]
             rows = self._weight[number * each_out : (number + 1) * each_out]
             columns = rows[:, [place - number * each_in for place in own]].flatten(1)
-            parts.append(self._patches[:, own].flatten(1) @ columns.T)
+            parts.append(patches[:, own].flatten(1) @ columns.T)
         return torch.cat(parts, dim=1)
+
+
+class _Seen:
+    """Inputs of a layer, and its answers to them.
+
+    Args:
+        patches: The inputs.
+        statistics: How their channels go together; None where nothing can be made up for.
+        answer: The layer's outputs for some of the channels of some inputs.
+    """
+
+    def __init__(
+        self,
+        patches: Tensor,
+        statistics: InputStatistics | None,
+        answer: Callable[[Tensor, Sequence[int]], Tensor],
+    ) -> None:
+        self.patches, self.width = patches, patches.shape[1]
+        self.exact = answer(patches, range(self.width))
+        self.unexplained = None if statistics is None else Unexplained(statistics, patches)
 
 
 def _output_scores(
@@ -225,18 +252,38 @@ def _output_scores(
         module = modules[member.layer]
         weight = module.get_parameter("weight").detach().cpu().float()
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        patches = observations.patches[member.layer]
-        patches = patches.reshape(len(patches), groups, patches.shape[1] // groups, -1)
-        centred = patches - patches.mean(dim=0)
-        covariance = torch.einsum("ngci,ngcj->gcij", centred, centred) / len(patches)
-        kernels = weight.reshape(groups, len(weight) // groups, patches.shape[2], -1)
-        gradients = observations.gradients.get(member.layer)
-        slopes = torch.ones(len(weight)) if gradients is None else gradients.square().mean(dim=0)
-        weighted = kernels * slopes.reshape(groups, -1, 1, 1)
-        spread = torch.einsum("goci,gcij->gocj", weighted, covariance)
-        change = torch.einsum("gocj,gocj->gc", spread, kernels).flatten()
+        spread = partial(_spread, weight, _covariance(observations.patches[member.layer], groups))
+        slopes, means = observations.slopes(member.layer), observations.means.get(member.layer)
+        if slopes is None:
+            change = spread(torch.eye(len(weight)))
+        else:
+            common = None
+            if means is not None:
+                common = partial(_spread, weight, _covariance(means.patches, groups))
+            change = slopes.change(spread, common)
         scores += _own(change, member, group)
     return scores
+
+
+def _spread(weight: Tensor, covariance: Tensor, root: Tensor) -> Tensor:
+    """Mean square of what each input channel adds to a layer's outputs, in the metric of a root.
+
+    Args:
+        weight: `out x in x kh x kw`, `out x in`, or of a grouped convolution.
+        covariance: From `_covariance`.
+        root: `r x out`.
+    """
+    groups, each = covariance.shape[:2]
+    kernels = weight.reshape(groups, -1, each, covariance.shape[2])
+    seen = torch.einsum("rgo,goci->rgci", root.reshape(len(root), groups, -1), kernels)
+    return torch.einsum("rgci,gcij,rgcj->gc", seen, covariance, seen).flatten()
+
+
+def _covariance(patches: Tensor, groups: int) -> Tensor:
+    """How the places of the kernel go together in each input channel: `groups x in x k x k`."""
+    patches = patches.reshape(len(patches), groups, patches.shape[1] // groups, -1)
+    centred = patches - patches.mean(dim=0)
+    return torch.einsum("ngci,ngcj->gcij", centred, centred) / len(patches)
 
 
 def _own(values: Tensor, member: Member, group: ChannelGroup) -> Tensor:

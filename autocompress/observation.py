@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,23 @@ from autocompress.task import Task
 
 CHUNK = 32
 """Images in a backward pass."""
+SOME = 4
+"""Means over the places of an image are kept for one in so many patches."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the places of an image have in common, where a layer sees several of them.
+
+    Attributes:
+        patches: Mean input over all places of an image, `n x in x kh x kw` or `n x in`.
+        gradients: Mean derivative over them, `n x out`, in the unit of `Observations.gradients`.
+        places: Their number.
+    """
+
+    patches: Tensor
+    gradients: Tensor
+    places: float
 
 
 @dataclass(frozen=True)
@@ -32,10 +49,18 @@ class Observations:
         gradients: Layer name to derivatives of a random projection of the network's outputs by the
             layer's outputs at the same places, `n x out`, times the square root of the number of
             places in an image; no entry where the network has no derivative there.
+        means: Layer name to the means over the places of some images; no entry where a layer sees
+            one place of each, or there is no derivative.
     """
 
     patches: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
+    means: Mapping[str, Means] = field(default_factory=dict)
+
+    def slopes(self, name: str) -> Slopes | None:
+        """What the network makes of a change of a layer's outputs; None if that can't be told."""
+        gradients = self.gradients.get(name)
+        return None if gradients is None else Slopes(gradients, self.means.get(name))
 
     def factor_cache(self, model: nn.Module) -> FactorCache:
         """A cache whose factorizations of `model` are weighted by what was seen."""
@@ -118,6 +143,7 @@ def observe_layers(
             for name, one in listeners.items()
             if one.gradients
         },
+        {name: means for name, one in listeners.items() if (means := one.means()) is not None},
     )
 
 
@@ -145,12 +171,18 @@ class _Call:
     Attributes:
         patches: Inputs at random places of it.
         places: Number of its places.
-        gradient: Derivatives at the random ones; None until they are known.
+        rows: Number of parts that they lie in: images, as a rule.
+        means: Mean inputs of some of these parts.
+        gradient: Derivatives at the random places; None until they are known.
+        mean_gradient: Mean derivatives of those parts.
     """
 
     patches: Tensor
     places: int
+    rows: int
+    means: Tensor
     gradient: Tensor | None = None
+    mean_gradient: Tensor | None = None
 
 
 class _Listener:
@@ -170,6 +202,7 @@ class _Listener:
         self._layer, self._share, self._generator = layer, share, generator
         self._calls: list[_Call] = []
         self._passes: list[bool] = []
+        self._means: list[tuple[Tensor, Tensor, float]] = []
         self.images = 1
         self.patches: list[Tensor] = []
         self.gradients: list[Tensor] = []
@@ -182,18 +215,39 @@ class _Listener:
         x = (args[0] if args else kwargs["input"]).detach()
         if self._layer.kind == "linear":
             count = output.numel() // output.shape[-1]
-            rows = self._draw(count, x)
-            call = _Call(x.reshape(-1, x.shape[-1])[rows].float(), count)
-            self._keep(call, output, lambda g: g.reshape(count, -1)[rows])
+            chosen = self._draw(count, x)
+            rows = len(output) if output.ndim > 1 else 1
+            some = self._draw(rows, x)[: self._some]
+            call = _Call(
+                x.reshape(-1, x.shape[-1])[chosen].float(),
+                count,
+                rows,
+                x.reshape(rows, -1, x.shape[-1])[some].float().mean(1),
+            )
+            self._keep(
+                call,
+                output,
+                lambda g: g.reshape(count, -1)[chosen],
+                lambda g: g.reshape(rows, -1, g.shape[-1])[some].float().mean(1),
+            )
             return
         assert isinstance(module, nn.Conv2d)
         channels, height, width = output.shape[-3:]
         count = output.numel() // (channels * height * width)
         image, row, column = (self._draw(n, x) for n in (count, height, width))
         x = x.reshape(-1, *x.shape[-3:])
-        call = _Call(_cut(module, self._layer, x, image, row, column), count * height * width)
+        some = image[: self._some]
+        call = _Call(
+            _cut(module, self._layer, x, image, row, column),
+            count * height * width,
+            count,
+            _mean_patches(module, self._layer, x[some], height, width),
+        )
         self._keep(
-            call, output, lambda g: g.reshape(-1, channels, height, width)[image, :, row, column]
+            call,
+            output,
+            lambda g: g.reshape(-1, channels, height, width)[image, :, row, column],
+            lambda g: g.reshape(-1, channels, height, width)[some].float().mean((2, 3)),
         )
 
     def end_pass(self) -> None:
@@ -206,61 +260,156 @@ class _Listener:
             return
         if derived and not self.gradients:
             self.patches.clear()  # of passes whose outputs didn't depend on the layer
+            self._means.clear()
         places = sum(call.places for call in derived or calls)
         for call in derived or calls:
             rows = -(-self._share * call.places // places)
             self.patches.append(call.patches[:rows])
-            if call.gradient is not None:
-                self.gradients.append(call.gradient[:rows] * (places / self.images) ** 0.5)
+            if call.gradient is None or call.mean_gradient is None:
+                continue
+            scale = (places / self.images) ** 0.5
+            self.gradients.append(call.gradient[:rows] * scale)
+            if call.places > call.rows:
+                some = -(-rows // SOME)
+                mean = call.mean_gradient[:some] * scale
+                self._means.append((call.means[:some], mean, call.places / call.rows))
 
     @property
     def share_derived(self) -> float:
         """Share of the passes in which there were derivatives by the layer."""
         return sum(self._passes) / len(self._passes)
 
+    def means(self) -> Means | None:
+        """The means over places, on the CPU; None where there are none."""
+        if not self._means:
+            return None
+        patches, gradients, places = zip(*self._means, strict=True)
+        derived = _first(gradients, sum(map(len, gradients))) * self.share_derived**0.5
+        return Means(_first(patches, len(derived)), derived, sum(places) / len(places))
+
+    @property
+    def _some(self) -> int:
+        return -(-self._share // SOME)
+
     def _draw(self, limit: int, like: Tensor) -> Tensor:
         return torch.randint(limit, (self._share,), generator=self._generator).to(like.device)
 
-    def _keep(self, call: _Call, output: Tensor, at: Callable[[Tensor], Tensor]) -> None:
+    def _keep(
+        self,
+        call: _Call,
+        output: Tensor,
+        at: Callable[[Tensor], Tensor],
+        mean: Callable[[Tensor], Tensor],
+    ) -> None:
         """Note a call, and the derivative by its output once it is known."""
         self._calls.append(call)
 
         def note(gradient: Tensor) -> None:
-            call.gradient = at(gradient).float()
+            call.gradient, call.mean_gradient = at(gradient).float(), mean(gradient)
 
         if output.requires_grad:
             output.register_hook(note)  # type: ignore[no-untyped-call]
 
 
-def output_change(exact: Tensor, approximate: Tensor, gradients: Tensor) -> float:
+class Slopes:
+    """What the network's outputs make of a change of one layer's outputs, to first order.
+
+    An output changes by the sum of derivative times change over all places and channels. Changes
+    and derivatives are taken as independent of each other, and so are places, but for what all
+    places of an image have in common: before a global pooling all derivatives of a channel are
+    alike, and the mean change of an image's places counts as often as there are places.
+
+    Args:
+        gradients: Derivatives of the network's outputs at some places, `n x out`, as in
+            `Observations`.
+        means: Those that the places of an image have in common; None where it has one place.
+    """
+
+    def __init__(self, gradients: Tensor, means: Means | None = None) -> None:
+        self._all = _root(gradients)
+        self._common = None if means is None else _root(means.gradients)
+        self._places = 1.0 if means is None else means.places
+
+    def change(
+        self, of_places: Callable[[Tensor], Tensor], of_means: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        """Mean squared change of the outputs for one image, summed over them.
+
+        Args:
+            of_places: The mean square of a layer's changes at single places in the metric of a
+                root: of `changes @ root.T`.
+            of_means: Likewise of their means over an image's places; None where there are none.
+        """
+        whole = of_places(self._all)
+        if self._common is None or of_means is None:
+            return whole
+        both = of_means(self._common)
+        single = whole - of_means(self._all) - of_places(self._common) + both
+        return single.clamp_min(0.0) + self._places * both
+
+
+def output_change(
+    exact: Tensor,
+    approximate: Tensor,
+    slopes: Slopes,
+    means: tuple[Tensor, Tensor] | None = None,
+) -> float:
     """Predict the squared change of the network's outputs from that of a layer's.
 
-    To first order an output changes by the sum of derivative times change; changes at different
-    places and channels are taken as independent of each other and of the derivatives. A change that
-    a batch norm or a bias takes back (another scale or mean of a channel) is no change.
+    A change that a batch norm or a bias takes back (another scale or mean of a channel) is no
+    change.
 
     Args:
         exact: The layer's outputs at some places, `n x out`.
         approximate: Those of its replacement.
-        gradients: Derivatives of the network's outputs there, as in `Observations`.
-
-    Returns:
-        Sum over the channels of mean squared change times mean squared derivative.
+        slopes: What the network makes of a change.
+        means: The outputs of both for the mean inputs of some images, where there are such.
     """
     exact, approximate = exact - exact.mean(dim=0), approximate - approximate.mean(dim=0)
     scale = (exact * approximate).sum(dim=0) / approximate.square().sum(dim=0).clamp_min(1e-30)
-    change = approximate * scale - exact
-    return float((gradients.square().mean(dim=0) * change.square().mean(dim=0)).sum())
+    change = partial(_mean_square, approximate * scale - exact)
+    if means is None:
+        return float(slopes.change(change, None))
+    one, other = (part - part.mean(dim=0) for part in means)
+    return float(slopes.change(change, partial(_mean_square, other * scale - one)))
+
+
+def _root(rows: Tensor) -> Tensor:
+    """A matrix whose square is the mean of the rows' outer products."""
+    root: Tensor = torch.linalg.qr(rows / len(rows) ** 0.5, mode="r")[1]
+    return root
+
+
+def _mean_square(rows: Tensor, root: Tensor) -> Tensor:
+    return (rows @ root.T).square().sum(dim=1).mean()
+
+
+def _mean_patches(
+    module: nn.Conv2d, layer: LayerSpec, x: Tensor, height: int, width: int
+) -> Tensor:
+    """The mean of what the kernel sees over all places of its output: `n x in x kh x kw`."""
+    padded = _padded(module, x)
+    down, right = layer.kernel_size
+    taps = [
+        padded[
+            :,
+            :,
+            i * layer.dilation[0] :: layer.stride[0],
+            j * layer.dilation[1] :: layer.stride[1],
+        ][:, :, :height, :width]
+        .float()
+        .mean((2, 3))
+        for i in range(down)
+        for j in range(right)
+    ]
+    return torch.stack(taps, dim=2).reshape(len(x), -1, down, right)
 
 
 def _cut(
     module: nn.Conv2d, layer: LayerSpec, x: Tensor, image: Tensor, row: Tensor, column: Tensor
 ) -> Tensor:
     """What the kernel sees at some places of its output: `n x in x kh x kw`, float32."""
-    # nn.Conv2d keeps its padding in the order that F.pad takes.
-    before = list(module._reversed_padding_repeated_twice)
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(x, before, mode=mode) if any(before) else x
+    padded = _padded(module, x)
     rows, columns = (
         place[:, None] * stride + torch.arange(kernel, device=x.device)[None] * dilation
         for place, stride, kernel, dilation in zip(
@@ -270,3 +419,10 @@ def _cut(
     # Advanced indices around the channel slice put the channels last.
     found = padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return found.permute(0, 3, 1, 2).float()
+
+
+def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
+    # nn.Conv2d keeps its padding in the order that F.pad takes.
+    before = list(module._reversed_padding_repeated_twice)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, before, mode=mode) if any(before) else x

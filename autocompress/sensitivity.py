@@ -215,7 +215,8 @@ def build_table(
         rows: list[Choice] = []
         refused[layer.name] = {}
         meter = ErrorMeter(modules[layer.name], observations.patches[layer.name])
-        gradients = observations.gradients.get(layer.name)
+        slopes, means = observations.slopes(layer.name), observations.means.get(layer.name)
+        mean_meter = None if means is None else ErrorMeter(modules[layer.name], means.patches)
         for method in methods:
             kind = TRANSFORMS[method]
             reason = kind.refusal(layer)
@@ -229,8 +230,11 @@ def build_table(
                 outputs = meter.outputs(transform, kernels)
                 error = meter.relative_error(outputs)
                 impact = error**2
-                if gradients is not None:
-                    impact = output_change(meter.exact, outputs, gradients)
+                if slopes is not None:
+                    common = None
+                    if mean_meter is not None:
+                        common = (mean_meter.exact, mean_meter.outputs(transform, kernels))
+                    impact = output_change(meter.exact, outputs, slopes, common)
                 fraction = (index + 1) / len(ladder)
                 rows.append(Choice(transform, fraction, cost.params, cost.macs, error, impact))
         if rows:

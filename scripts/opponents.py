@@ -20,7 +20,7 @@ from arena import Arena, Make
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from autocompress.allocator import Knobs, allocate
+from autocompress.allocator import Knobs, decode
 from autocompress.config import TransformName
 from autocompress.grouping import find_groups, removable
 from autocompress.importance import build_ladders
@@ -110,7 +110,8 @@ def allocator(arena: Arena, channels: bool = False) -> Make:
     space, cache = table_space(arena, channels)
 
     def make(dial: float) -> nn.Module:
-        return apply_plan(arena.baseline.model, space.plan(allocate(space, Knobs(dial))), cache)
+        here, picked = decode(space, Knobs(dial))
+        return apply_plan(arena.baseline.model, here.plan(picked), cache)
 
     return make
 

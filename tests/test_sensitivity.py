@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autocompress.errors import ConfigError
+from autocompress.grouping import find_groups
+from autocompress.importance import build_ladders
 from autocompress.layers import inspect_layers
-from autocompress.observation import Observations, observe_layers, output_change
+from autocompress.observation import Observations, Slopes, observe_layers, output_change
 from autocompress.plan import Plan
 from autocompress.profiler import profile_model
 from autocompress.sensitivity import LayerTable, build_table
@@ -176,17 +178,58 @@ def test_the_impact_is_the_change_of_the_networks_outputs(gain: float) -> None:
     noise = 0.1 * torch.randn(4096, 8)
     exact = seen.patches["first"] @ model.first.weight.detach().T
     # As the scale and mean of each channel can be taken back, the noise must have neither.
-    predicted = output_change(exact, exact + noise, seen.gradients["first"])
+    predicted = output_change(exact, exact + noise, Slopes(seen.gradients["first"]))
     changed = (noise @ model.second.weight.detach().T).square().sum(dim=1).mean()
     assert predicted == pytest.approx(float(changed), rel=0.2)
+
+
+class Pooled(nn.Module):
+    """Places of an image come to the outputs through one mean, all channels through few outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, stride=2)
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.second(self.first(x).relu()))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_what_all_places_of_an_image_have_in_common_counts_as_often_as_there_are_places() -> None:
+    """Else the last layers before a global pooling seemed to be of no use to anybody."""
+    torch.manual_seed(0)
+    model = Pooled()
+    images = torch.randn(512, 3, 12, 12) + 2 * torch.randn(512, 3, 1, 1)
+    with torch.no_grad():
+        before = model.train()(images)
+    seen = observed(model.eval(), images)
+    assert seen.means["first"].places == 144 and seen.means["second"].places == 25
+    assert "head" not in seen.means and seen.means["second"].patches.shape[1:] == (12, 3, 3)
+    layers, _ = inspect_layers(model, (images[:1],))
+    cache = FactorCache(model, seen.patches)
+    table = build_table(model, layers, cache, seen, ("svd", "spatial_svd"))
+    task = Task(model, [], [], [])  # type: ignore[arg-type]
+    groups, _ = find_groups(model, (images[:1],))
+    ladder = build_ladders(model, task, groups, seen, "outputs")["first"]
+    plans = [(choice, Plan({"second": choice.transform})) for choice in table.choices["second"]]
+    plans += [(choice, Plan({}, {"first": ladder.kept(choice.keep)})) for choice in ladder.choices]
+    found = []
+    for choice, plan in plans:
+        with torch.no_grad():
+            change = apply_plan(model, plan, cache).train()(images) - before
+        found.append(choice.impact / float(change.square().sum(1).mean()))
+    assert len(found) > 8 and 0.2 < min(found) and max(found) < 1.5
 
 
 def test_another_scale_and_mean_of_a_channel_are_no_change() -> None:
     torch.manual_seed(0)
     exact, gradients = torch.randn(64, 3), torch.randn(64, 3)
     moved = exact * torch.tensor([2.0, 0.5, 1.0]) + torch.tensor([1.0, 0.0, -3.0])
-    assert output_change(exact, moved, gradients) < 1e-8
-    assert output_change(exact, exact.flip(0), gradients) > 0.1
+    slopes = Slopes(gradients)
+    assert output_change(exact, moved, slopes) < 1e-8
+    assert output_change(exact, exact.flip(0), slopes) > 0.1
 
 
 def test_the_gradient_of_a_convolution_is_taken_where_the_patch_is() -> None:
