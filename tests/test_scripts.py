@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import arena as ground  # noqa: E402
 import bench_finetune  # noqa: E402
+import bench_impact  # noqa: E402
 import bench_importance  # noqa: E402
 import bench_peers  # noqa: E402
 import bench_quantization  # noqa: E402
@@ -320,6 +322,24 @@ def test_ways_to_int8_get_one_network_and_a_missing_one_is_named(
     assert ours[1:3] == theirs[1:3] and ours[4] == theirs[4] == ours[3] != theirs[3]
     assert missing[:2] == ["NNCF", "not installed: nncf"]
     assert len({len(row) for row in (exact, ours, theirs, missing)}) == 1
+
+
+def test_predicted_changes_are_compared_with_real_ones(arena: ground.Arena) -> None:
+    space, cache = opponents.table_space(arena, channels=True)
+    found = list(bench_impact.changes(arena, space, cache))
+    assert {(kind, name) for kind, name, _, _ in found} >= {("ranks", "conv"), ("channels", "stem")}
+    times = [real / choice.impact for _, _, choice, real in found]
+    assert min(times) > 0 and 0.3 < statistics.median(times) < 5, times
+    ranks, channels, both = bench_impact.lost(arena, space, cache, 0.5)
+    assert ranks.endswith("x") and len({ranks, channels, both}) > 1
+
+
+def test_the_allocator_removes_channels_where_it_may(arena: ground.Arena) -> None:
+    small = opponents.allocator(arena, channels=True)(0.3)
+    norms = [
+        module.num_features for module in small.modules() if isinstance(module, nn.BatchNorm2d)
+    ]
+    assert sum(norms) < 16 + 32
 
 
 def test_orders_of_channels_are_compared_at_one_cost(arena: ground.Arena) -> None:
