@@ -183,7 +183,7 @@ class _Reader:
         self._weight = module.get_parameter("weight").detach().cpu().float()
         self._groups = module.groups if isinstance(module, nn.Conv2d) else 1
         self._name = name
-        self._slopes = observations.slopes(name)
+        self._slopes = observations.slopes.get(name)
         statistics = InputStatistics.of_layer(module, observations.patches[name])
         self._seen = _Seen(observations.patches[name], statistics, self._answer)
         means = observations.means.get(name)
@@ -253,7 +253,7 @@ def _output_scores(
         weight = module.get_parameter("weight").detach().cpu().float()
         groups = module.groups if isinstance(module, nn.Conv2d) else 1
         spread = partial(_spread, weight, _covariance(observations.patches[member.layer], groups))
-        slopes, means = observations.slopes(member.layer), observations.means.get(member.layer)
+        slopes, means = observations.slopes.get(member.layer), observations.means.get(member.layer)
         if slopes is None:
             change = spread(torch.eye(len(weight)))
         else:

@@ -57,10 +57,10 @@ class Observations:
     gradients: Mapping[str, Tensor]
     means: Mapping[str, Means] = field(default_factory=dict)
 
-    def slopes(self, name: str) -> Slopes | None:
-        """What the network makes of a change of a layer's outputs; None if that can't be told."""
-        gradients = self.gradients.get(name)
-        return None if gradients is None else Slopes(gradients, self.means.get(name))
+    @cached_property
+    def slopes(self) -> dict[str, Slopes]:
+        """Layer name to what the network makes of a change of its outputs, where that is known."""
+        return {name: Slopes(found, self.means.get(name)) for name, found in self.gradients.items()}
 
     def factor_cache(self, model: nn.Module) -> FactorCache:
         """A cache whose factorizations of `model` are weighted by what was seen."""

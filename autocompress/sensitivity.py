@@ -215,7 +215,7 @@ def build_table(
         rows: list[Choice] = []
         refused[layer.name] = {}
         meter = ErrorMeter(modules[layer.name], observations.patches[layer.name])
-        slopes, means = observations.slopes(layer.name), observations.means.get(layer.name)
+        slopes, means = observations.slopes.get(layer.name), observations.means.get(layer.name)
         mean_meter = None if means is None else ErrorMeter(modules[layer.name], means.patches)
         for method in methods:
             kind = TRANSFORMS[method]

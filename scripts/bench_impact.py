@@ -20,11 +20,12 @@ from copy import deepcopy
 
 import torch
 from arena import Arena, parser_of, start, table
+from bench_table import KINDS
 from opponents import table_space
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from autocompress.allocator import ALONE, Knobs, decode
+from autocompress.allocator import Knobs, decode
 from autocompress.errors import AutocompressError
 from autocompress.evaluation import evaluate, metric_drop, recalibrate
 from autocompress.importance import ChannelChoice
@@ -36,8 +37,6 @@ from autocompress.surgery import FactorCache, apply_plan
 BATCHES = 4
 SHARES = (0.25, 0.5, 0.75)
 """Where on a ladder the choices lie that are tried."""
-KINDS = {"ranks": ALONE, "channels": -ALONE, "both": 0.0}
-"""Kinds of plan: the error weight of channels (`Knobs.channels`)."""
 
 
 def main() -> None:
